@@ -1,0 +1,108 @@
+"""Adapters on disk: safetensors with metadata that is checked before a tensor is read."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from lib_dinotile import DinotileError
+from lib_dinotile.condition.adapter import Adapter, AdapterConfig
+from lib_dinotile.condition.shape import UNetShape
+
+FORMAT = "dinotile-adapter"
+VERSION = 1
+HYPERPARAMETERS = ("width", "blocks", "grid")
+
+
+def save_adapter(adapter: Adapter, path: Path, dtype: torch.dtype = torch.float16, **extra: str) -> None:
+    """Write `adapter` to `path`; `extra` goes into the metadata (how it was made)."""
+    config = adapter.config
+    metadata = {
+        **extra,
+        "format": FORMAT,
+        "version": str(VERSION),
+        "base": config.base,
+        "encoder": config.encoder,
+        "features": str(config.features),
+        "layer": str(config.layer),
+        "slots": json.dumps(config.shape.slots),
+        "hyperparameters": json.dumps({name: getattr(config, name) for name in HYPERPARAMETERS}),
+    }
+    tensors = {name: tensor.to("cpu", dtype).contiguous() for name, tensor in adapter.state_dict().items()}
+    save_file(tensors, path, metadata=metadata)
+
+
+def _config(metadata: dict[str, str], path: Path) -> AdapterConfig:
+    if metadata.get("format") != FORMAT:
+        raise DinotileError(f"{path.name} is not a dinotile adapter: its metadata names no format {FORMAT!r}")
+    if metadata.get("version") != str(VERSION):
+        raise DinotileError(
+            f"{path.name} has adapter format version {metadata.get('version')}, this dinotile reads {VERSION}: update it"
+        )
+    try:
+        hyperparameters = json.loads(metadata["hyperparameters"])
+        return AdapterConfig(
+            base=metadata["base"],
+            shape=UNetShape(tuple((int(channels), int(scale)) for channels, scale in json.loads(metadata["slots"]))),
+            encoder=metadata["encoder"],
+            features=int(metadata["features"]),
+            layer=int(metadata["layer"]),
+            **{name: int(hyperparameters[name]) for name in HYPERPARAMETERS},
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        raise DinotileError(f"{path.name} is damaged: bad adapter metadata ({error!r})") from error
+
+
+def read_config(path: Path) -> AdapterConfig:
+    """What an adapter file says of itself, without reading its tensors. DinotileError if it is no adapter."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            return _config(file.metadata() or {}, path)
+    except (OSError, SafetensorError) as error:
+        raise DinotileError(f"{path.name} cannot be read as a safetensors file: {error}") from error
+
+
+def load_adapter(path: Path, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> Adapter:
+    """The adapter in `path`, ready to run. DinotileError if the file is damaged or no adapter."""
+    config = read_config(path)
+    with torch.device("meta"):
+        wanted = {name: tuple(tensor.shape) for name, tensor in Adapter(config).state_dict().items()}
+    try:
+        with safe_open(path, framework="pt") as file:
+            found = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+            if found != wanted:
+                odd = sorted(name for name in found.keys() | wanted.keys() if found.get(name) != wanted.get(name))
+                raise DinotileError(f"{path.name} is damaged: tensor {odd[0]} does not fit its metadata")
+            tensors = {name: file.get_tensor(name) for name in wanted}
+    except (OSError, SafetensorError) as error:
+        raise DinotileError(f"{path.name} cannot be read: {error}") from error
+    # Made outside of inference mode, which hosts run under: training and gradients must be able to use it.
+    with torch.inference_mode(False):
+        adapter = Adapter(config)
+        adapter.load_state_dict(tensors)
+        return adapter.to(device, dtype).eval().requires_grad_(False)
+
+
+def check_fit(config: AdapterConfig, name: str, base: str, shape: UNetShape) -> None:
+    """DinotileError if the adapter `name` is not for a checkpoint of this family and shape."""
+    if config.base != base:
+        raise DinotileError(
+            f"adapter {name!r} is for {config.base} checkpoints, this one is {base}: choose another adapter or None"
+        )
+    if config.shape != shape:
+        raise DinotileError(
+            f"adapter {name!r} does not fit this checkpoint's UNet: it gives {config.shape}, the UNet takes {shape}"
+        )
+
+
+def check_encoder(config: AdapterConfig, name: str, encoder: str, width: int) -> None:
+    """DinotileError if the adapter `name` does not read the tokens of this encoder."""
+    if config.encoder != encoder or config.features != width:
+        raise DinotileError(
+            f"adapter {name!r} reads encoder {config.encoder!r} ({config.features} wide), "
+            f"not {encoder!r} ({width} wide): choose that encoder"
+        )

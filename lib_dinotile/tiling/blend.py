@@ -1,0 +1,45 @@
+"""How much of a pixel each tile paints."""
+
+from __future__ import annotations
+
+import torch
+
+from lib_dinotile.tiling.plan import Rect, TilePlan
+
+
+def _ramp(start: int, starts: list[int], tile: int) -> torch.Tensor:
+    """Weights (tile,) of the tile at `start` along one axis: they sum to one over all tiles at every pixel.
+
+    Where two tiles overlap, the weight goes over from one to the other linearly across the whole overlap; where border
+    tiles crowd and more than two overlap, the linear weights are normalised.
+    """
+    pixels = torch.arange(start, start + tile, dtype=torch.float64) + 0.5
+
+    def tent(index: int) -> torch.Tensor:
+        left, weight = starts[index], torch.ones_like(pixels)
+        if index > 0:
+            weight = weight.minimum((pixels - left) / (starts[index - 1] + tile - left or 1))
+        if index < len(starts) - 1:
+            weight = weight.minimum((left + tile - pixels) / (left + tile - starts[index + 1] or 1))
+        return weight.clamp(min=0)
+
+    near = [i for i, other in enumerate(starts) if abs(other - start) < tile]
+    total = torch.stack([tent(i) for i in near]).sum(0)
+    return (tent(starts.index(start)) / total).float()
+
+
+class Blend:
+    """The feathered weights of a plan's tiles: a partition of unity over the canvas.
+
+    The tiles are a grid, so the weight of a tile is the product of a row of weights and a column of weights, each a
+    partition of unity by itself; nothing of the canvas's size is kept.
+    """
+
+    def __init__(self, plan: TilePlan) -> None:
+        width, height = plan.tile_size
+        self._across = {x: _ramp(x, plan.columns, width) for x in plan.columns}
+        self._down = {y: _ramp(y, plan.rows, height) for y in plan.rows}
+
+    def weight(self, tile: Rect) -> torch.Tensor:
+        """Weights (height, width) of a tile of the plan, in [0, 1]."""
+        return self._down[tile.y][:, None] * self._across[tile.x][None, :]

@@ -1,0 +1,157 @@
+"""Where the tiles lie and in which order they are painted: pure geometry."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+ORDERS = ("chess", "linear")
+
+
+@dataclass(frozen=True)
+class Rect:
+    """A rectangle in whole pixels; `x`, `y` is the upper left corner."""
+
+    x: int
+    y: int
+    width: int
+    height: int
+
+    @property
+    def right(self) -> int:
+        return self.x + self.width
+
+    @property
+    def bottom(self) -> int:
+        return self.y + self.height
+
+    @property
+    def slices(self) -> tuple[slice, slice]:
+        """(rows, columns), to index the last two dimensions of an array."""
+        return slice(self.y, self.bottom), slice(self.x, self.right)
+
+    def overlaps(self, other: Rect) -> bool:
+        return self.x < other.right and other.x < self.right and self.y < other.bottom and other.y < self.bottom
+
+    def contains(self, other: Rect) -> bool:
+        return self.x <= other.x and self.y <= other.y and other.right <= self.right and other.bottom <= self.bottom
+
+    def shrink(self, factor: int) -> Rect:
+        """The same rectangle on a grid of `factor` pixels per cell; ValueError if it does not lie on that grid."""
+        if any(v % factor for v in (self.x, self.y, self.width, self.height)):
+            raise ValueError(f"{self} does not lie on a grid of {factor} pixels")
+        return Rect(self.x // factor, self.y // factor, self.width // factor, self.height // factor)
+
+
+def ceil_to(value: int, multiple: int) -> int:
+    """The smallest multiple of `multiple` that is at least `value`."""
+    return -(-value // multiple) * multiple
+
+
+def spread(length: int, tile: int, overlap: int, factor: int) -> list[int]:
+    """Start positions of the fewest tiles of size `tile` that cover `length` and overlap by at least `overlap`.
+
+    The tiles are spread evenly instead of pushing only the last one inward: the number of tiles is the same, and no
+    overlap is wider than it need be. All values are multiples of `factor`.
+    """
+    if length <= tile:
+        return [0]
+    cells, tile_cells, overlap_cells = length // factor, tile // factor, -(-overlap // factor)
+    count = math.ceil((cells - overlap_cells) / (tile_cells - overlap_cells))
+    # Rounding down an even spread never makes a step longer than tile - overlap: steps are at most
+    # ceil(room / (count - 1)), and room <= (count - 1) * (tile - overlap) in whole cells.
+    return [i * (cells - tile_cells) // (count - 1) * factor for i in range(count)]
+
+
+def _colours(starts: list[int], tile: int) -> int:
+    """The smallest n such that of the tiles i, i + n, i + 2n, ... no two overlap."""
+    return next(n for n in range(1, len(starts) + 1) if all(b - a >= tile for a, b in zip(starts, starts[n:])))
+
+
+@dataclass(frozen=True)
+class TilePlan:
+    """Tiles of one size over a canvas, as a grid of columns and rows.
+
+    The canvas may have any size. It is worked on as `padded`: the size rounded up to `factor`, so that every tile
+    lies on the latent grid; what is painted beyond the canvas is cut off.
+
+    Invariants, checked on construction by how the plan is made: every tile has the same size, a multiple of `factor`;
+    tiles lie inside `padded` and cover it; neighbours overlap by at least `overlap`.
+    """
+
+    width: int
+    """Canvas width in pixels, at least 1."""
+    height: int
+    """Canvas height in pixels, at least 1."""
+    tile: int
+    """Side of a tile in pixels. A canvas that is smaller in one direction gets tiles that are smaller there."""
+    overlap: int = 0
+    """Pixels that neighbours share at least; at most half a tile, so that a tile meets only its neighbours."""
+    factor: int = 8
+    """Pixels per latent cell."""
+    order: str = "chess"
+    """`chess`: waves of tiles that do not overlap (up to four, nine where border tiles crowd; one without overlap);
+    `linear`: one tile a wave, row by row."""
+
+    def __post_init__(self) -> None:
+        if self.width < 1 or self.height < 1 or self.factor < 1:
+            raise ValueError(f"a canvas of {self.width}x{self.height} on a grid of {self.factor} cannot be tiled")
+        if self.tile < self.factor:
+            raise ValueError(f"tile {self.tile} is smaller than one latent cell ({self.factor} pixels)")
+        if not 0 <= self.overlap <= self.tile // 2:
+            raise ValueError(f"overlap {self.overlap} is not between 0 and half the tile ({self.tile // 2})")
+        if self.order not in ORDERS:
+            raise ValueError(f"order {self.order!r} is none of {', '.join(ORDERS)}")
+
+    @property
+    def padded(self) -> tuple[int, int]:
+        """(width, height) of the canvas rounded up to the latent grid."""
+        return ceil_to(self.width, self.factor), ceil_to(self.height, self.factor)
+
+    @property
+    def tile_size(self) -> tuple[int, int]:
+        """(width, height) of every tile."""
+        side = self.tile // self.factor * self.factor
+        return min(side, self.padded[0]), min(side, self.padded[1])
+
+    @property
+    def columns(self) -> list[int]:
+        """Left edges of the tiles."""
+        return spread(self.padded[0], self.tile_size[0], self._overlap(self.tile_size[0]), self.factor)
+
+    @property
+    def rows(self) -> list[int]:
+        """Upper edges of the tiles."""
+        return spread(self.padded[1], self.tile_size[1], self._overlap(self.tile_size[1]), self.factor)
+
+    def _overlap(self, side: int) -> int:
+        # On the latent grid, and always less than a tile: one of a single cell cannot overlap another.
+        return min(ceil_to(self.overlap, self.factor), side // self.factor // 2 * self.factor)
+
+    @property
+    def tiles(self) -> list[Rect]:
+        """All tiles, row by row."""
+        return [Rect(x, y, *self.tile_size) for y in self.rows for x in self.columns]
+
+    def __len__(self) -> int:
+        return len(self.rows) * len(self.columns)
+
+    @property
+    def waves(self) -> list[list[Rect]]:
+        """The tiles in the order to paint them. Tiles of one wave do not overlap; a later wave sees earlier ones."""
+        rows, columns, (width, height) = self.rows, self.columns, self.tile_size
+        if self.order == "linear":
+            return [[tile] for tile in self.tiles]
+        down, across = _colours(rows, height), _colours(columns, width)
+        return [
+            [Rect(x, y, width, height) for y in rows[j::down] for x in columns[i::across]]
+            for j, i in itertools.product(range(down), range(across))
+        ]
+
+    def batches(self, size: int) -> Iterator[list[Rect]]:
+        """The waves cut into batches of at most `size` tiles."""
+        for wave in self.waves:
+            for start in range(0, len(wave), size):
+                yield wave[start : start + size]
