@@ -41,7 +41,8 @@ def _config(metadata: dict[str, str], path: Path) -> AdapterConfig:
         raise DinotileError(f"{path.name} is not a dinotile adapter: its metadata names no format {FORMAT!r}")
     if metadata.get("version") != str(VERSION):
         raise DinotileError(
-            f"{path.name} has adapter format version {metadata.get('version')}, this dinotile reads {VERSION}: update it"
+            f"{path.name} has adapter format version {metadata.get('version')}, but this dinotile reads {VERSION}: "
+            "update dinotile"
         )
     try:
         hyperparameters = json.loads(metadata["hyperparameters"])
