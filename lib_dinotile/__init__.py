@@ -4,13 +4,10 @@ __version__ = "0.1.0"
 
 
 class DinotileError(Exception):
-    """What the user did or lacks, in one line that says what to do about it.
+    """What the user did or lacks, in one line that says what to do about it."""
 
-    `status_code` and `detail` are what the WebUIs' API reads off an exception to answer with 422 and the line.
-    """
-
-    status_code = 422
-
-    @property
-    def detail(self) -> str:
-        return str(self)
+    def __init__(self, message: str, status_code: int = 422) -> None:
+        super().__init__(message)
+        # The WebUIs' API reads these two off any exception and answers with them.
+        self.status_code = status_code
+        self.detail = message

@@ -38,11 +38,10 @@ class Result:
 class UnfinishedError(DinotileError):
     """A run that broke off with an error; `result` keeps the tiles painted until then."""
 
-    status_code = 500
-
-    def __init__(self, error: BaseException, result: Result) -> None:
+    def __init__(self, error: BaseException, result: Result, kept: str = "") -> None:
+        """kept: where the tiles painted can be found, once they are saved."""
         what = str(error).strip().split("\n")[0] or type(error).__name__
-        super().__init__(f"stopped after {result.painted} of {len(result.plan)} tiles: {what}")
+        super().__init__(f"stopped after {result.painted} of {len(result.plan)} tiles{kept}: {what}", 500)
         self.result = result
 
 

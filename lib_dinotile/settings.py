@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -65,18 +64,15 @@ class Option:
 
         A whole float is accepted for an int (JSON and sliders do not tell them apart), nothing else is converted.
         """
-        number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-        if self.type is float and number:
-            value = float(value)
-        elif self.type is int and number and value == int(value):
-            value = int(value)
-        elif not isinstance(value, self.type) or (isinstance(value, bool) and self.type is not bool):
-            raise self._refuse(value)
-        if self.choices is not None and value not in self.choices:
-            raise self._refuse(value)
-        if number and not self.minimum <= value <= self.maximum:
-            raise self._refuse(value)
-        if self.type is int and self.step and value % self.step:
+        if self.type in (int, float):
+            number = isinstance(value, (int, float)) and not isinstance(value, bool)
+            # Also refuses what is not a number: nothing compares with it.
+            if not number or not self.minimum <= value <= self.maximum or (self.type is int and value != int(value)):
+                raise self._refuse(value)
+            value = self.type(value)
+            if self.type is int and self.step and value % self.step:
+                raise self._refuse(value)
+        elif not isinstance(value, self.type) or (self.choices is not None and value not in self.choices):
             raise self._refuse(value)
         return value
 

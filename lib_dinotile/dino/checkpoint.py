@@ -1,0 +1,294 @@
+"""DINOv2 checkpoints in Hugging Face's format: where they lie, what they hold, and what to say when they do not.
+
+A checkpoint is a folder with `config.json` and `model.safetensors`. Pickles (`pytorch_model.bin`) are never opened.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import ssl
+import urllib.error
+import urllib.request
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lib_dinotile import DinotileError
+
+KNOWN = (
+    "facebook/dinov2-small",
+    "facebook/dinov2-base",
+    "facebook/dinov2-large",
+    "facebook/dinov2-with-registers-small",
+    "facebook/dinov2-with-registers-base",
+    "facebook/dinov2-with-registers-large",
+)
+
+BUILT_IN = "mini"
+BUILT_IN_FOLDER = Path(__file__).resolve().parents[1] / "mini" / "encoder"
+
+CONFIG, WEIGHTS = "config.json", "model.safetensors"
+MODEL_TYPES = ("dinov2", "dinov2_with_registers")
+
+_HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
+_PROBE_SECONDS = 5.0
+
+
+def one_line(error: BaseException) -> str:
+    """What an exception says, on one line and not endless."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= 200 else text[:197] + "..."
+
+
+# Where a checkpoint lies --------------------------------------------------------------------------------------------
+
+
+def _is_checkpoint(folder: Path) -> bool:
+    return (folder / CONFIG).is_file() and (folder / WEIGHTS).is_file()
+
+
+def _known(name: str) -> str:
+    """The Hugging Face id that `name` is the last part of, or `name` itself."""
+    return next((known for known in KNOWN if known.split("/")[1] == name), name)
+
+
+def installed(folder: Path | None) -> list[str]:
+    """Names that `load_encoder` finds without a network: the built-in encoder, then what lies in `folder`.
+
+    `folder/dinov2-small` and `folder/facebook/dinov2-small` are both called by their Hugging Face id.
+    """
+    found = set()
+    if folder is not None:
+        for config in [*folder.glob(f"*/{CONFIG}"), *folder.glob(f"*/*/{CONFIG}")]:
+            if _is_checkpoint(config.parent):
+                found.add(_known(config.parent.relative_to(folder).as_posix()))
+    return ([BUILT_IN] if _is_checkpoint(BUILT_IN_FOLDER) else []) + sorted(found)
+
+
+def locate(name: str, folder: Path | None) -> tuple[str, Path]:
+    """(id, checkpoint folder) of an encoder; DinotileError with one line if it is not to be had.
+
+    In this order: the built-in encoder; `folder/name` and `folder/<last part of name>`; a local folder of that path;
+    the Hugging Face cache; the Hugging Face Hub.
+    """
+    if name == BUILT_IN:
+        if not _is_checkpoint(BUILT_IN_FOLDER):
+            raise DinotileError(
+                f"the built-in encoder is missing from this installation: put {CONFIG} and {WEIGHTS} back into "
+                f"{BUILT_IN_FOLDER}, or install dinotile again"
+            )
+        return BUILT_IN, BUILT_IN_FOLDER
+    if not name.strip():
+        raise DinotileError(f"no encoder is named; it is one of {', '.join([*installed(folder), *KNOWN])}")
+    if folder is not None and ".." not in Path(name).parts and not Path(name).is_absolute():
+        for candidate in (folder / name, folder / Path(name).name):
+            if candidate.is_dir():
+                return _known(name), candidate
+    if Path(name).is_dir():
+        return Path(name).resolve().name, Path(name)
+    name = _known(name)
+    if not _HUB_ID.fullmatch(name):
+        raise DinotileError(
+            f"there is no DINOv2 encoder {name!r}: put its {CONFIG} and {WEIGHTS} into {_place(name, folder)}, "
+            f"or choose one of {', '.join([*installed(folder), *KNOWN])}"
+        )
+    return name, _from_hub(name, folder)
+
+
+def _place(name: str, folder: Path | None) -> str:
+    last = Path(name).name
+    return str(folder / last) if folder is not None else f"a folder {last} and name that folder"
+
+
+def _from_hub(name: str, folder: Path | None) -> Path:
+    """The folder of a checkpoint in Hugging Face's cache, downloaded if need be."""
+    import huggingface_hub
+    from huggingface_hub.utils import EntryNotFoundError, LocalEntryNotFoundError, RepositoryNotFoundError
+
+    def get(**options: Any) -> Path:
+        paths = [Path(huggingface_hub.hf_hub_download(name, file, **options)) for file in (CONFIG, WEIGHTS)]
+        if paths[0].parent != paths[1].parent:
+            raise FileNotFoundError(f"{CONFIG} and {WEIGHTS} are of two different revisions")
+        return paths[0].parent
+
+    try:
+        return get(local_files_only=True)
+    except Exception:  # not (wholly) in the cache, in whatever words this huggingface_hub says so
+        pass
+    remedy = f"put {CONFIG} and {WEIGHTS} of https://huggingface.co/{name} into {_place(name, folder)}"
+    offline = f"DINOv2 weights {name!r} are not on this machine and the Hugging Face Hub cannot be reached: {remedy}"
+    if not _reachable(huggingface_hub.constants.ENDPOINT):
+        raise DinotileError(offline)
+    try:
+        return get()
+    except LocalEntryNotFoundError as error:  # a subclass of EntryNotFoundError that means no network
+        raise DinotileError(offline) from error
+    except (RepositoryNotFoundError, EntryNotFoundError) as error:
+        raise DinotileError(f"the Hugging Face Hub has no {name!r} with {CONFIG} and {WEIGHTS}: {remedy}") from error
+    except Exception as error:
+        raise DinotileError(f"DINOv2 weights {name!r} cannot be downloaded ({one_line(error)}): {remedy}") from error
+
+
+def _reachable(url: str) -> bool:
+    """Whether anything answers at `url`, in seconds: huggingface_hub 2 itself retries for 23 s before it gives up."""
+    from huggingface_hub import constants
+
+    if constants.HF_HUB_OFFLINE:
+        return False
+    try:
+        urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=_PROBE_SECONDS).close()
+    except urllib.error.HTTPError:
+        return True  # an answer, if not a kind one
+    except urllib.error.URLError as error:
+        return isinstance(error.reason, ssl.SSLError)  # huggingface_hub brings certificates of its own
+    except (OSError, ValueError):
+        return False
+    return True
+
+
+# What a checkpoint holds --------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """The numbers of a `config.json`; the defaults are those of transformers' Dinov2Config."""
+
+    hidden_size: int = 768
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 12
+    mlp_ratio: float = 4
+    hidden_act: str = "gelu"
+    layer_norm_eps: float = 1e-6
+    image_size: int = 224
+    """Pixels; with `patch_size` the grid that the position embeddings were trained on."""
+    patch_size: int = 14
+    num_channels: int = 3
+    qkv_bias: bool = True
+    use_swiglu_ffn: bool = False
+    """The giant model's feed-forward layer."""
+    num_register_tokens: int = 0
+    """Register tokens (arXiv 2309.16588), after the class token."""
+
+    @property
+    def grid(self) -> int:
+        """Patches along a side of the images that the position embeddings were trained on."""
+        return self.image_size // self.patch_size
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Names and shapes of all tensors that the features depend on, as Hugging Face's files name them."""
+        d, p, c = self.hidden_size, self.patch_size, self.num_channels
+
+        def linear(name: str, out: int, into: int, bias: bool = True) -> dict[str, tuple[int, ...]]:
+            return {f"{name}.weight": (out, into)} | ({f"{name}.bias": (out,)} if bias else {})
+
+        def norm(name: str) -> dict[str, tuple[int, ...]]:
+            return {f"{name}.weight": (d,), f"{name}.bias": (d,)}
+
+        shapes: dict[str, tuple[int, ...]] = {
+            "embeddings.cls_token": (1, 1, d),
+            "embeddings.position_embeddings": (1, 1 + self.grid**2, d),
+            "embeddings.patch_embeddings.projection.weight": (d, c, p, p),
+            "embeddings.patch_embeddings.projection.bias": (d,),
+        }
+        if self.num_register_tokens:
+            shapes["embeddings.register_tokens"] = (1, self.num_register_tokens, d)
+        hidden = int(d * self.mlp_ratio)
+        gated = (int(hidden * 2 / 3) + 7) // 8 * 8
+        for i in range(self.num_hidden_layers):
+            at = f"encoder.layer.{i}"
+            shapes |= norm(f"{at}.norm1") | norm(f"{at}.norm2")
+            for part in ("query", "key", "value"):
+                shapes |= linear(f"{at}.attention.attention.{part}", d, d, self.qkv_bias)
+            shapes |= linear(f"{at}.attention.output.dense", d, d)
+            shapes |= {f"{at}.layer_scale1.lambda1": (d,), f"{at}.layer_scale2.lambda1": (d,)}
+            if self.use_swiglu_ffn:
+                shapes |= linear(f"{at}.mlp.weights_in", 2 * gated, d) | linear(f"{at}.mlp.weights_out", d, gated)
+            else:
+                shapes |= linear(f"{at}.mlp.fc1", hidden, d) | linear(f"{at}.mlp.fc2", d, hidden)
+        return shapes | norm("layernorm")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint folder whose files were found to be what they should be."""
+
+    folder: Path
+    architecture: Architecture
+    fingerprint: str
+    """SHA-256 of the weights file, in hex."""
+
+    def tensors(self, prefix: str = "") -> dict[str, torch.Tensor]:
+        """The tensors whose names begin with `prefix`, float32, on the CPU, by name."""
+        from safetensors import safe_open
+
+        with safe_open(str(self.folder / WEIGHTS), framework="pt", device="cpu") as file:
+            names = [name for name in self.architecture.shapes() if name.startswith(prefix)]
+            return {name: file.get_tensor(name).float() for name in names}
+
+
+def read_checkpoint(folder: Path) -> Checkpoint:
+    """Check a checkpoint's two files against each other; DinotileError with one line if anything is amiss."""
+    for file in (CONFIG, WEIGHTS):
+        if not (folder / file).is_file():
+            pickle = file == WEIGHTS and any(folder.glob("*.bin"))
+            why = "; pickled weights (.bin) are not read, they can run code" if pickle else ""
+            raise DinotileError(f"the DINOv2 encoder in {folder} has no {file}{why}: put {file} there")
+    architecture = _read_config(folder / CONFIG)
+    _check_weights(folder / WEIGHTS, architecture)
+    return Checkpoint(folder, architecture, _sha256(folder / WEIGHTS))
+
+
+def _read_config(path: Path) -> Architecture:
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+        kind = config.get("model_type")
+    except (OSError, ValueError, AttributeError) as error:
+        raise DinotileError(f"{path} is not a model's configuration ({one_line(error)}): get it again") from error
+    if kind not in MODEL_TYPES:
+        raise DinotileError(f"{path} describes a model of type {kind!r}: an encoder is one of {', '.join(MODEL_TYPES)}")
+    fields = {k: v for k, v in config.items() if k in Architecture.__dataclass_fields__}
+    if kind == "dinov2_with_registers":
+        fields.setdefault("num_register_tokens", 4)
+    try:
+        architecture = Architecture(**fields)
+        architecture.shapes()
+        if architecture.num_channels != 3 or architecture.hidden_size % architecture.num_attention_heads:
+            raise ValueError("3 colour channels and a whole number of features per head are wanted")
+    except (TypeError, ValueError, ZeroDivisionError) as error:
+        raise DinotileError(f"{path} has numbers that fit no DINOv2 ({one_line(error)}): get it again") from error
+    return architecture
+
+
+def _check_weights(path: Path, architecture: Architecture) -> None:
+    """Read the file's header only: it knows every tensor's shape, and whether the file is whole."""
+    from safetensors import safe_open
+
+    try:
+        with safe_open(str(path), framework="pt", device="cpu") as file:
+            shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+    except Exception as error:
+        raise DinotileError(f"{path} is damaged or not whole ({one_line(error)}): get it again") from error
+    wanted = architecture.shapes()
+    missing = [name for name in wanted if name not in shapes]
+    if missing:
+        raise DinotileError(
+            f"{path} lacks {len(missing)} of {len(wanted)} tensors of a DINOv2, {missing[0]} first: "
+            f"get it and its {CONFIG} again"
+        )
+    for name, shape in wanted.items():
+        if shapes[name] != shape:
+            raise DinotileError(
+                f"{path} does not fit its {CONFIG} ({name} is {list(shapes[name])}, not {list(shape)}): get both again"
+            )
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()

@@ -1,0 +1,170 @@
+"""DINOv2's patch features (arXiv 2304.07193), whichever library the host has for it."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lib_dinotile.dino.backends import load_blocks
+from lib_dinotile.dino.checkpoint import BUILT_IN, KNOWN, Checkpoint, installed, locate, read_checkpoint
+
+__all__ = ["BUILT_IN", "KNOWN", "PatchEncoder", "installed", "interpolate_positions", "load_encoder"]
+
+# ImageNet's, as DINOv2 was trained with.
+_MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+_GRIDS_KEPT = 8
+
+
+def interpolate_positions(positions: Tensor, grid: tuple[int, int], antialias: bool) -> Tensor:
+    """Position embeddings (1, n * n, D) of a square grid -> (1, h * w, D) of `grid` = (h, w), in float32.
+
+    Bicubic, as in DINOv2's `interpolate_pos_encoding` (facebookresearch/dinov2, models/vision_transformer.py), with
+    antialiasing for models with registers, as there. It is stretched to the whole grid: the reference's `+ 0.1` for
+    models without registers, a workaround for rounding, is left out, as transformers 5 leaves it out.
+    """
+    side = round(positions.shape[1] ** 0.5)
+    square = positions.float().reshape(1, side, side, -1).permute(0, 3, 1, 2)
+    if grid != (side, side):
+        square = F.interpolate(square, size=grid, mode="bicubic", align_corners=False, antialias=antialias)
+    return square.flatten(2).transpose(1, 2)
+
+
+class PatchEncoder(nn.Module):
+    """Images -> DINOv2 patch features. Frozen and always in eval mode; gradients with respect to the image work.
+
+    The weights are usable under `torch.inference_mode` and outside of it, wherever they were loaded or moved.
+    """
+
+    id: str
+    """What adapters name: the Hugging Face id; for a local folder its name; `mini` for the built-in encoder."""
+    patch: int
+    """Pixels along a side of a patch."""
+    width: int
+    """Features per patch, D."""
+    depth: int
+    """Number of layers."""
+    backend: str
+    """The library that runs the layers, `transformers` or `timm`; the features are the same."""
+    fingerprint: str
+    """SHA-256 of the weights file: two encoders of the same id need not be the same."""
+
+    def __init__(self, name: str, checkpoint: Checkpoint, backend: str, blocks: nn.ModuleList) -> None:
+        super().__init__()
+        a = checkpoint.architecture
+        self.id, self.backend, self.fingerprint = name, backend, checkpoint.fingerprint
+        self.patch, self.width, self.depth = a.patch_size, a.hidden_size, a.num_hidden_layers
+        own = {k.removeprefix("embeddings."): v for k, v in checkpoint.tensors("embeddings.").items()}
+        own |= checkpoint.tensors("layernorm.")
+        positions = own["position_embeddings"]
+        # The class token has a position, registers have none.
+        prefix = [own["cls_token"] + positions[:, :1]]
+        if a.num_register_tokens:
+            prefix.append(own["register_tokens"])
+        self._antialias = a.num_register_tokens > 0
+        self.embed = nn.Conv2d(3, self.width, self.patch, self.patch)
+        self.embed.weight.data = own["patch_embeddings.projection.weight"]
+        self.embed.bias.data = own["patch_embeddings.projection.bias"]
+        self.blocks = blocks
+        self.norm = nn.LayerNorm(self.width, eps=a.layer_norm_eps)
+        self.norm.weight.data, self.norm.bias.data = own["layernorm.weight"], own["layernorm.bias"]
+        self.register_buffer("prefix", torch.cat(prefix, 1))
+        self.register_buffer("positions", positions[:, 1:].contiguous())
+        self.register_buffer("mean", torch.tensor(_MEAN).view(1, 3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(_STD).view(1, 3, 1, 1), persistent=False)
+        self._grids: dict[tuple[int, int], Tensor] = {}
+        self.requires_grad_(False).eval()
+
+    @property
+    def device(self) -> torch.device:
+        return self.mean.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What is computed in; features are float32 all the same."""
+        return self.mean.dtype
+
+    def forward(self, pixels: Tensor, layer: int = -1) -> Tensor:
+        """Pixels (N, 3, H, W) in [0, 1] -> patch features (N, D, H / patch, W / patch), float32.
+
+        They are on the encoder's device. `layer` counts the layers, from the end if negative; the features of any layer
+        go through the model's final LayerNorm. Class and register tokens are left out. ValueError if H or W is not a
+        positive multiple of `patch`, or if there is no such layer.
+        """
+        if (
+            pixels.ndim != 4
+            or pixels.shape[1] != 3
+            or 0 in pixels.shape
+            or any(s % self.patch for s in pixels.shape[2:])
+        ):
+            raise ValueError(f"pixels {tuple(pixels.shape)} are not (N, 3, H, W) in whole patches of {self.patch}")
+        if not -self.depth <= layer < self.depth:
+            raise ValueError(f"layer {layer} of an encoder of {self.depth} layers")
+        with _without_autocast(self.device):
+            patches = self.embed((pixels.to(self.mean) - self.mean) / self.std)
+            grid = (patches.shape[2], patches.shape[3])
+            tokens = patches.flatten(2).transpose(1, 2) + self._positions(grid)
+            tokens = torch.cat([self.prefix.expand(len(tokens), -1, -1), tokens], 1)
+            for block in itertools.islice(self.blocks, range(self.depth)[layer] + 1):
+                output = block(tokens)
+                tokens = output[0] if isinstance(output, tuple) else output
+            tokens = self.norm(tokens)[:, self.prefix.shape[1] :]
+        return tokens.transpose(1, 2).unflatten(2, grid).float().contiguous()
+
+    def _positions(self, grid: tuple[int, int]) -> Tensor:
+        """Position embeddings (1, h * w, D) of a grid, kept for the next image of that size."""
+        if grid not in self._grids:
+            if len(self._grids) >= _GRIDS_KEPT:
+                self._grids.clear()
+            # Made under inference mode, it could not take part in a gradient later.
+            with torch.inference_mode(False), torch.no_grad():
+                made = interpolate_positions(self.positions, grid, self._antialias).to(self.positions.dtype)
+            self._grids[grid] = made
+            return made
+        return self._grids[grid]
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], *args: Any, **kwargs: Any) -> PatchEncoder:
+        """What `to`, `half` and their like go through."""
+        self._grids.clear()
+        with torch.inference_mode(False):
+            return super()._apply(fn, *args, **kwargs)
+
+    def train(self, mode: bool = True) -> PatchEncoder:
+        """Stay in eval mode, also as a part of a model that is trained."""
+        return super().train(False)
+
+
+def _without_autocast(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """The weights' dtype is what is computed in, whatever the host has autocast set to."""
+    if device.type in ("cuda", "cpu"):
+        return torch.autocast(device.type, enabled=False)
+    return contextlib.nullcontext()
+
+
+def load_encoder(
+    name: str,
+    folder: Path | None = None,
+    backend: Literal["auto", "transformers", "timm"] = "auto",
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> PatchEncoder:
+    """Load a DINOv2 encoder by name, from safetensors only.
+
+    `name` is looked up in this order: `mini`, the built-in encoder; `folder/name` and `folder/<last part of name>`,
+    `folder` being where encoders are installed; a local folder with `config.json` and `model.safetensors`; a Hugging
+    Face id, from its cache or the Hub. The caller checks names from outside against `installed` and KNOWN.
+    DinotileError, one line, if anything is missing, damaged or not a DINOv2; no weight is ever left random.
+    """
+    name, found = locate(name, folder)
+    # Libraries fill new layers with random numbers before they load them: not at the cost of the caller's next draw.
+    with torch.inference_mode(False), torch.no_grad(), torch.random.fork_rng(devices=[]):
+        checkpoint = read_checkpoint(found)
+        library, blocks = load_blocks(checkpoint, backend)
+        return PatchEncoder(name, checkpoint, library, blocks).to(device, dtype)

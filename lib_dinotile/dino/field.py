@@ -1,0 +1,112 @@
+"""The feature field: DINOv2 features of the source, laid over the canvas.
+
+Positions are those of cells' centres throughout (what torch calls `align_corners=False`): of a grid of `n` cells over
+`length` pixels, cell `i` is centred on pixel position `(i + 0.5) * length / n`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lib_dinotile.dino.encoder import PatchEncoder
+from lib_dinotile.tiling.blend import Blend
+from lib_dinotile.tiling.plan import Rect, TilePlan
+
+
+@dataclass(frozen=True)
+class FeatureField:
+    """Features over the whole canvas, to be cropped to any rectangle on any grid."""
+
+    features: Tensor
+    """(D, gh, gw); its cells divide the canvas evenly."""
+    canvas: tuple[int, int]
+    """(width, height) in pixels."""
+
+    def crop(self, tiles: Sequence[Rect], grid: tuple[int, int]) -> Tensor:
+        """(k, D, h, w): the features at the cells of a grid (h, w) over each of k rectangles on the canvas.
+
+        Bilinear between the field's cells; where the grid asked for is coarser than the field, the average over the
+        triangle that Pillow's and torch's antialiased bilinear resizing take. A rectangle may reach beyond the canvas:
+        there the field goes on as it is at the border.
+        """
+        if not tiles:
+            return self.features.new_empty(0, self.features.shape[0], *grid)
+        return torch.stack([self._crop(tile, grid) for tile in tiles])
+
+    def _crop(self, tile: Rect, grid: tuple[int, int]) -> Tensor:
+        (width, height), (h, w) = self.canvas, grid
+        across = _sample(self.features, 2, tile.x, tile.width, w, width)
+        return _sample(across, 1, tile.y, tile.height, h, height)
+
+
+def _sample(field: Tensor, dim: int, start: int, length: int, count: int, canvas: int) -> Tensor:
+    """`field` along `dim`, at `count` cells over the pixels [start, start + length) of a canvas of that many pixels."""
+    cells = field.shape[dim]
+    # Whole numbers up to the one division: what two tiles share, they get to the bit, and the field itself unchanged.
+    centres = (torch.arange(count, dtype=torch.int64) * 2 + 1) * length + 2 * count * start
+    position = (centres * cells).double() / (2 * count * canvas) - 0.5
+    radius = max(1.0, length * cells / (count * canvas))
+    reach = math.ceil(radius)
+    total, sampled = torch.zeros_like(position), None
+    for offset in range(1 - reach, reach + 1):
+        index = position.floor() + offset
+        weight = (1 - (index - position).abs() / radius).clamp(min=0)
+        shape = [-1 if d == dim else 1 for d in range(3)]
+        taken = field.index_select(dim, index.clamp(0, cells - 1).long().to(field.device))
+        part = taken * weight.to(field).view(shape)
+        total, sampled = total + weight, part if sampled is None else sampled + part
+    return sampled if radius == 1 else sampled / total.to(field).view(shape)
+
+
+def patch_grid(width: int, height: int, patches: int) -> tuple[int, int]:
+    """(h, w) of the grid whose longer side has `patches` patches, the other in proportion, but one at least."""
+    longest = max(width, height)
+    return max(1, round(height * patches / longest)), max(1, round(width * patches / longest))
+
+
+def feature_field(
+    encoder: PatchEncoder,
+    source: Tensor,
+    canvas: tuple[int, int],
+    patches: int = 64,
+    windows: int = 1,
+    layer: int = -1,
+) -> FeatureField:
+    """The features of the whole source, laid over the canvas.
+
+    `source` (3, H, W) in [0, 1] is resized so that its longest side is `patches` patches, and seen at once, since what
+    a patch is shows only in its surroundings. With `windows` = n > 1 it is resized to n times that, and seen through
+    overlapping windows of `patches` x `patches`, blended as the tiles of the canvas are.
+
+    `canvas` is (width, height) in pixels. ValueError if `patches` or `windows` is less than one. The result has no
+    gradient, and can take part in one even if this is called under inference mode.
+    """
+    if patches < 1 or windows < 1:
+        raise ValueError(f"{windows} windows of {patches} patches show nothing")
+    with torch.inference_mode(False), torch.no_grad():
+        gh, gw = patch_grid(source.shape[2], source.shape[1], patches * windows)
+        pixels = _resize(source.clone().float(), gh * encoder.patch, gw * encoder.patch)[None]
+        # On the patch grid a window is a tile. A quarter shared takes no more windows than an eighth, up to n = 4.
+        plan = TilePlan(gw, gh, tile=patches, overlap=patches // 4, factor=1)
+        if len(plan) == 1:
+            return FeatureField(encoder(pixels, layer)[0], canvas)
+        blend, features = Blend(plan), None
+        for window in plan.tiles:
+            rows, columns = (slice(s.start * encoder.patch, s.stop * encoder.patch) for s in window.slices)
+            seen = encoder(pixels[:, :, rows, columns], layer)[0]
+            if features is None:
+                features = seen.new_zeros(seen.shape[0], gh, gw)
+            features[(..., *window.slices)] += seen * blend.weight(window).to(seen)
+    return FeatureField(features, canvas)
+
+
+def _resize(image: Tensor, height: int, width: int) -> Tensor:
+    """(3, H, W) -> (3, height, width), bicubic with antialiasing, kept in [0, 1]."""
+    resized = F.interpolate(image[None], (height, width), mode="bicubic", align_corners=False, antialias=True)
+    return resized[0].clamp(0, 1)

@@ -1,0 +1,213 @@
+"""Without a WebUI: diffusers runs the checkpoint, or the built-in model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from diffusers import (
+    DDIMScheduler,
+    DiffusionPipeline,
+    DPMSolverMultistepScheduler,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
+from diffusers.utils import logging as diffusers_logging
+from PIL import Image
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from lib_dinotile import DinotileError
+from lib_dinotile.condition.conditioner import MINI
+from lib_dinotile.condition.shape import UNetShape
+from lib_dinotile.hosts.base import Residuals
+from lib_dinotile.settings import Generation
+from lib_dinotile.tiling.canvas import Canvas
+from lib_dinotile.tiling.noise import TileNoise
+
+FAMILIES = {768: "sd15", 1024: "sd2", 2048: "sdxl"}
+"""Width of the text conditioning -> family, for UNets with 4 latent channels."""
+RESAMPLING = {
+    "Lanczos": Image.Resampling.LANCZOS,
+    "Bicubic": Image.Resampling.BICUBIC,
+    "Nearest": Image.Resampling.NEAREST,
+}
+
+
+class PixelCodec(nn.Module):
+    """The built-in model works on pixels: its latents are 2x2 blocks of them, in [-1, 1]."""
+
+    factor = 2
+    channels = 12
+
+    def encode(self, pixels: Tensor) -> Tensor:
+        return F.pixel_unshuffle(pixels, self.factor)
+
+    def decode(self, latents: Tensor) -> Tensor:
+        return F.pixel_shuffle(latents, self.factor)
+
+
+class VaeCodec(nn.Module):
+    """A pipeline's VAE. Encodes to the mean of its distribution, so that a tile always gives the same latent."""
+
+    def __init__(self, vae: Any) -> None:
+        super().__init__()
+        # SDXL's overflows in half precision; diffusers marks such ones.
+        self.vae = vae.float() if vae.config.get("force_upcast") else vae
+        self.factor = 2 ** (len(vae.config.block_out_channels) - 1)
+        self.channels = vae.config.latent_channels
+        self._scale, self._shift = vae.config.scaling_factor, vae.config.get("shift_factor") or 0.0
+
+    def encode(self, pixels: Tensor) -> Tensor:
+        return (self.vae.encode(pixels.to(self.vae.dtype)).latent_dist.mode() - self._shift) * self._scale
+
+    def decode(self, latents: Tensor) -> Tensor:
+        return self.vae.decode((latents / self._scale + self._shift).to(self.vae.dtype)).sample
+
+
+class DiffusersHost:
+    """img2img with a diffusers UNet and DPM-Solver++ 2M (arXiv 2211.01095), which draws no noise of its own."""
+
+    def __init__(
+        self,
+        unet: UNet2DConditionModel,
+        scheduler: Any,
+        codec: PixelCodec | VaeCodec,
+        base: str,
+        generation: Generation,
+        text: Callable[[], tuple[Tensor, ...]] | None = None,
+        progress: Callable[[int, int], None] = lambda done, total: None,
+    ) -> None:
+        """text: gives (prompt, negative prompt) embeddings, and for SDXL the pooled ones of both."""
+        self._unet, self._codec, self._generation, self._progress = unet, codec, generation, progress
+        self.factor, self.channels, self.base = codec.factor, codec.channels, base
+        self.shape = UNetShape.of_diffusers(unet)
+        self.device, self.dtype = unet.device, unet.dtype
+        self._scheduler = DPMSolverMultistepScheduler.from_config(scheduler.config)
+        alphas = self._scheduler.alphas_cumprod
+        self._sigmas = ((1 - alphas) / alphas).sqrt().tolist()
+        self._guided = text is not None and generation.cfg > 1
+        self._text = text() if text else None
+
+    def upscalers(self) -> Sequence[str]:
+        return list(RESAMPLING)
+
+    def upscale(self, image: Image.Image, size: tuple[int, int], upscaler: str) -> Image.Image:
+        return image.resize(size, RESAMPLING[upscaler])
+
+    def encode(self, pixels: Tensor) -> Tensor:
+        return self._codec.encode((pixels * 2 - 1).to(self.device, self.dtype)).to(self.dtype)
+
+    def decode(self, latents: Tensor) -> Tensor:
+        return (self._codec.decode(latents).float().cpu() + 1) / 2
+
+    def sample(self, latents: Tensor, noise: TileNoise, condition: Residuals | None) -> Tensor:
+        steps, scheduler = self._generation.steps, self._scheduler
+        scheduler.set_timesteps(steps)
+        skipped = steps - min(round(steps * self._generation.denoise), steps)
+        timesteps = scheduler.timesteps[skipped:]
+        if not len(timesteps):
+            return latents
+        scheduler.set_begin_index(skipped)
+        start = noise.next().to(latents)
+        x = scheduler.add_noise(latents, start, timesteps[:1].repeat(len(latents)))
+        for number, timestep in enumerate(timesteps):
+            residuals = condition and condition.residuals(self._sigmas[int(timestep)], number / len(timesteps))
+            prediction = self._predict(scheduler.scale_model_input(x, timestep), timestep, residuals)
+            x = scheduler.step(prediction, timestep, x, return_dict=False)[0]
+        return x
+
+    def _predict(self, x: Tensor, timestep: Tensor, residuals: list[Tensor] | None) -> Tensor:
+        """The UNet's prediction for k tiles, guided by the prompt if there is one (rows: prompt, then negative)."""
+        tiles, copies = len(x), 2 if self._guided else 1
+        inputs: dict[str, Any] = {"encoder_hidden_states": None}
+        if self._text is not None:
+            inputs["encoder_hidden_states"] = torch.cat([rows.expand(tiles, -1, -1) for rows in self._text[:copies]])
+        if self._text is not None and len(self._text) > 2:
+            pooled = torch.cat([rows.expand(tiles, -1) for rows in self._text[2 : 2 + copies]])
+            height, width = (side * self.factor for side in x.shape[-2:])
+            sizes = torch.tensor([[height, width, 0, 0, height, width]], device=x.device, dtype=pooled.dtype)
+            inputs["added_cond_kwargs"] = {"text_embeds": pooled, "time_ids": sizes.expand(len(pooled), -1)}
+        if residuals is not None:
+            added = [residual.to(x).repeat(copies, 1, 1, 1) for residual in residuals]
+            inputs["down_block_additional_residuals"] = added[:-1]
+            inputs["mid_block_additional_residual"] = added[-1]
+        prediction = self._unet(x.repeat(copies, 1, 1, 1), timestep, **inputs, return_dict=False)[0]
+        if not self._guided:
+            return prediction
+        prompt, negative = prediction.chunk(2)
+        return negative + self._generation.cfg * (prompt - negative)
+
+    def interrupted(self) -> bool:
+        return False
+
+    def progress(self, done: int, total: int, canvas: Canvas) -> None:
+        self._progress(done, total)
+
+
+def _single_file(path: Path, config: str, dtype: torch.dtype) -> Any:
+    if path.suffix != ".safetensors":
+        raise DinotileError(f"model: {path.name} is not a .safetensors file; other formats can run code, convert it")
+    try:
+        with safe_open(path, framework="pt") as file:
+            sdxl = any(name.startswith("conditioner.embedders.") for name in file.keys())  # noqa: SIM118
+    except (OSError, SafetensorError) as error:
+        raise DinotileError(f"model: {path.name} cannot be read as a safetensors file: {error}") from error
+    pipeline = StableDiffusionXLPipeline if sdxl else StableDiffusionPipeline
+    more = {"config": config} if config else {}
+    if not sdxl:
+        more["safety_checker"] = None
+    return pipeline.from_single_file(str(path), torch_dtype=dtype, **more)
+
+
+def _pretrained(name: str, dtype: torch.dtype) -> Any:
+    config = DiffusionPipeline.load_config(name)
+    more = {"safety_checker": None} if "safety_checker" in config else {}
+    return DiffusionPipeline.from_pretrained(name, torch_dtype=dtype, use_safetensors=True, **more)
+
+
+def load_host(generation: Generation, progress: Callable[[int, int], None] = lambda done, total: None) -> DiffusersHost:
+    """The host for `generation.model`. DinotileError, one line, if that is not there or no Stable Diffusion."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = torch.float16 if device.type == "cuda" else torch.float32
+    name, path = generation.model, Path(generation.model)
+    diffusers_logging.set_verbosity_error()
+    diffusers_logging.disable_progress_bar()
+    if name == "mini":
+        unet = UNet2DConditionModel.from_pretrained(MINI / "unet").to(device, torch.float32).eval()
+        return DiffusersHost(
+            unet, DDIMScheduler.from_pretrained(MINI / "scheduler"), PixelCodec(), "mini", generation, progress=progress
+        )
+    if path.suffix in (".safetensors", ".ckpt", ".pt", ".pth", ".bin") and not path.is_file():
+        raise DinotileError(f"model: there is no file {name}")
+    try:
+        pipe = _single_file(path, generation.config, dtype) if path.is_file() else _pretrained(name, dtype)
+    except DinotileError:
+        raise
+    except Exception as error:  # whatever the libraries raise for what is missing or damaged
+        line = str(error).strip().split("\n")[0]
+        hint = " (--config FOLDER spares the Hugging Face Hub)" if path.is_file() and not generation.config else ""
+        raise DinotileError(f"model: {name} cannot be loaded{hint}: {line}") from error
+    if not isinstance(getattr(pipe, "unet", None), UNet2DConditionModel) or pipe.unet.config.in_channels != 4:
+        raise DinotileError(
+            f"model: {name} is a {type(pipe).__name__}; give a Stable Diffusion 1.5, 2 or XL checkpoint"
+        )
+    pipe.to(device)
+    codec = VaeCodec(pipe.vae)
+
+    def text() -> tuple[Tensor, ...]:
+        rows = pipe.encode_prompt(
+            prompt=generation.prompt,
+            negative_prompt=generation.negative,
+            device=device,
+            num_images_per_prompt=1,
+            do_classifier_free_guidance=generation.cfg > 1,
+        )
+        return tuple(row for row in rows if row is not None)
+
+    base = FAMILIES.get(pipe.unet.config.cross_attention_dim, "unknown")
+    return DiffusersHost(pipe.unet, pipe.scheduler, codec, base, generation, text, progress)

@@ -1,0 +1,24 @@
+"""Where a WebUI keeps dinotile's models. Set by command-line options (preload.py), made when first asked for."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from modules import paths, shared
+
+
+def _folder(option: str, name: str) -> Path:
+    chosen = getattr(shared.cmd_opts, option, None)
+    folder = Path(chosen) if chosen else Path(paths.models_path) / "dinotile" / name
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def adapters() -> Path:
+    """The folder with adapters, one .safetensors file each."""
+    return _folder("dinotile_adapters_dir", "adapters")
+
+
+def encoders() -> Path:
+    """The folder with DINOv2 models, one folder with config.json and model.safetensors each."""
+    return _folder("dinotile_encoders_dir", "encoders")

@@ -1,0 +1,97 @@
+"""The controls in the img2img tab, made from the table of options."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import gradio as gr
+from modules import shared
+from modules.ui_common import create_refresh_button
+from modules.ui_components import InputAccordion
+
+from lib_dinotile import DinotileError
+from lib_dinotile.condition.conditioner import installed_adapters
+from lib_dinotile.dino.encoder import KNOWN, installed
+from lib_dinotile.hosts import folders
+from lib_dinotile.settings import AUTOMATIC, NONE, Option, Settings
+
+TITLE = "DINO Tile"
+ROWS = (
+    ("scale", "upscaler"),
+    ("tile", "overlap"),
+    ("batch", "order"),
+    ("adapter", "strength"),
+    ("start", "end"),
+    ("encoder",),
+    ("patches", "windows"),
+)
+"""Which options stand side by side; `enabled` is the accordion's own switch."""
+
+
+def adapter_choices() -> list[str]:
+    """None and the names of the installed adapters."""
+    return [NONE, *installed_adapters(folders.adapters())]
+
+
+def encoder_choices() -> list[str]:
+    """Automatic, the encoders that are installed, and the published ones, which are downloaded when first used."""
+    return list(dict.fromkeys([AUTOMATIC, *installed(folders.encoders()), *KNOWN]))
+
+
+def upscaler_choices() -> list[str]:
+    """Names of the WebUI's upscalers."""
+    return [upscaler.name for upscaler in shared.sd_upscalers]
+
+
+CHOICES: dict[str, Callable[[], list[str]]] = {
+    "adapter": adapter_choices,
+    "encoder": encoder_choices,
+    "upscaler": upscaler_choices,
+}
+"""Lists that depend on what is installed."""
+
+
+def _component(option: Option) -> Any:
+    common = {"label": option.label, "value": option.default, "info": option.help, "elem_id": f"dinotile_{option.name}"}
+    choices = CHOICES[option.name]() if option.name in CHOICES else option.choices
+    if choices is not None:
+        return gr.Dropdown(choices=list(choices), **common)
+    return gr.Slider(minimum=option.minimum, maximum=option.maximum, step=option.step, **common)
+
+
+def build() -> dict[str, Any]:
+    """The accordion; its components by option name, in the order of the table."""
+    options = {option.name: option for option in Settings.table()}
+    components = {}
+    enabled = options["enabled"]
+    with InputAccordion(enabled.default, label=TITLE, elem_id="dinotile_enabled") as components["enabled"]:
+        for row in ROWS:
+            with gr.Row(elem_classes="dinotile-row"):
+                for name in row:
+                    components[name] = _component(options[name])
+                if "adapter" in row:
+                    create_refresh_button(
+                        components["adapter"], lambda: None, lambda: {"choices": adapter_choices()}, "dinotile_refresh"
+                    )
+    return {name: components[name] for name in options}
+
+
+def infotext_fields(components: Mapping[str, Any]) -> list[tuple[Any, Any]]:
+    """Which control is set from which key when PNG info is pasted."""
+    keys = [(components[option.name], option.infotext) for option in Settings.table() if option.infotext]
+    return [(components["enabled"], lambda params: keys[0][1] in params), *keys]
+
+
+def settings_from(args: tuple[Any, ...]) -> Settings:
+    """Settings from the script's arguments: one value per option, or, from the API, one dict in front.
+
+    DinotileError if a value is not allowed.
+    """
+    first = args[0] if args else {}
+    if isinstance(first, Mapping):
+        return Settings.parse(first)
+    names = [option.name for option in Settings.table()]
+    if len(args) > len(names):
+        raise DinotileError(f"DINO Tile takes {len(names)} arguments, not {len(args)}: give one dict of options")
+    return Settings.parse(dict(zip(names, args)))

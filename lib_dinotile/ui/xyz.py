@@ -1,0 +1,60 @@
+"""Axes for the WebUI's X/Y/Z plot script, one for each option of the table."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from modules import scripts
+
+from lib_dinotile.settings import Option, Settings
+from lib_dinotile.ui.accordion import CHOICES, TITLE
+
+ATTRIBUTE = "dinotile_axes"
+"""Where the values of a plot's cell wait on its processing object."""
+
+
+def _apply(option: Option) -> Callable[[Any, Any, Any], None]:
+    def apply(p: Any, value: Any, values: Any) -> None:
+        # A new dict: the plot copies processing objects, but not what they hold.
+        setattr(p, ATTRIBUTE, {**getattr(p, ATTRIBUTE, {}), option.name: option.parse(str(value))})
+
+    return apply
+
+
+def _confirm(option: Option) -> Callable[[Any, list[Any]], None]:
+    def confirm(p: Any, values: list[Any]) -> None:
+        for value in values:
+            option.parse(str(value))
+
+    return confirm
+
+
+def with_axes(p: Any, settings: Settings) -> Settings:
+    """The settings with what the plot sets for this cell; an axis of DINO Tile turns it on."""
+    axes: Mapping[str, Any] = getattr(p, ATTRIBUTE, {})
+    return dataclasses.replace(settings, enabled=True, **axes) if axes else settings
+
+
+def register() -> None:
+    """Add the axes to the X/Y/Z plot script, once."""
+    for data in scripts.scripts_data:
+        if Path(data.path).name != "xyz_grid.py":
+            continue
+        module = data.module
+        present = {axis.label for axis in module.axis_options}
+        for option in Settings.table():
+            label = f"[{TITLE}] {option.label}"
+            if not option.xyz or label in present:
+                continue
+            choices = CHOICES.get(option.name) or (option.choices and (lambda o=option: list(o.choices)))
+            axis = module.AxisOptionImg2Img(
+                label,
+                str if choices else option.type,
+                _apply(option),
+                confirm=_confirm(option),
+                choices=choices or None,
+            )
+            module.axis_options.append(axis)

@@ -1,0 +1,6 @@
+"""Command-line options that the WebUI gets from this extension."""
+
+
+def preload(parser):
+    parser.add_argument("--dinotile-adapters-dir", type=str, help="folder with DINO Tile adapters (.safetensors)")
+    parser.add_argument("--dinotile-encoders-dir", type=str, help="folder with DINOv2 models, one folder each")

@@ -1,0 +1,32 @@
+"""The extension's script: hooks only; what they do is in lib_dinotile."""
+
+from modules import script_callbacks, scripts
+
+from lib_dinotile import DinotileError
+from lib_dinotile.hosts.webui import Takeover, refuse
+from lib_dinotile.ui import accordion, xyz
+
+
+class Script(scripts.Script):
+    def title(self):
+        return accordion.TITLE
+
+    def show(self, is_img2img):
+        return scripts.AlwaysVisible if is_img2img else False
+
+    def ui(self, is_img2img):
+        components = accordion.build()
+        self.infotext_fields = accordion.infotext_fields(components)
+        self.paste_field_names = [key for _, key in self.infotext_fields if isinstance(key, str)]
+        return list(components.values())
+
+    def before_process(self, p, *args):
+        try:
+            settings = xyz.with_axes(p, accordion.settings_from(args))
+            if settings.enabled:
+                Takeover(p, settings).apply()
+        except DinotileError as error:
+            refuse(p, error)
+
+
+script_callbacks.on_before_ui(xyz.register)

@@ -1,0 +1,83 @@
+"""The table of options: what is allowed, and one line for what is not."""
+
+import math
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lib_dinotile import DinotileError
+from lib_dinotile.settings import Generation, Settings
+
+
+def test_defaults_are_allowed():
+    for table in (Settings, Generation):
+        for option in table.table():
+            assert option.check(option.default) == option.default
+    assert Settings.parse({}) == Settings()
+
+
+def test_every_option_says_what_it_is():
+    for table in (Settings, Generation):
+        for option in table.table():
+            assert option.label and option.help.endswith((".", ";")) and option.allowed
+            assert (option.minimum is None) == (option.type not in (int, float))
+
+
+def test_infotext_keys_are_unique_and_name_the_extension():
+    keys = [option.infotext for option in Settings.table() if option.infotext]
+    assert len(set(keys)) == len(keys)
+    assert all(key.startswith("DINO Tile ") for key in keys)
+
+
+@pytest.mark.parametrize(
+    "values, line",
+    [
+        ({"scal": 2}, "'scal' is no option of DINO Tile: did you mean 'scale'?"),
+        ({"scale": 9}, "scale: 9 is not allowed, give a number from 1 to 8"),
+        ({"scale": "2"}, "scale: '2' is not allowed, give a number from 1 to 8"),
+        ({"scale": True}, "scale: True is not allowed, give a number from 1 to 8"),
+        ({"scale": None}, "scale: None is not allowed, give a number from 1 to 8"),
+        ({"scale": math.nan}, "scale: nan is not allowed, give a number from 1 to 8"),
+        ({"tile": 500}, "tile: 500 is not allowed, give a whole number from 64 to 2048, a multiple of 8"),
+        ({"tile": 512.5}, "tile: 512.5 is not allowed, give a whole number from 64 to 2048, a multiple of 8"),
+        ({"order": "spiral"}, "order: 'spiral' is not allowed, give one of chess, linear"),
+        ({"adapter": 3}, "adapter: 3 is not allowed, give text"),
+        ({"enabled": 1}, "enabled: 1 is not allowed, give true or false"),
+        ({"tile": 64, "overlap": 40}, "overlap: 40 is not allowed with tile 64, give at most 32"),
+        ({"start": 0.5, "end": 0.25}, "start: 0.5 is not allowed with end 0.25, give no more than that"),
+    ],
+)
+def test_what_is_not_allowed_is_refused_with_one_line(values, line):
+    with pytest.raises(DinotileError) as error:
+        Settings.parse(values)
+    assert str(error.value) == line
+    assert error.value.status_code == 422 and error.value.detail == line
+
+
+def test_a_whole_float_is_an_int():
+    assert Settings.parse({"tile": 512.0}).tile == 512 and type(Settings.parse({"tile": 512.0}).tile) is int
+    assert type(Settings.parse({"scale": 2}).scale) is float
+
+
+@given(
+    st.dictionaries(
+        st.sampled_from([option.name for option in Settings.table()]) | st.text(),
+        st.none() | st.booleans() | st.integers() | st.floats() | st.text() | st.lists(st.integers()),
+    )
+)
+def test_any_dict_gives_settings_or_one_line(values):
+    try:
+        parsed = Settings.parse(values)
+    except DinotileError as error:
+        assert str(error) and "\n" not in str(error)
+    else:
+        assert Settings.parse({name: getattr(parsed, name) for name in values}) == parsed
+
+
+@pytest.mark.parametrize("table", [Settings, Generation])
+def test_text_reads_back(table):
+    for option in table.table():
+        assert option.parse(str(option.default)) == option.default
+    with pytest.raises(DinotileError):
+        Settings.option("tile").parse("many")
