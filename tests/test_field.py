@@ -17,7 +17,7 @@ from lib_dinotile.dino.field import FeatureField, feature_field, patch_grid
 from lib_dinotile.tiling.plan import Rect, TilePlan
 
 sides = st.integers(1, 12)
-few = settings(max_examples=40, deadline=None)
+few = settings(max_examples=25, deadline=None)
 
 
 @dataclasses.dataclass
@@ -86,7 +86,7 @@ def test_a_crop_stays_within_the_field_s_values(rect, grid):
 @given(st.integers(40, 60), st.integers(40, 60), st.integers(40, 80), st.integers(40, 80), st.tuples(sides, sides))
 def test_a_ramp_is_reproduced_inside_the_canvas_on_coarse_and_fine_grids(x, y, width, height, grid):
     """Cell centres on cell centres: a field that says where it is says so of every cell of every crop."""
-    # A canvas of 512 pixels and 32 cells: no crop's cell (up to 80 pixels, and as much to either side) meets its border.
+    # No cell (of up to 80 pixels, and as much to either side) meets the border of the canvas.
     field, rect = ramp(32, 32, (512, 512)), Rect(x + 100, y + 100, width, height)
     assert torch.allclose(field.crop([rect], grid)[0], centres(rect, grid), atol=1e-3)
 
@@ -104,11 +104,20 @@ def test_a_coarser_grid_averages_instead_of_picking_single_cells():
     board = (torch.arange(64)[:, None] + torch.arange(64)[None]) % 2
     field = FeatureField(board[None].float(), (640, 640))
     coarse = field.crop([Rect(0, 0, 640, 640)], (9, 9))
-    assert (coarse - 0.5).abs().max() < 0.02
+    assert (coarse - 0.5).abs().max() < 0.01
+    stripes = FeatureField((torch.arange(64) % 2).expand(1, 64, 64).float(), (640, 640))
+    assert (stripes.crop([Rect(0, 0, 640, 640)], (9, 9)) - 0.5).abs().max() < 0.05
     noise = FeatureField(torch.rand(3, 64, 48), (480, 640))
-    theirs = F.interpolate(noise.features[None], (8, 6), mode="bilinear", antialias=True)
-    ours = noise.crop([Rect(0, 0, 480, 640)], (8, 6))
-    assert torch.allclose(ours[..., 1:-1, 1:-1], theirs[..., 1:-1, 1:-1], atol=1e-5)
+    blocks = F.avg_pool2d(noise.features, 8)
+    assert (noise.crop([Rect(0, 0, 480, 640)], (8, 6))[0] - blocks).abs().max() < 0.05
+
+
+@few
+@given(st.floats(1, 4, exclude_min=True))
+def test_the_grid_may_grow_coarser_without_a_jump(ratio):
+    field = FeatureField(torch.rand(1, 200, 200, generator=torch.Generator().manual_seed(0)), (10**6, 10**6))
+    near, nearer = (field.crop([Rect(0, 0, round(r * 10**5), 10**5)], (20, 20)) for r in (ratio, ratio + 1e-4))
+    assert (near - nearer).abs().max() < 0.1
 
 
 @few
@@ -188,7 +197,7 @@ def test_the_field_is_in_the_range_and_place_of_the_source():
 
     class Range(ToyEncoder):
         def __call__(self, pixels: Tensor, layer: int = -1) -> Tensor:
-            assert 0 <= pixels.min() and pixels.max() <= 1
+            assert pixels.min() >= 0 and pixels.max() <= 1
             return super().__call__(pixels, layer)
 
     source = torch.zeros(3, 20, 30)

@@ -45,7 +45,7 @@ def test_infotext_keys_are_unique_and_name_the_extension():
         ({"adapter": 3}, "adapter: 3 is not allowed, give text"),
         ({"enabled": 1}, "enabled: 1 is not allowed, give true or false"),
         ({"tile": 64, "overlap": 40}, "overlap: 40 is not allowed with tile 64, give at most 32"),
-        ({"start": 0.5, "end": 0.25}, "start: 0.5 is not allowed with end 0.25, give no more than that"),
+        ({"start": 0.5, "end": 0.25}, "start: 0.5 is not allowed with end 0.25, give at most 0.25"),
     ],
 )
 def test_what_is_not_allowed_is_refused_with_one_line(values, line):

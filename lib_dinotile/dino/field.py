@@ -31,9 +31,10 @@ class FeatureField:
     def crop(self, tiles: Sequence[Rect], grid: tuple[int, int]) -> Tensor:
         """(k, D, h, w): the features at the cells of a grid (h, w) over each of k rectangles on the canvas.
 
-        Bilinear between the field's cells; where the grid asked for is coarser than the field, the average over the
-        triangle that Pillow's and torch's antialiased bilinear resizing take. A rectangle may reach beyond the canvas:
-        there the field goes on as it is at the border.
+        Bilinear between the field's cells; where the grid asked for is coarser than the field, that surface's average
+        around each cell's centre, so that nothing is missed between two centres. (Averaging the surface reproduces
+        linear fields exactly; the sampled triangle of torch's and Pillow's antialiased resizing does not.) A rectangle
+        may reach beyond the canvas: there the field goes on as it is at the border.
         """
         if not tiles:
             return self.features.new_empty(0, self.features.shape[0], *grid)
@@ -51,17 +52,28 @@ def _sample(field: Tensor, dim: int, start: int, length: int, count: int, canvas
     # Whole numbers up to the one division: what two tiles share, they get to the bit, and the field itself unchanged.
     centres = (torch.arange(count, dtype=torch.int64) * 2 + 1) * length + 2 * count * start
     position = (centres * cells).double() / (2 * count * canvas) - 0.5
-    radius = max(1.0, length * cells / (count * canvas))
-    reach = math.ceil(radius)
-    total, sampled = torch.zeros_like(position), None
-    for offset in range(1 - reach, reach + 1):
+    ratio = length * cells / (count * canvas)
+    # A cell of the field is one cell wide already; a box of this width makes it `ratio` wide (variances add up).
+    box = math.sqrt(max(0.0, ratio**2 - 1))
+    shape = [-1 if d == dim else 1 for d in range(3)]
+    sampled = torch.zeros((), dtype=field.dtype, device=field.device)
+    for offset in range(-math.ceil(box / 2), math.ceil(box / 2) + 2):
         index = position.floor() + offset
-        weight = (1 - (index - position).abs() / radius).clamp(min=0)
-        shape = [-1 if d == dim else 1 for d in range(3)]
         taken = field.index_select(dim, index.clamp(0, cells - 1).long().to(field.device))
-        part = taken * weight.to(field).view(shape)
-        total, sampled = total + weight, part if sampled is None else sampled + part
-    return sampled if radius == 1 else sampled / total.to(field).view(shape)
+        sampled = sampled + taken * _tent(position - index, box).to(field).view(shape)
+    return sampled
+
+
+def _tent(distance: Tensor, box: float) -> Tensor:
+    """The weight of a cell in linear interpolation at that distance (in cells), averaged over a box of that width."""
+    if box < 1e-6:
+        return (1 - distance.abs()).clamp(min=0)
+
+    def integral(x: Tensor) -> Tensor:
+        x = x.clamp(-1, 1)
+        return x - x * x.abs() / 2
+
+    return (integral(distance + box / 2) - integral(distance - box / 2)) / box
 
 
 def patch_grid(width: int, height: int, patches: int) -> tuple[int, int]:

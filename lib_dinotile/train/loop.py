@@ -36,7 +36,7 @@ class Schedule:
 
     batch: int = 16
     rate: float = 4e-4
-    warmup: int = 200
+    warmup: int = 150
     decay: float = 0.999
     """EMA decay per step, reached gradually."""
 

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from diffusers import DDIMScheduler, UNet2DConditionModel
 from torch import Tensor, nn
 
+from lib_dinotile.train.encoder import EncoderImages, EncoderTraining, encoder_loss, export_encoder
 from lib_dinotile.train.images import Pool, RestorePairs
 from lib_dinotile.train.loop import Schedule, fit
 
@@ -27,7 +28,7 @@ UNET_CONFIG: dict[str, Any] = {
     "down_block_types": ("DownBlock2D",) * 3,
     "up_block_types": ("UpBlock2D",) * 3,
     "mid_block_type": "UNetMidBlock2D",
-    "block_out_channels": (64, 96, 128),
+    "block_out_channels": (48, 80, 128),
     "layers_per_block": 1,
     "norm_num_groups": 8,
     "cross_attention_dim": 8,
@@ -136,6 +137,12 @@ def train_unet(schedule: Schedule, pool: Pool, export: Path, bank: int) -> None:
     fit(model, data, UNetLoss(), schedule, lambda averaged, _: export_unet(averaged, export))
 
 
+def train_encoder(schedule: Schedule, pool: Pool, export: Path, bank: int) -> None:
+    """The patch encoder."""
+    data = EncoderImages(pool, bank, schedule.seed)
+    fit(EncoderTraining(), data, encoder_loss, schedule, lambda averaged, _: export_encoder(averaged, export))
+
+
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m lib_dinotile.train.mini", description=__doc__)
     parser.add_argument("part", choices=("unet", "encoder", "adapter"))
@@ -145,7 +152,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--steps", type=int, default=8000, help="length of the cosine schedule")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="stop after this long at the latest")
     parser.add_argument("--batch", type=int, default=16)
-    parser.add_argument("--rate", type=float, default=4e-4, help="highest learning rate")
+    parser.add_argument("--rate", type=float, default=6e-4, help="highest learning rate")
     parser.add_argument("--bank", type=int, default=24000, help="different crops to make before they come again")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--precision", choices=("no", "bf16"), default="bf16")
@@ -156,8 +163,8 @@ def main(arguments: list[str] | None = None) -> None:
     pool = Pool.load(args.root)
     for name in pool.missing:
         print(f"not installed, trained without: {name}")
-    if args.part == "unet":
-        train_unet(schedule, pool, args.export, args.bank)
+    train = {"unet": train_unet, "encoder": train_encoder}[args.part]
+    train(schedule, pool, args.export, args.bank)
 
 
 if __name__ == "__main__":
