@@ -59,7 +59,7 @@ def _jobs(source: Path, target: Path) -> list[tuple[Path, Path]]:
 
 def _parameters(settings: Settings, generation: Generation) -> str:
     keys = [f"Denoising strength: {generation.denoise:g}", f"Seed: {generation.seed}", f"Model: {generation.model}"]
-    keys += [f"{option.infotext}: {getattr(settings, option.name)}" for option in Settings.table() if option.infotext]
+    keys += [f"{key}: {value}" for key, value in settings.infotext.items()]
     return f"{generation.prompt}\nNegative prompt: {generation.negative}\n" + ", ".join(keys)
 
 

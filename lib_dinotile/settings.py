@@ -45,6 +45,8 @@ class Option:
     """Key in PNG info, or None if it does not change the image."""
     flag: str | None = None
     """On the command line, where that is not the name with dashes."""
+    only_with: str | None = None
+    """Another option without which this one changes nothing, as long as that has its default."""
     xyz: bool = True
     """Whether it is an X/Y/Z axis."""
 
@@ -190,6 +192,7 @@ class Settings(Options):
         maximum=2.0,
         step=0.05,
         infotext="DINO Tile strength",
+        only_with="adapter",
     )
     start: float = option(
         0.0,
@@ -199,6 +202,7 @@ class Settings(Options):
         maximum=1.0,
         step=0.05,
         infotext="DINO Tile start",
+        only_with="adapter",
     )
     end: float = option(
         1.0,
@@ -208,12 +212,14 @@ class Settings(Options):
         maximum=1.0,
         step=0.05,
         infotext="DINO Tile end",
+        only_with="adapter",
     )
     encoder: str = option(
         AUTOMATIC,
         "DINO encoder",
         "The DINOv2 model that looks at the source. Automatic: the one that the adapter was trained with.",
         infotext="DINO Tile encoder",
+        only_with="adapter",
         flag="dino",
     )
     patches: int = option(
@@ -224,6 +230,7 @@ class Settings(Options):
         maximum=256,
         step=1,
         infotext="DINO Tile patches",
+        only_with="adapter",
     )
     windows: int = option(
         1,
@@ -233,7 +240,18 @@ class Settings(Options):
         maximum=8,
         step=1,
         infotext="DINO Tile windows",
+        only_with="adapter",
     )
+
+    @property
+    def infotext(self) -> dict[str, Any]:
+        """Keys and values for PNG info: all options that had a part in the image."""
+        rows = {row.name: row for row in self.table()}
+        return {
+            row.infotext: getattr(self, name)
+            for name, row in rows.items()
+            if row.infotext and (row.only_with is None or getattr(self, row.only_with) != rows[row.only_with].default)
+        }
 
     def __post_init__(self) -> None:
         if self.overlap > self.tile // 2:

@@ -106,7 +106,7 @@ def test_a_coarser_grid_averages_instead_of_picking_single_cells():
     coarse = field.crop([Rect(0, 0, 640, 640)], (9, 9))
     assert (coarse - 0.5).abs().max() < 0.01
     stripes = FeatureField((torch.arange(64) % 2).expand(1, 64, 64).float(), (640, 640))
-    assert (stripes.crop([Rect(0, 0, 640, 640)], (9, 9)) - 0.5).abs().max() < 0.05
+    assert (stripes.crop([Rect(0, 0, 640, 640)], (9, 9)) - 0.5).abs().max() < 0.1
     noise = FeatureField(torch.rand(3, 64, 48), (480, 640))
     blocks = F.avg_pool2d(noise.features, 8)
     assert (noise.crop([Rect(0, 0, 480, 640)], (8, 6))[0] - blocks).abs().max() < 0.05

@@ -81,3 +81,10 @@ def test_text_reads_back(table):
         assert option.parse(str(option.default)) == option.default
     with pytest.raises(DinotileError):
         Settings.option("tile").parse("many")
+
+
+def test_png_info_names_the_options_that_had_a_part_in_the_image():
+    plain, adapted = Settings().infotext, Settings(adapter="fur").infotext
+    assert "DINO Tile scale" in plain and "DINO Tile strength" not in plain
+    assert adapted["DINO Tile strength"] == 1.0
+    assert set(adapted) == {option.infotext for option in Settings.table() if option.infotext}

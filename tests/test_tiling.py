@@ -1,5 +1,7 @@
 """Tiles, blending, noise and the canvas, over any size of image, tile and overlap."""
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -71,7 +73,7 @@ def test_batches_are_waves_cut_to_size(plan, size):
 def test_neighbours_overlap_at_least_as_asked(plan):
     wanted = min(-(-plan.overlap // plan.factor) * plan.factor, min(plan.tile_size) // plan.factor // 2 * plan.factor)
     for starts, side in ((plan.columns, plan.tile_size[0]), (plan.rows, plan.tile_size[1])):
-        assert all(a + side - b >= wanted for a, b in zip(starts, starts[1:]))
+        assert all(a + side - b >= wanted for a, b in itertools.pairwise(starts))
 
 
 @given(plans())

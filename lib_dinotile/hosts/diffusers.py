@@ -8,14 +8,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from diffusers import (
-    DDIMScheduler,
-    DiffusionPipeline,
-    DPMSolverMultistepScheduler,
-    StableDiffusionPipeline,
-    StableDiffusionXLPipeline,
-    UNet2DConditionModel,
-)
+from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, UNet2DConditionModel
 from diffusers.utils import logging as diffusers_logging
 from PIL import Image
 from safetensors import SafetensorError, safe_open
@@ -82,7 +75,7 @@ class DiffusersHost:
         text: Callable[[], tuple[Tensor, ...]] | None = None,
         progress: Callable[[int, int], None] = lambda done, total: None,
     ) -> None:
-        """text: gives (prompt, negative prompt) embeddings, and for SDXL the pooled ones of both."""
+        """text: gives the embeddings (1, n, D) of prompt and negative prompt, and for SDXL the pooled (1, D) of both."""
         self._unet, self._codec, self._generation, self._progress = unet, codec, generation, progress
         self.factor, self.channels, self.base = codec.factor, codec.channels, base
         self.shape = UNetShape.of_diffusers(unet)
@@ -149,7 +142,9 @@ class DiffusersHost:
         self._progress(done, total)
 
 
-def _single_file(path: Path, config: str, dtype: torch.dtype) -> Any:
+def _single_file(path: Path, config: str) -> Any:
+    from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline  # slow to import, and mini needs none
+
     if path.suffix != ".safetensors":
         raise DinotileError(f"model: {path.name} is not a .safetensors file; other formats can run code, convert it")
     try:
@@ -161,13 +156,15 @@ def _single_file(path: Path, config: str, dtype: torch.dtype) -> Any:
     more = {"config": config} if config else {}
     if not sdxl:
         more["safety_checker"] = None
-    return pipeline.from_single_file(str(path), torch_dtype=dtype, **more)
+    return pipeline.from_single_file(str(path), **more)
 
 
-def _pretrained(name: str, dtype: torch.dtype) -> Any:
+def _pretrained(name: str) -> Any:
+    from diffusers import DiffusionPipeline
+
     config = DiffusionPipeline.load_config(name)
     more = {"safety_checker": None} if "safety_checker" in config else {}
-    return DiffusionPipeline.from_pretrained(name, torch_dtype=dtype, use_safetensors=True, **more)
+    return DiffusionPipeline.from_pretrained(name, use_safetensors=True, **more)
 
 
 def load_host(generation: Generation, progress: Callable[[int, int], None] = lambda done, total: None) -> DiffusersHost:
@@ -185,7 +182,7 @@ def load_host(generation: Generation, progress: Callable[[int, int], None] = lam
     if path.suffix in (".safetensors", ".ckpt", ".pt", ".pth", ".bin") and not path.is_file():
         raise DinotileError(f"model: there is no file {name}")
     try:
-        pipe = _single_file(path, generation.config, dtype) if path.is_file() else _pretrained(name, dtype)
+        pipe = _single_file(path, generation.config) if path.is_file() else _pretrained(name)
     except DinotileError:
         raise
     except Exception as error:  # whatever the libraries raise for what is missing or damaged
@@ -196,18 +193,17 @@ def load_host(generation: Generation, progress: Callable[[int, int], None] = lam
         raise DinotileError(
             f"model: {name} is a {type(pipe).__name__}; give a Stable Diffusion 1.5, 2 or XL checkpoint"
         )
-    pipe.to(device)
+    pipe.to(device, dtype)
     codec = VaeCodec(pipe.vae)
 
     def text() -> tuple[Tensor, ...]:
-        rows = pipe.encode_prompt(
+        return pipe.encode_prompt(
             prompt=generation.prompt,
             negative_prompt=generation.negative,
             device=device,
             num_images_per_prompt=1,
-            do_classifier_free_guidance=generation.cfg > 1,
+            do_classifier_free_guidance=True,
         )
-        return tuple(row for row in rows if row is not None)
 
     base = FAMILIES.get(pipe.unet.config.cross_attention_dim, "unknown")
     return DiffusersHost(pipe.unet, pipe.scheduler, codec, base, generation, text, progress)

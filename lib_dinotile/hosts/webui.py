@@ -203,9 +203,7 @@ class Takeover:
         p = self._p
         p.width, p.height = self.size
         p.init, p.sample = self.init, self.sample
-        for option in Settings.table():
-            if option.infotext:
-                p.extra_generation_params[option.infotext] = getattr(self._settings, option.name)
+        p.extra_generation_params.update(self._settings.infotext)
 
     def init(self, all_prompts: list[str], all_seeds: list[int], all_subseeds: list[int]) -> None:
         """In place of `p.init`: everything that can go wrong before the first tile goes wrong here."""

@@ -42,7 +42,9 @@ def normalise(images: Tensor) -> Tensor:
     return ((images + 1) / 2 - _MEAN.to(images)) / _STD.to(images)
 
 
-def mosaic(rng: np.random.Generator, atlas: tuple[tuple[np.ndarray, ...], ...], side: int) -> tuple[np.ndarray, np.ndarray]:
+def mosaic(
+    rng: np.random.Generator, atlas: tuple[tuple[np.ndarray, ...], ...], side: int
+) -> tuple[np.ndarray, np.ndarray]:
     """Two to five textures side by side: (side, side, 3) uint8 and per patch the label (side/14, side/14) int64.
 
     Cells of random seeds, their borders made uneven; every cell's colour is changed at random, so that colour tells
@@ -108,7 +110,7 @@ class EncoderTraining(nn.Module):
         self.texture = nn.Linear(ENCODER_CONFIG["hidden_size"], len(TEXTURES))
 
     def forward(self, images: Tensor, masked: Tensor) -> tuple[Tensor, Tensor]:
-        """images (n, 3, H, W) in -1..1, masked (n, L) bool -> predicted patches (n, L, 588), texture logits (n, L, T)."""
+        """images (n, 3, H, W) in -1..1, masked (n, L) bool -> predicted patches (n, L, 588), logits (n, L, T)."""
         tokens = self.encoder(normalise(images), bool_masked_pos=masked).last_hidden_state[:, 1:]
         return self.pixels(tokens), self.texture(tokens)
 

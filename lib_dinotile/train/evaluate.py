@@ -18,8 +18,9 @@ from diffusers import DDIMScheduler, UNet2DConditionModel
 from PIL import Image
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
+from lib_dinotile.train.adapter import MINI
 from lib_dinotile.train.images import HELD_OUT, package_roots, read_photo, to_tensor
-from lib_dinotile.train.mini import MINI, unshuffle
+from lib_dinotile.train.objective import unshuffle
 
 
 @torch.no_grad()
@@ -81,9 +82,10 @@ def main() -> None:
             large = restore(unet, scheduler, canvas, strength)
             Image.fromarray(restored).save(args.out / f"{name}_known_{strength}.png")
             Image.fromarray(large).save(args.out / f"{name}_photo_{strength}.png")
-            shift = (large.mean((0, 1)) - canvas.mean((0, 1))).round(2).tolist()
-            print(json.dumps({"photo": name, "what": f"mini {strength}", **figures(restored, truth),
-                              "photo_sharpness": round(sharpness(large) / sharpness(canvas), 3), "shift": shift}))  # fmt: skip
+            line = {"photo": name, "what": f"mini {strength}", **figures(restored, truth)}
+            line["photo_sharpness"] = round(sharpness(large) / sharpness(canvas), 3)
+            line["shift"] = (large.mean((0, 1)) - canvas.mean((0, 1))).round(2).tolist()
+            print(json.dumps(line))
 
 
 if __name__ == "__main__":

@@ -44,33 +44,34 @@ def _lomiri(name: str, licence: str, shrink: float, weight: float = 1.0) -> Phot
     return Photo(f"usr/share/backgrounds/{name}", "Debian lomiri-wallpapers-16.04", licence, shrink, weight)
 
 
-# scikit-image: skimage/data/README.txt names each source. scipy: raccoon face, public domain, scipy/datasets/_fetchers.py.
+# Sources and licences: the docstrings of skimage.data and scipy.misc.face; sklearn/datasets/images/README.txt; Debian's
+# lomiri-wallpapers-16.04/copyright.
 PHOTOS: tuple[Photo, ...] = (
     _skimage("astronaut.png", "public domain (NASA)", weight=2),
-    _skimage("rocket.jpg", "CC0 (SpaceX)", 1.25),
-    _skimage("motorcycle_left.png", "CC0 (Middlebury stereo 2014)", weight=2),
-    _skimage("motorcycle_right.png", "CC0 (Middlebury stereo 2014)"),
-    _skimage("retina.jpg", "public domain", 2.0, 0.3),
+    _skimage("rocket.jpg", "public domain (SpaceX)", 1.25),
+    _skimage("motorcycle_left.png", "none stated of its own (Middlebury stereo 2014, Scharstein et al.)", weight=2),
+    _skimage("motorcycle_right.png", "none stated of its own (Middlebury stereo 2014, Scharstein et al.)"),
+    _skimage("retina.jpg", "CC0 (Mikael Häggström)", 2.0, 0.3),
     _skimage("hubble_deep_field.jpg", "public domain (NASA)", 1.25, 0.5),
     _skimage("brick.png", "CC0 (CC0Textures)", weight=0.7),
-    _skimage("grass.png", "CC0 (public domain texture)", weight=1.5),
+    _skimage("grass.png", "CC0 (linolafett)", weight=1.5),
     _skimage("gravel.png", "CC0 (CC0Textures)", weight=0.7),
     _skimage("camera.png", "CC0 (Lav Varshney)", weight=0.7),
-    _skimage("coins.png", "public domain (Brooklyn Museum)", weight=0.5),
+    _skimage("coins.png", "no known restrictions (Brooklyn Museum)", weight=0.5),
     _skimage("text.png", "public domain", weight=0.3),
     _skimage("page.png", "public domain", weight=0.3),
-    Photo("sklearn/datasets/images/china.jpg", "scikit-learn", "CC BY (Marina Burnel)", 1.25, 1.5),
-    Photo("sklearn/datasets/images/flower.jpg", "scikit-learn", "CC BY (dany13)", 1.25, 0.7),
-    Photo("scipy/misc/face.dat", "scipy<1.12", "public domain (raccoon face)", 1.25, 4),
-    _lomiri("aitzgorri_by_Aitzol_Berasategi.jpg", "CC BY 4.0", 2.5),
-    _lomiri("friends_by_Aitzol_Berasategi.jpg", "CC BY 4.0", 2.0, 2),
-    _lomiri("life_by_Aitzol_Berasategi.jpg", "CC BY 4.0", 2.0, 2),
-    _lomiri("picosdeeuropa_by_Aitzol_Berasategi.jpg", "CC BY 4.0", 2.5),
-    _lomiri("sunset_by_Aitzol_Berasategi.jpg", "CC BY 4.0", 3.0),
-    _lomiri("Picture_0B_by_freespace.jpg", "CC BY 4.0", 2.0),
-    _lomiri("Picture_1A_by_freespace.jpg", "CC BY 4.0", 1.5, 1.5),
-    _lomiri("seeding_by_Clements_Engelhardt.jpg", "CC0", 4.0),
-    _lomiri("Wine_by_Jakkub_Mede.jpg", "CC BY 4.0", 2.5),
+    Photo("sklearn/datasets/images/china.jpg", "scikit-learn", "CC BY 2.0 (danielbuechele)", 1.25, 1.5),
+    Photo("sklearn/datasets/images/flower.jpg", "scikit-learn", "CC BY 2.0 (vultilion)", 1.25, 0.7),
+    Photo("scipy/misc/face.dat", "scipy<1.12", "public domain (public-domain-image.com)", 1.25, 4),
+    _lomiri("aitzgorri_by_Aitzol_Berasategi.jpg", "CC BY 4.0 (Aitzol Berasategi)", 2.5),
+    _lomiri("friends_by_Aitzol_Berasategi.jpg", "CC BY 4.0 (Aitzol Berasategi)", 2.0, 2),
+    _lomiri("life_by_Aitzol_Berasategi.jpg", "CC BY 4.0 (Aitzol Berasategi)", 2.0, 2),
+    _lomiri("picosdeeuropa_by_Aitzol_Berasategi.jpg", "CC BY 4.0 (Aitzol Berasategi)", 2.5),
+    _lomiri("sunset_by_Aitzol_Berasategi.jpg", "CC BY 4.0 (Aitzol Berasategi)", 3.0),
+    _lomiri("Picture_0B_by_freespace.jpg", "CC BY 4.0 (Trevor 'Freespace')", 2.0),
+    _lomiri("Picture_1A_by_freespace.jpg", "CC BY 4.0 (Trevor 'Freespace')", 1.5, 1.5),
+    _lomiri("seeding_by_Clements_Engelhardt.jpg", "CC0 (Clemens Engelhardt)", 4.0),
+    _lomiri("Wine_by_Jakkub_Mede.jpg", "CC BY 4.0 (Jakub Mede)", 2.5),
 )
 
 HELD_OUT: tuple[Photo, ...] = (

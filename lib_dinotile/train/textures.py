@@ -1,6 +1,6 @@
 """Procedural textures: endless sharp material whose class is known exactly.
 
-Each painter takes a generator and a side in px and returns (side, side, 3) uint8. The same seed paints the same texture.
+Each painter takes a generator and a side in px and returns (side, side, 3) uint8. The same seed, the same texture.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ Painter = Callable[[np.random.Generator, int], np.ndarray]
 
 
 def _noise(rng: np.random.Generator, side: int, beta: float, stretch: float = 1.0, angle: float = 0.0) -> np.ndarray:
-    """(side, side) noise of zero mean and unit deviation with spectrum 1/f**beta, smeared `stretch` times along `angle`."""
+    """(side, side) noise, mean 0, deviation 1, spectrum 1/f**beta, drawn out `stretch` times along `angle`."""
     fy, fx = np.meshgrid(np.fft.fftfreq(side), np.fft.rfftfreq(side), indexing="ij")
     along, across = fx * np.cos(angle) + fy * np.sin(angle), fy * np.cos(angle) - fx * np.sin(angle)
     radius = np.hypot(along * stretch, across)

@@ -1,0 +1,214 @@
+"""The headless host, on tiny random Stable Diffusion 1.5 and XL pipelines."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+
+from lib_dinotile import DinotileError
+from lib_dinotile.condition.adapter import AdapterCondition, AdapterConfig
+from lib_dinotile.condition.shape import UNetShape
+from lib_dinotile.engine import upscale
+from lib_dinotile.hosts.diffusers import load_host
+from lib_dinotile.settings import Generation, Settings
+from lib_dinotile.tiling.noise import NoiseField
+from tests.test_adapter import Adapter, random_adapter
+from tests.test_tiling import random_image
+
+SETTINGS = Settings(tile=64, overlap=16, scale=2.0)
+SOURCE = random_image(70, 45)
+
+
+def _tokenizer(folder):
+    """CLIP's kind, with letters for a vocabulary."""
+    folder.mkdir()
+    letters = "abcdefghijklmnopqrstuvwxyz"
+    words = [*letters, *(letter + "</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
+    (folder / "vocab.json").write_text(json.dumps({word: number for number, word in enumerate(words)}))
+    (folder / "merges.txt").write_text("#version: 0.2\n")
+    return CLIPTokenizer(str(folder / "vocab.json"), str(folder / "merges.txt"), model_max_length=77)
+
+
+def _text(width, kind):
+    config = CLIPTextConfig(
+        vocab_size=54,
+        hidden_size=width,
+        intermediate_size=width,
+        num_attention_heads=2,
+        num_hidden_layers=2,
+        projection_dim=width,
+        bos_token_id=52,
+        eos_token_id=53,
+        pad_token_id=53,
+    )
+    return kind(config)
+
+
+def _parts(context, **more):
+    torch.manual_seed(0)
+    unet = UNet2DConditionModel(
+        sample_size=8,
+        block_out_channels=(32, 64),
+        layers_per_block=1,
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        cross_attention_dim=context,
+        attention_head_dim=8,
+        norm_num_groups=8,
+        **more,
+    )
+    vae = AutoencoderKL(
+        block_out_channels=(16, 16, 16, 16),
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        latent_channels=4,
+        norm_num_groups=8,
+    )
+    scheduler = DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False)
+    return {"unet": unet, "vae": vae, "scheduler": scheduler}
+
+
+@pytest.fixture(scope="module")
+def sd15(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("sd15")
+    pipeline = StableDiffusionPipeline(
+        **_parts(768),
+        text_encoder=_text(768, CLIPTextModel),
+        tokenizer=_tokenizer(folder / "words"),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    pipeline.save_pretrained(folder / "model")
+    return str(folder / "model")
+
+
+@pytest.fixture(scope="module")
+def sdxl(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("sdxl")
+    added = {
+        "addition_embed_type": "text_time",
+        "addition_time_embed_dim": 8,
+        "projection_class_embeddings_input_dim": 6 * 8 + 1024,
+    }
+    tokenizer = _tokenizer(folder / "words")
+    pipeline = StableDiffusionXLPipeline(
+        **_parts(2048, **added),
+        text_encoder=_text(1024, CLIPTextModel),
+        text_encoder_2=_text(1024, CLIPTextModelWithProjection),
+        tokenizer=tokenizer,
+        tokenizer_2=tokenizer,
+        add_watermarker=False,
+    )
+    pipeline.save_pretrained(folder / "model")
+    return str(folder / "model")
+
+
+class Fixed:
+    """A conditioner with the features of an adapter test: random, but those of the tile's place."""
+
+    def __init__(self, adapter, seed=0):
+        self._adapter = adapter
+        self._noise = NoiseField(seed, adapter.config.features)
+
+    def features(self, source, size):
+        return True
+
+    def condition(self, features, tiles, latent):
+        areas = [tile.shrink(8) for tile in tiles]
+        crops = torch.nn.functional.adaptive_avg_pool2d(self._noise.crop(areas, 0), self._adapter.grid(latent))
+        return AdapterCondition(self._adapter, crops, latent)
+
+
+def run(model, batch=4, conditioner=None, **generation):
+    given = Generation(**{"model": model, "prompt": "a cat", "steps": 4, "denoise": 0.5, "seed": 1, **generation})
+    host = load_host(given)
+    settings = Settings(**{**SETTINGS.__dict__, "batch": batch})
+    result = upscale(host, SOURCE, settings, NoiseField(given.seed, host.channels), conditioner)
+    return np.asarray(result.image).astype(int)
+
+
+def adapters(model):
+    host = load_host(Generation(model=model))
+    config = AdapterConfig(host.base, host.shape, "tiny", features=12, width=16, blocks=1)
+    return Adapter(config), random_adapter(config)
+
+
+@pytest.mark.parametrize("family", ["sd15", "sdxl"])
+@pytest.mark.parametrize("cfg", [1.0, 5.0])
+def test_untrained_adapter_changes_no_bit_and_a_random_one_conditions_every_tile_by_its_own(family, cfg, request):
+    model = request.getfixturevalue(family)
+    untrained, random = adapters(model)
+    plain = run(model, cfg=cfg)
+    assert (run(model, cfg=cfg, conditioner=Fixed(untrained)) == plain).all()
+    adapted = run(model, cfg=cfg, conditioner=Fixed(random))
+    assert abs(adapted - plain).mean() > 0.5
+    # One tile a batch cannot mix tiles up; four must give the same.
+    assert abs(run(model, 1, cfg=cfg, conditioner=Fixed(random)) - adapted).max() <= 1
+    assert abs(run(model, 1, cfg=cfg) - plain).max() <= 1
+
+
+def test_the_family_and_the_shape_are_read_off_the_checkpoint(sd15, sdxl):
+    for model, base in ((sd15, "sd15"), (sdxl, "sdxl")):
+        host = load_host(Generation(model=model))
+        assert (host.base, host.factor, host.channels) == (base, 8, 4)
+        assert host.shape == UNetShape(((32, 1), (32, 1), (32, 2), (64, 2), (64, 2)))
+
+
+def test_residual_slots_are_those_of_the_real_unet(sd15):
+    """The shape is computed from the configuration: hold it against what the blocks really put out."""
+    host, sizes = load_host(Generation(model=sd15)), []
+    unet = host._unet
+
+    def down(module, arguments, output):
+        sizes.extend(tuple(skip.shape[1:]) for skip in output[1])
+
+    hooks = [block.register_forward_hook(down) for block in unet.down_blocks]
+    hooks.append(unet.mid_block.register_forward_hook(lambda m, a, out: sizes.append(tuple(out.shape[1:]))))
+    unet(torch.randn(1, 4, 9, 7), 5, torch.randn(1, 77, 768))
+    assert [(32, 9, 7), *sizes] == [(c, -(-9 // d), -(-7 // d)) for c, d in host.shape.slots]
+    for hook in hooks:
+        hook.remove()
+
+
+def test_prompt_strength_and_seed_count(sd15):
+    plain = run(sd15)
+    for other in ({"prompt": "pebbles"}, {"negative": "cloth"}, {"seed": 2}, {"cfg": 2.0}, {"steps": 6}):
+        assert abs(run(sd15, **other) - plain).max() > 0, other
+
+
+def test_denoise_0_only_goes_through_the_codec(sd15):
+    assert (run(sd15, denoise=0.0) == run(sd15, denoise=0.0, seed=9, prompt="x")).all()
+
+
+@pytest.mark.parametrize(
+    "model, says",
+    [
+        ("no-such-file.safetensors", "there is no file no-such-file.safetensors"),
+        ("not/a/model/at/all", "not/a/model/at/all cannot be loaded"),
+    ],
+)
+def test_a_model_that_is_not_there_is_refused_with_one_line(model, says, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(DinotileError, match=says) as error:
+        load_host(Generation(model=model))
+    assert "\n" not in str(error.value)
+
+
+def test_a_file_that_is_no_checkpoint_is_refused_with_one_line(tmp_path):
+    for name in ("text.safetensors", "model.ckpt"):
+        (tmp_path / name).write_text("no tensors in here")
+        with pytest.raises(
+            DinotileError, match=r"is not a \.safetensors file|cannot be read as a safetensors"
+        ) as error:
+            load_host(Generation(model=str(tmp_path / name)))
+        assert "\n" not in str(error.value)

@@ -1,0 +1,135 @@
+"""The flow, on a host that does what the test says."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import settings as profile
+from hypothesis import strategies as st
+from PIL import Image
+
+from lib_dinotile import DinotileError
+from lib_dinotile.engine import UnfinishedError, canvas_size, upscale
+from lib_dinotile.hosts.base import Interrupted
+from lib_dinotile.settings import Settings
+from lib_dinotile.tiling.noise import NoiseField
+from tests.test_tiling import random_image
+
+
+class StubHost:
+    """Latents are pixels in blocks of `factor`; sampling is the function given."""
+
+    base, shape, device, dtype, channels = "stub", None, "cpu", torch.float32, 4
+
+    def __init__(self, sample=lambda latents, noise: latents, factor=8, stop_after=None):
+        self.factor, self._sample, self._stop_after = factor, sample, stop_after
+        self.sampled, self.seen = [], []
+
+    def upscalers(self):
+        return ["Lanczos"]
+
+    def upscale(self, image, size, upscaler):
+        return image.resize(size, Image.Resampling.LANCZOS)
+
+    def encode(self, pixels):
+        return pixels
+
+    def decode(self, latents):
+        return latents
+
+    def sample(self, latents, noise, condition):
+        self.sampled.append(len(latents))
+        return self._sample(latents, noise)
+
+    def interrupted(self):
+        return self._stop_after is not None and len(self.sampled) >= self._stop_after
+
+    def progress(self, done, total, canvas):
+        self.seen.append((done, total))
+
+
+def noisy(latents, noise):
+    """A sampler whose result depends on the pixels and on two draws of noise at every place."""
+    draws = (noise.next() + noise.next())[:, :3]
+    return (latents * 0.8 + 0.1 + draws.repeat_interleave(8, -1).repeat_interleave(8, -2) * 0.05).clamp(0, 1)
+
+
+@profile(max_examples=25)
+@given(st.integers(1, 90), st.integers(1, 90), st.sampled_from([1.0, 1.5, 2.0, 3.3]), st.sampled_from([64, 96, 128]))
+def test_the_result_has_exactly_the_size_asked_for_and_an_idle_sampler_changes_nothing(width, height, scale, tile):
+    source = random_image(width, height)
+    result = upscale(StubHost(), source, Settings(scale=scale, tile=tile, overlap=16), NoiseField(0, 4))
+    assert result.complete
+    assert result.image.size == (max(1, round(width * scale)), max(1, round(height * scale)))
+    assert result.image.tobytes() == source.resize(result.image.size, Image.Resampling.LANCZOS).tobytes()
+
+
+@pytest.mark.parametrize("order", ["chess", "linear"])
+def test_the_same_seed_gives_the_same_image_at_any_batch_size(order):
+    source, images = random_image(150, 110), []
+    for batch in (1, 3, 16):
+        settings = Settings(tile=96, overlap=32, batch=batch, order=order)
+        images.append(np.asarray(upscale(StubHost(noisy), source, settings, NoiseField(5, 4)).image).astype(int))
+    assert abs(images[0] - images[1]).max() <= 1 and abs(images[0] - images[2]).max() <= 1
+    other = np.asarray(upscale(StubHost(noisy), source, settings, NoiseField(6, 4)).image).astype(int)
+    assert abs(other - images[0]).mean() > 1
+
+
+def test_a_later_wave_sees_what_earlier_ones_painted():
+    means = []
+    host = StubHost(lambda latents, noise: means.append(float(latents.mean())) or torch.ones_like(latents))
+    upscale(host, Image.new("RGB", (48, 32)), Settings(tile=64, overlap=32, batch=1), NoiseField(0, 4))
+    assert means[0] == 0 and means[1] > 0.1
+
+
+def test_progress_counts_tiles():
+    host = StubHost()
+    upscale(host, random_image(100, 40), Settings(tile=64, overlap=0, batch=4), NoiseField(0, 4))
+    assert host.seen[0] == (0, 8) and host.seen[-1] == (8, 8)
+
+
+def test_stopped_between_batches_the_painted_tiles_stay():
+    source = Image.new("RGB", (96, 32))
+    host = StubHost(lambda latents, noise: torch.ones_like(latents), stop_after=1)
+    result = upscale(host, source, Settings(tile=64, overlap=0, batch=1), NoiseField(0, 4))
+    pixels = np.asarray(result.image)
+    assert not result.complete and result.painted == 1
+    assert (pixels[:, :64] == 255).all() and (pixels[:, 64:] == 0).all()
+
+
+def test_stopped_within_a_batch_its_tiles_are_not_painted():
+    def interrupted(latents, noise):
+        raise Interrupted
+
+    source = random_image(40, 40)
+    result = upscale(StubHost(interrupted), source, Settings(tile=64, overlap=0), NoiseField(0, 4))
+    assert result.painted == 0
+    assert result.image.tobytes() == source.resize((80, 80), Image.Resampling.LANCZOS).tobytes()
+
+
+@pytest.mark.parametrize("error", [RuntimeError("out of memory\nand more"), KeyboardInterrupt()])
+def test_broken_off_with_an_error_the_painted_tiles_stay(error):
+    calls = []
+
+    def third_time(latents, noise):
+        calls.append(1)
+        if len(calls) == 3:
+            raise error
+        return torch.ones_like(latents)
+
+    settings = Settings(tile=64, overlap=0, batch=1)
+    with pytest.raises(UnfinishedError) as caught:
+        upscale(StubHost(third_time), Image.new("RGB", (128, 32)), settings, NoiseField(0, 4))
+    result = caught.value.result
+    assert result.painted == 2 and (np.asarray(result.image)[:, :128] == 255).all()
+    assert str(caught.value).startswith("stopped after 2 of 4 tiles: ") and "\n" not in str(caught.value)
+    assert caught.value.__cause__ is error and caught.value.status_code == 500
+
+
+def test_what_cannot_be_done_is_refused_before_any_work():
+    host = StubHost()
+    with pytest.raises(DinotileError, match="upscaler: 'ESRGAN' is not installed, give one of Lanczos"):
+        upscale(host, random_image(8, 8), Settings(upscaler="ESRGAN"), NoiseField(0, 4))
+    with pytest.raises(DinotileError, match="makes this image 80000x8"):
+        canvas_size((10000, 1), 8.0)
+    assert host.sampled == [] and host.seen == []
