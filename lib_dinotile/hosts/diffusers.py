@@ -75,7 +75,7 @@ class DiffusersHost:
         text: Callable[[], tuple[Tensor, ...]] | None = None,
         progress: Callable[[int, int], None] = lambda done, total: None,
     ) -> None:
-        """text: gives the embeddings (1, n, D) of prompt and negative prompt, and for SDXL the pooled (1, D) of both."""
+        """text: gives the embeddings (1, n, D) of prompt and negative prompt, for SDXL also the pooled (1, D) ones."""
         self._unet, self._codec, self._generation, self._progress = unet, codec, generation, progress
         self.factor, self.channels, self.base = codec.factor, codec.channels, base
         self.shape = UNetShape.of_diffusers(unet)
