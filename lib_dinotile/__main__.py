@@ -65,8 +65,12 @@ def _parameters(settings: Settings, generation: Generation) -> str:
 
 def _upscale(arguments: argparse.Namespace) -> None:
     from tqdm import tqdm
+    from transformers.utils import logging
 
     from lib_dinotile.hosts.diffusers import load_host
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
 
     if arguments.model in (None, "mini") and arguments.adapter is None:
         arguments.adapter = "mini"
@@ -93,6 +97,8 @@ def _upscale(arguments: argparse.Namespace) -> None:
             image = read_image(source)
             result = upscale(host, image, settings, NoiseField(generation.seed, host.channels), conditioner)
             write_image(result.image, target, _parameters(settings, generation))
+            if not arguments.quiet:
+                bar.write(f"{target}: {result.image.width}x{result.image.height}, {result.painted} tiles")
         except UnfinishedError as error:
             kept = target.with_stem(target.stem + "-unfinished")
             write_image(error.result.image, kept, _parameters(settings, generation))
@@ -114,7 +120,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     command = commands.add_parser("upscale", help="upscale an image or a folder of images")
     command.add_argument("IN", help="an image, or a folder of images")
     command.add_argument("OUT", help="the file to write, or a folder")
-    command.add_argument("--quiet", action="store_true", help="no progress bar")
+    command.add_argument("--quiet", action="store_true", help="say nothing but what goes wrong")
     _add_options(command, Settings)
     _add_options(command, Generation)
     command.set_defaults(run=_upscale)

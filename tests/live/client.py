@@ -1,0 +1,206 @@
+"""A running WebUI as these tests see it: requests go in, images and their PNG info come out."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import re
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import requests
+from PIL import Image
+
+TIMEOUT = 900
+"""Seconds that one generation may take."""
+POLL = 0.05
+"""Seconds between two looks at the progress."""
+SCRIPT = "dino tile"
+
+Options = Mapping[str, Any]
+
+
+def encode(image: Image.Image) -> str:
+    """The image as a PNG in base64."""
+    file = io.BytesIO()
+    image.save(file, "PNG")
+    return base64.b64encode(file.getvalue()).decode()
+
+
+def decode(text: str) -> Image.Image:
+    """The image that base64 text holds, as it is in the file."""
+    return Image.open(io.BytesIO(base64.b64decode(text)))
+
+
+def pixels(image: Image.Image) -> np.ndarray:
+    """(H, W, 3) as integers that can be subtracted."""
+    return np.asarray(image.convert("RGB")).astype(int)
+
+
+def difference(one: Image.Image, other: Image.Image) -> int:
+    """The largest difference of two images of one size, in levels of 255."""
+    assert one.size == other.size
+    return int(abs(pixels(one) - pixels(other)).max())
+
+
+def correlation(one: Image.Image, other: Image.Image) -> float:
+    """Pearson's, over all values of two images of one size."""
+    return float(np.corrcoef(pixels(one).ravel(), pixels(other).ravel())[0, 1])
+
+
+def fields(infotext: str) -> dict[str, str]:
+    """Keys and values of PNG info's last line."""
+    pairs = re.findall(r'([\w+/ -]+): ("(?:\\.|[^\\"])*"|[^,]*)(?:, |$)', infotext.split("\n")[-1])
+    return {key.strip(): value.strip('"') for key, value in pairs}
+
+
+@dataclass(frozen=True)
+class Reply:
+    """What a generation gave."""
+
+    images: list[Image.Image]
+    infotexts: list[str]
+    """PNG info, one for each image."""
+
+    @property
+    def image(self) -> Image.Image:
+        """The only image."""
+        assert len(self.images) == 1
+        return self.images[0]
+
+    @property
+    def fields(self) -> dict[str, str]:
+        """PNG info of the first image."""
+        return fields(self.infotexts[0])
+
+
+@dataclass(frozen=True)
+class Progress:
+    """One look at how far a generation is."""
+
+    share: float
+    text: str
+    preview: Image.Image | None
+
+    @property
+    def tiles(self) -> int | None:
+        """Tiles done, or None where the WebUI is not at tiles."""
+        found = re.fullmatch(r"DINO Tile: (\d+) of \d+ tiles", self.text)
+        return int(found[1]) if found else None
+
+
+@dataclass
+class Job:
+    """A generation that runs while the test looks on."""
+
+    _webui: WebUI
+    _body: dict[str, Any]
+    _answer: list[requests.Response] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread.start()
+
+    def _run(self) -> None:
+        self._answer.append(self._webui.post("img2img", self._body))
+
+    def looks(self) -> Iterator[Progress]:
+        """Looks at the progress, one after the other, until the generation is done."""
+        while self._thread.is_alive():
+            yield self._webui.progress()
+            time.sleep(POLL)
+
+    def reply(self) -> Reply:
+        """What it gave in the end."""
+        self._thread.join(TIMEOUT)
+        return self._webui.reply(self._answer[0])
+
+
+class WebUI:
+    """The API at an address. Every request names the generation's settings itself, whatever the WebUI's defaults."""
+
+    def __init__(self, url: str) -> None:
+        self._url = url.rstrip("/")
+        self._session = requests.Session()
+        self._session.trust_env = False  # no proxy stands between this machine and itself
+
+    def get(self, path: str) -> requests.Response:
+        return self._session.get(f"{self._url}/{path}", timeout=TIMEOUT)
+
+    def post(self, task: str, body: Mapping[str, Any] | None = None) -> requests.Response:
+        # No session: requests go out from two threads at once.
+        with requests.Session() as session:
+            session.trust_env = False
+            return session.post(f"{self._url}/sdapi/v1/{task}", json=body or {}, timeout=TIMEOUT)
+
+    def names(self, kind: str) -> list[str]:
+        """What the WebUI has of a kind, as `samplers` or `upscalers`."""
+        return [entry["name"] for entry in self.get(f"sdapi/v1/{kind}").json()]
+
+    def body(self, source: Image.Image, options: Options | None, **request: Any) -> dict[str, Any]:
+        """A request for img2img; `options` are DINO Tile's, None where it is not to be spoken of."""
+        body: dict[str, Any] = {
+            "init_images": [encode(source)],
+            "prompt": "a photo",
+            "negative_prompt": "",
+            "width": source.width,
+            "height": source.height,
+            "steps": 4,
+            "denoising_strength": 0.4,
+            "sampler_name": "Euler",
+            "scheduler": "Automatic",
+            "seed": 1,
+            "cfg_scale": 7,
+            "save_images": False,
+            "alwayson_scripts": {},
+        }
+        scripts = request.pop("alwayson_scripts", {})
+        if options is not None:
+            scripts = {SCRIPT: {"args": [{"enabled": True, **options}]}, **scripts}
+        return {**body, **request, "alwayson_scripts": scripts}
+
+    def img2img(self, source: Image.Image, options: Options | None = None, **request: Any) -> Reply:
+        """A generation that must succeed; `request` as in the API."""
+        return self.reply(self.post("img2img", self.body(source, options, **request)))
+
+    def start(self, source: Image.Image, options: Options | None = None, **request: Any) -> Job:
+        """`img2img`, without waiting for it."""
+        return Job(self, self.body(source, options, **request))
+
+    def refusal(self, source: Image.Image, options: Options | None = None, **request: Any) -> str:
+        """The one line with which a generation is refused, as it must be."""
+        return self.refused(self.post("img2img", self.body(source, options, **request)))
+
+    @staticmethod
+    def reply(response: requests.Response) -> Reply:
+        """The images of an answer that must be good."""
+        assert response.status_code == 200, response.text[:2000]
+        answer = response.json()
+        return Reply([decode(image) for image in answer["images"]], json.loads(answer["info"])["infotexts"])
+
+    @staticmethod
+    def refused(response: requests.Response) -> str:
+        """The line of an answer that must be a refusal."""
+        assert response.status_code == 422, f"{response.status_code}: {response.text[:2000]}"
+        line = response.json()["detail"]
+        assert isinstance(line, str) and line and "\n" not in line
+        assert "images" not in response.json()
+        return line
+
+    def progress(self) -> Progress:
+        answer = self.get("sdapi/v1/progress").json()
+        preview = decode(answer["current_image"]) if answer.get("current_image") else None
+        return Progress(answer["progress"], answer.get("textinfo") or "", preview)
+
+    def plain(self, source: Image.Image) -> tuple[bytes, bytes]:
+        """Pixels of a generation without DINO Tile, by txt2img and by img2img."""
+        request = {"width": 64, "height": 64, "denoising_strength": 0.75, "seed": 7}
+        drawn = self.body(source, None, **request)
+        del drawn["init_images"], drawn["denoising_strength"]
+        replies = self.reply(self.post("txt2img", drawn)), self.img2img(source, **request)
+        return replies[0].image.tobytes(), replies[1].image.tobytes()

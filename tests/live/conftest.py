@@ -1,0 +1,116 @@
+"""Tests against a WebUI that runs: python -m pytest tests/live --webui URL --models FOLDER."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from urllib.parse import urlparse
+
+import pytest
+from adapters import Adapters
+from client import Reply, WebUI
+from PIL import Image
+
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
+TILES = {"scale": 2.0, "tile": 96, "overlap": 16, "batch": 4}
+"""Small tiles, so that also a slow machine gets through: four by three of them, in waves of up to four."""
+
+SETTINGS = {
+    "batch_cond_uncond": True,
+    "img2img_background_color": "#ffffff",
+    "img2img_color_correction": False,
+    "img2img_extra_noise": 0.0,
+    "img2img_fix_steps": False,
+}
+"""Settings of the WebUI that tests override, with its own defaults."""
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("live", "tests against a running WebUI")
+    group.addoption("--webui", metavar="URL", help="address of the WebUI, on this machine, with --api")
+    group.addoption("--models", metavar="FOLDER", type=Path, help="its models/dinotile folder; adapters are lent to it")
+    group.addoption("--unet-channels", default="320,640,1280,1280", help="of the loaded checkpoint, level by level")
+    group.addoption("--unet-blocks", default=2, type=int, help="its residual blocks per level")
+    group.addoption("--base", default="sd15", help="its family, as adapters name it")
+    group.addoption("--controlnet", metavar="MODEL", help="a ControlNet for that checkpoint, as the WebUI names it")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    url, models = config.getoption("--webui"), config.getoption("--models")
+    if not url or urlparse(url).hostname not in LOOPBACK:
+        raise pytest.UsageError("tests/live needs --webui URL, the address of a WebUI on this machine")
+    if not models or not models.is_dir():
+        raise pytest.UsageError("tests/live needs --models FOLDER, the models/dinotile folder of that WebUI")
+
+
+@pytest.fixture(scope="session")
+def webui(request: pytest.FixtureRequest) -> WebUI:
+    return WebUI(request.config.getoption("--webui"))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def settings(webui: WebUI) -> None:
+    """The WebUI puts an overridden setting back only if its configuration has it: see to it that it has."""
+    present = webui.get("sdapi/v1/options").json()
+    missing = {name: value for name, value in SETTINGS.items() if name not in present}
+    if missing:
+        webui.post("options", missing).raise_for_status()
+
+
+@pytest.fixture(scope="session")
+def photo() -> Image.Image:
+    """A portrait, 256x192."""
+    data = pytest.importorskip("skimage.data", reason="the photograph comes with scikit-image")
+    return Image.fromarray(data.astronaut()[0:288, 64:448]).resize((256, 192), Image.Resampling.LANCZOS)
+
+
+@pytest.fixture(scope="session")
+def source(photo: Image.Image) -> Image.Image:
+    """The portrait, 144x96: twelve of `TILES` when upscaled."""
+    return photo.resize((144, 96), Image.Resampling.LANCZOS)
+
+
+@pytest.fixture(scope="session")
+def small(photo: Image.Image) -> Image.Image:
+    """The portrait, 64x48: two of `TILES` when upscaled."""
+    return photo.resize((64, 48), Image.Resampling.LANCZOS)
+
+
+@pytest.fixture(scope="session")
+def adapters(request: pytest.FixtureRequest) -> Iterator[Adapters]:
+    """Adapters for the loaded checkpoint, in a folder of their own that is taken away again."""
+    option = request.config.getoption
+    folder = option("--models") / "adapters" / f"live-tests-{os.getpid()}"
+    channels = [int(width) for width in option("--unet-channels").split(",")]
+    folder.mkdir(parents=True)
+    try:
+        yield Adapters(folder, option("--base"), channels, option("--unet-blocks"))
+    finally:
+        shutil.rmtree(folder)
+
+
+@pytest.fixture(scope="session")
+def tiled(webui: WebUI, source: Image.Image) -> Reply:
+    """The source in `TILES`, without an adapter."""
+    return webui.img2img(source, TILES)
+
+
+@pytest.fixture(scope="session")
+def adapted(webui: WebUI, source: Image.Image, adapters: Adapters) -> Reply:
+    """The source in `TILES`, with an adapter of random weights."""
+    return webui.img2img(source, {**TILES, "adapter": adapters.random})
+
+
+@pytest.fixture(scope="session")
+def plain(webui: WebUI, small: Image.Image, settings: None) -> tuple[bytes, bytes]:
+    """What the WebUI makes without DINO Tile, before any test has run."""
+    return webui.plain(small)
+
+
+@pytest.fixture(autouse=True)
+def undisturbed(webui: WebUI, small: Image.Image, plain: tuple[bytes, bytes]) -> Iterator[None]:
+    """Whatever a test did: a plain generation after it is, bit for bit, what it was before the first."""
+    yield
+    assert webui.plain(small) == plain, "a plain generation is no longer what it was"

@@ -1,0 +1,74 @@
+"""What an adapter does to the image, and when it does nothing."""
+
+from __future__ import annotations
+
+import pytest
+from adapters import Adapters
+from client import Reply, WebUI, correlation, difference
+from conftest import TILES
+from PIL import Image
+
+
+def test_an_untrained_adapter_changes_nothing(webui: WebUI, source: Image.Image, tiled: Reply, adapters: Adapters):
+    reply = webui.img2img(source, {**TILES, "adapter": adapters.untrained})
+    assert difference(reply.image, tiled.image) == 0
+    assert reply.fields["DINO Tile adapter"] == adapters.untrained
+
+
+def test_a_trained_adapter_changes_the_image(tiled: Reply, adapted: Reply):
+    assert difference(adapted.image, tiled.image) > 8
+    assert correlation(adapted.image, tiled.image) > 0.5
+
+
+def test_png_info_says_which_and_how(adapted: Reply, adapters: Adapters):
+    expected = {
+        "DINO Tile adapter": adapters.random,
+        "DINO Tile strength": "1.0",
+        "DINO Tile start": "0.0",
+        "DINO Tile end": "1.0",
+        "DINO Tile encoder": "Automatic",
+        "DINO Tile patches": "64",
+        "DINO Tile windows": "1",
+    }
+    assert expected.items() <= adapted.fields.items()
+
+
+@pytest.mark.parametrize("off", [{"strength": 0}, {"end": 0}, {"start": 1}])
+def test_switched_off_it_changes_nothing(webui: WebUI, source: Image.Image, tiled: Reply, adapters: Adapters, off):
+    reply = webui.img2img(source, {**TILES, "adapter": adapters.random, **off})
+    assert difference(reply.image, tiled.image) == 0
+
+
+@pytest.mark.parametrize(
+    "less",
+    [
+        {"strength": 0.5},
+        {"start": 0.5},
+        {"end": 0.5},
+        {"patches": 16},
+        {"windows": 2},
+    ],
+)
+def test_its_options_count(webui: WebUI, source: Image.Image, tiled: Reply, adapted: Reply, adapters: Adapters, less):
+    image = webui.img2img(source, {**TILES, "adapter": adapters.random, **less}).image
+    assert difference(image, adapted.image) > 1
+    assert difference(image, tiled.image) > 1
+
+
+def test_it_sees_the_whole_source_and_not_the_tile(webui: WebUI, source: Image.Image, adapters: Adapters):
+    """What lies outside of the only tile that is looked at changes what the adapter makes of it."""
+    options = {**TILES, "adapter": adapters.random, "order": "linear"}
+    other = source.copy()
+    other.paste((255, 0, 0), (96, 0, 144, 96))  # far from the first tile: 48 pixels of the source
+    area = (0, 0, 80, 80)  # not blended with a neighbour
+    crops = [webui.img2img(s, options).image.crop(area) for s in (source, other)]
+    assert difference(*crops) > 0
+    crops = [webui.img2img(s, {**options, "adapter": "None"}).image.crop(area) for s in (source, other)]
+    assert difference(*crops) == 0
+
+
+def test_the_automatic_encoder_is_the_one_that_the_adapter_names(
+    webui: WebUI, source: Image.Image, adapted: Reply, adapters: Adapters
+):
+    reply = webui.img2img(source, {**TILES, "adapter": adapters.random, "encoder": "mini"})
+    assert difference(reply.image, adapted.image) == 0

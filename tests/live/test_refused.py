@@ -1,0 +1,82 @@
+"""What cannot be done is refused with one line, before a tile is painted."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+from adapters import Adapters
+from client import WebUI, encode
+from conftest import TILES
+from PIL import Image
+
+OPTIONS = {
+    "unknown option": ({"scal": 2}, r"'scal' is no option of DINO Tile: did you mean 'scale'\?"),
+    "out of range": ({"scale": 9}, "scale: 9 is not allowed, give a number from 1 to 8"),
+    "below range": ({"tile": 8}, "tile: 8 is not allowed, give a whole number from 64 to 2048, a multiple of 8"),
+    "off the grid": ({"tile": 100}, "tile: 100 is not allowed, give a whole number from 64 to 2048, a multiple of 8"),
+    "text for a number": ({"scale": "2"}, "scale: '2' is not allowed, give a number from 1 to 8"),
+    "nothing for a number": ({"scale": None}, "scale: None is not allowed, give a number from 1 to 8"),
+    "number for a switch": ({"enabled": 1}, "enabled: 1 is not allowed, give true or false"),
+    "number for a name": ({"adapter": 3}, "adapter: 3 is not allowed, give text"),
+    "unknown choice": ({"order": "spiral"}, "order: 'spiral' is not allowed, give one of chess, linear"),
+    "too much overlap": ({"overlap": 64}, "overlap: 64 is not allowed with tile 96, give at most 48"),
+    "end before start": ({"start": 0.5, "end": 0.25}, "start: 0.5 is not allowed with end 0.25, give at most 0.25"),
+    "unknown upscaler": ({"upscaler": "Magic"}, "upscaler: 'Magic' is not installed, give one of .*Lanczos.*"),
+    "unknown adapter": ({"adapter": "nope"}, "adapter: 'nope' is not installed, give one of None.*"),
+    "adapter by path": ({"adapter": "../../x"}, r"adapter: '../../x' is not installed, give one of None.*"),
+    "adapter by file": ({"adapter": "/etc/hostname"}, "adapter: '/etc/hostname' is not installed, give one of None.*"),
+    "empty adapter": ({"adapter": ""}, "adapter: '' is not installed, give one of None.*"),
+}
+ADAPTERS = {
+    "other_shape": "adapter '{}' does not fit this checkpoint's UNet: it gives .*, the UNet takes .*",
+    "other_base": "adapter '{}' is for nobase checkpoints, this one is .*: choose another adapter or None",
+    "other_encoder": "encoder: 'no-such-encoder' is not installed in .*, give one of Automatic.*",
+    "other_width": r"adapter '{}' reads encoder 'mini' \(\d+ wide\), not 'mini' \(\d+ wide\): choose that encoder",
+    "cut_off": "cut-off.safetensors cannot be read as a safetensors file: .*",
+    "text": "text.safetensors cannot be read as a safetensors file: .*",
+    "foreign": "foreign.safetensors is not a dinotile adapter: .*",
+    "mixed_up": "mixed-up.safetensors is damaged: tensor outputs.0.weight does not fit its metadata",
+}
+
+
+@pytest.mark.parametrize("options, line", OPTIONS.values(), ids=OPTIONS.keys())
+def test_options_that_are_not_allowed(webui: WebUI, small: Image.Image, options, line: str):
+    refusal = webui.refusal(small, {**TILES, **options})
+    assert re.fullmatch(line, refusal), refusal
+
+
+@pytest.mark.parametrize("kind, line", ADAPTERS.items(), ids=ADAPTERS.keys())
+def test_adapters_that_do_not_fit(webui: WebUI, small: Image.Image, adapters: Adapters, kind: str, line: str):
+    name = getattr(adapters, kind)
+    refusal = webui.refusal(small, {**TILES, "adapter": name})
+    assert re.fullmatch(line.format(re.escape(name)), refusal), refusal
+
+
+def test_an_encoder_that_is_not_there(webui: WebUI, small: Image.Image, adapters: Adapters):
+    for encoder in ("no-such-encoder", "../../../x", "/etc"):
+        refusal = webui.refusal(small, {**TILES, "adapter": adapters.random, "encoder": encoder})
+        assert refusal.startswith(f"encoder: '{encoder}' is not installed in "), refusal
+
+
+def test_a_mask(webui: WebUI, small: Image.Image):
+    mask = encode(Image.linear_gradient("L").resize(small.size))
+    assert "does not paint inpaint masks" in webui.refusal(small, TILES, mask=mask)
+
+
+def test_a_canvas_that_is_too_large(webui: WebUI, small: Image.Image):
+    assert "give a scale for at most" in webui.refusal(small.resize((9000, 8)), {**TILES, "scale": 8})
+
+
+def test_sources_of_different_sizes(webui: WebUI, small: Image.Image):
+    sources = [encode(small), encode(small.resize((40, 40)))]
+    assert "one size" in webui.refusal(small, TILES, init_images=sources, batch_size=2)
+
+
+def test_more_sources_than_the_batch_has_places(webui: WebUI, small: Image.Image):
+    assert "batch" in webui.refusal(small, TILES, init_images=[encode(small)] * 2, batch_size=1)
+
+
+@pytest.mark.parametrize("args", [["yes"], [True, 9.0], [True, 2.0, "Lanczos", 100]])
+def test_arguments_by_position_that_are_not_allowed(webui: WebUI, small: Image.Image, args):
+    assert "is not allowed, give" in webui.refusal(small, alwayson_scripts={"dino tile": {"args": args}})
