@@ -117,7 +117,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = Parser(prog="dinotile", description="Upscales images tile by tile, true to what they show.")
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    command = commands.add_parser("upscale", help="upscale an image or a folder of images")
+    command = commands.add_parser("upscale", help="upscale an image or a folder of images", allow_abbrev=False)
     command.add_argument("IN", help="an image, or a folder of images")
     command.add_argument("OUT", help="the file to write, or a folder")
     command.add_argument("--quiet", action="store_true", help="say nothing but what goes wrong")

@@ -133,8 +133,6 @@ class WebUIHost:
         with (
             overridden(p, **per_batch),
             overridden(p.sampler, create_noise_sampler=noise_sampler),
-            # The sampler's own preview would show single tiles; `progress` shows the canvas.
-            overridden(shared.state, do_set_current_image=lambda: None),
             self.conditioned(condition, tiles),
         ):
             start = self.before_sampling(latents, start, cond, uncond)
@@ -192,6 +190,9 @@ class Takeover:
         sizes = {image.size for image in p.init_images}
         if len(sizes) != 1:
             raise DinotileError("DINO Tile upscales a batch only if all its images have one size")
+        if len(p.init_images) > p.batch_size:
+            count = len(p.init_images)
+            raise DinotileError(f"batch size {p.batch_size} is too small for {count} images: make it {count}")
         self._p, self._settings = p, settings
         self.size = engine.canvas_size(sizes.pop(), settings.scale)
         self._host: WebUIHost | None = None
@@ -203,7 +204,8 @@ class Takeover:
         p = self._p
         p.width, p.height = self.size
         p.init, p.sample = self.init, self.sample
-        p.extra_generation_params.update(self._settings.infotext)
+        # A new dict: the cells of an X/Y/Z plot share theirs.
+        p.extra_generation_params = {**p.extra_generation_params, **self._settings.infotext}
 
     def init(self, all_prompts: list[str], all_seeds: list[int], all_subseeds: list[int]) -> None:
         """In place of `p.init`: everything that can go wrong before the first tile goes wrong here."""
@@ -217,7 +219,7 @@ class Takeover:
         if opts.sd_vae_decode_method != "Full":
             p.extra_generation_params["VAE Decoder"] = opts.sd_vae_decode_method
         p.init_latent = p.mask = p.nmask = p.mask_for_overlay = p.overlay_images = p.paste_to = None
-        if len(self._p.init_images) > 1:
+        if len(p.init_images) > 1:
             p.batch_size = len(p.init_images)
         self._sources = [images.flatten(image, opts.img2img_background_color) for image in p.init_images]
         if opts.img2img_color_correction and p.color_corrections is None:
@@ -230,7 +232,10 @@ class Takeover:
         )
         plan = engine.make_plan(self._host, self.size, self._settings)
         batches = sum(1 for _ in plan.batches(self._settings.batch)) * p.batch_size
-        shared.state.job_count = (batches + 1) * p.n_iter  # one more: the WebUI counts a finished image itself
+        state = shared.state
+        if not state.processing_has_refined_job_count:  # once: it may be one image of many, or a cell of a plot
+            state.job_count = max(state.job_count, p.n_iter) * (batches + 1)  # the WebUI counts a finished one itself
+            state.processing_has_refined_job_count = True
         steps = sd_samplers_common.setup_img2img_steps(p)[1] + 1
         shared.total_tqdm.updateTotal(batches * p.n_iter * steps)
 
@@ -245,22 +250,25 @@ class Takeover:
     ) -> list[Tensor]:
         """In place of `p.sample`: upscales every image of the batch; pixels (3, H, W) in [-1, 1]."""
         p, host = self._p, self._host
-        samples = processing.DecodedSamples()
+        samples, painted = processing.DecodedSamples(), []
         for number in range(len(seeds)):
             uncond = None if unconditional_conditioning is None else unconditional_conditioning[number]
             host.bind(conditioning.batch[number], uncond)
             noise = NoiseField(seeds[number], host.channels, subseeds[number], subseed_strength)
             source = self._sources[number % len(self._sources)]
             try:
-                result = engine.upscale(host, source, self._settings, noise, self._conditioner)
+                # The WebUI's own preview would show single tiles; `progress` shows the canvas.
+                with overridden(shared.state, do_set_current_image=lambda: None, current_latent=None):
+                    result = engine.upscale(host, source, self._settings, noise, self._conditioner)
             except engine.UnfinishedError as error:
                 self._keep(error.result.image, seeds[number], prompts[number])
                 raise
-            if not result.complete:
-                p.extra_generation_params["DINO Tile painted"] = f"{result.painted} of {len(result.plan)}"
+            painted.append(None if result.complete else f"{result.painted} of {len(result.plan)}")
             # The WebUI cuts off the fraction when it makes bytes of these: aim at the middle of a level.
             pixels = torch.from_numpy(np.array(result.image)).permute(2, 0, 1)
             samples.append((pixels.float() + 0.5) / 127.5 - 1)
+        # One entry per image of the batch; the WebUI leaves out what is None.
+        p.extra_generation_params["DINO Tile painted"] = painted
         return samples
 
     def _keep(self, image: Image.Image, seed: int, prompt: str) -> None:

@@ -65,9 +65,9 @@ class AdapterTraining(nn.Module):
 
 
 def new_adapter(unet: UNet2DConditionModel, encoder: PatchEncoder) -> Adapter:
-    """An untrained adapter for this UNet and the built-in encoder."""
+    """An untrained adapter for this UNet and the built-in encoder; narrow, so that it costs a fraction of the UNet."""
     shape = UNetShape.of_diffusers(unet)
-    return Adapter(AdapterConfig(base="mini", shape=shape, encoder="mini", features=encoder.width))
+    return Adapter(AdapterConfig(base="mini", shape=shape, encoder="mini", features=encoder.width, width=48))
 
 
 def random_tiles(

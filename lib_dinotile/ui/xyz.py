@@ -9,6 +9,7 @@ from typing import Any
 
 from modules import scripts
 
+from lib_dinotile import DinotileError
 from lib_dinotile.settings import Option, Settings
 from lib_dinotile.ui.accordion import CHOICES, TITLE
 
@@ -26,8 +27,11 @@ def _apply(option: Option) -> Callable[[Any, Any, Any], None]:
 
 def _confirm(option: Option) -> Callable[[Any, list[Any]], None]:
     def confirm(p: Any, values: list[Any]) -> None:
+        installed = CHOICES[option.name]() if option.name in CHOICES else None
         for value in values:
-            option.parse(str(value))
+            parsed = option.parse(str(value))
+            if installed is not None and parsed not in installed:
+                raise DinotileError(f"{option.name}: {parsed!r} is not installed, give one of {', '.join(installed)}")
 
     return confirm
 

@@ -1,4 +1,4 @@
-"""Tests against a WebUI that runs: python -m pytest tests/live --webui URL --models FOLDER."""
+"""Tests against a WebUI that runs: python -m pytest tests/live --webui=URL --models=FOLDER."""
 
 from __future__ import annotations
 
@@ -40,9 +40,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     url, models = config.getoption("--webui"), config.getoption("--models")
     if not url or urlparse(url).hostname not in LOOPBACK:
-        raise pytest.UsageError("tests/live needs --webui URL, the address of a WebUI on this machine")
+        raise pytest.UsageError("tests/live needs --webui=URL, the address of a WebUI on this machine")
     if not models or not models.is_dir():
-        raise pytest.UsageError("tests/live needs --models FOLDER, the models/dinotile folder of that WebUI")
+        raise pytest.UsageError("tests/live needs --models=FOLDER, the models/dinotile folder of that WebUI")
 
 
 @pytest.fixture(scope="session")
@@ -54,9 +54,7 @@ def webui(request: pytest.FixtureRequest) -> WebUI:
 def settings(webui: WebUI) -> None:
     """The WebUI puts an overridden setting back only if its configuration has it: see to it that it has."""
     present = webui.get("sdapi/v1/options").json()
-    missing = {name: value for name, value in SETTINGS.items() if name not in present}
-    if missing:
-        webui.post("options", missing).raise_for_status()
+    webui.post("options", {name: present.get(name, default) for name, default in SETTINGS.items()}).raise_for_status()
 
 
 @pytest.fixture(scope="session")

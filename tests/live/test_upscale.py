@@ -21,7 +21,7 @@ def test_twice_as_large_it_looks_like_the_source(webui: WebUI, photo: Image.Imag
 
 def test_without_denoising_it_is_the_upscaled_source(webui: WebUI, source: Image.Image):
     image = webui.img2img(source, TILES, denoising_strength=0).image
-    assert correlation(image, source.resize(image.size, Image.Resampling.LANCZOS)) > 0.95
+    assert correlation(image, source.resize(image.size, Image.Resampling.LANCZOS)) > 0.9
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,161 @@
+"""python -m lib_dinotile, on the built-in model."""
+
+import re
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from lib_dinotile import __main__ as cli
+from lib_dinotile.hosts.diffusers import DiffusersHost
+from lib_dinotile.images import read_image
+from lib_dinotile.settings import Generation, Settings
+from tests.test_tiling import random_image
+
+QUICK = ["--quiet", "--steps", "4", "--denoise", "0.3", "--tile", "64", "--overlap", "16", "--patches", "8"]
+
+
+@pytest.fixture
+def photo(tmp_path):
+    path = tmp_path / "in.png"
+    random_image(40, 30).resize((50, 37)).save(path)
+    return path
+
+
+def run(*arguments):
+    return cli.main(["upscale", *map(str, arguments)])
+
+
+def pixels(path):
+    return np.asarray(Image.open(path)).astype(int)
+
+
+def test_an_image_is_upscaled_and_says_how(photo, tmp_path):
+    out = tmp_path / "out.png"
+    assert run(photo, out, *QUICK, "--scale", "1.5", "--seed", "7") == 0
+    image = Image.open(out)
+    assert image.size == (75, 56)
+    for part in ("Seed: 7", "Denoising strength: 0.3", "DINO Tile scale: 1.5", "DINO Tile adapter: mini"):
+        assert part in image.text["parameters"]
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["in.png", "out.png"]
+
+
+def test_same_seed_same_image_at_any_batch_and_the_adapter_counts(photo, tmp_path):
+    for name, *more in (("a", "--batch", 1), ("b", "--batch", 4), ("c", "--seed", 1), ("d", "--adapter", "None")):
+        assert run(photo, tmp_path / f"{name}.png", *QUICK, *more) == 0
+    a, b, c, d = (pixels(tmp_path / f"{name}.png") for name in "abcd")
+    assert abs(a - b).max() <= 1
+    assert abs(a - c).max() > 1 and (a != d).any()
+
+
+def test_a_folder_gives_a_folder_and_a_bad_file_does_not_stop_the_others(tmp_path, capsys):
+    (tmp_path / "in").mkdir()
+    for name in ("b.jpg", "a.png"):
+        random_image(20, 20).save(tmp_path / "in" / name)
+    (tmp_path / "in" / "broken.png").write_bytes(b"no image")
+    (tmp_path / "in" / "notes.txt").write_text("not looked at")
+    assert run(tmp_path / "in", tmp_path / "out", *QUICK) == 2
+    assert sorted(file.name for file in (tmp_path / "out").iterdir()) == ["a.png", "b.png"]
+    assert "1 of 3 images were left out: broken.png: " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "arguments, says",
+    [
+        (["--scale", "9"], "scale: 9.0 is not allowed, give a number from 1 to 8"),
+        (["--scale", "big"], "scale: 'big' is not allowed, give a number from 1 to 8"),
+        (["--tile", "100"], "tile: 100 is not allowed"),
+        (["--denoise", "-1"], "denoise: -1.0 is not allowed, give a number from 0 to 1"),
+        (["--tile", "64", "--overlap", "64"], "overlap: 64 is not allowed with tile 64, give at most 32"),
+        (["--upscaler", "ESRGAN"], "upscaler: 'ESRGAN' is not installed, give one of Lanczos"),
+        (["--adapter", "none.safetensors"], "adapter: there is no file none.safetensors"),
+        (["--dino", "facebook/dinov2-nano"], "facebook/dinov2-nano"),
+        (["--model", "gone.safetensors"], "model: there is no file gone.safetensors"),
+        (["--scal", "2"], "unrecognized arguments: --scal 2"),
+        (["--tiles", "2"], "unrecognized arguments: --tiles 2"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_2(photo, tmp_path, capsys, monkeypatch, arguments, says):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    out = tmp_path / "out.png"
+    try:
+        code = run(photo, out, *arguments, "--quiet")
+    except SystemExit as stopped:
+        code = stopped.code
+    err = capsys.readouterr().err
+    assert code == 2 and says in err and err.count("\n") == 1
+    assert not out.exists()
+
+
+def test_bad_files_are_one_line_and_exit_code_2(photo, tmp_path, capsys):
+    (tmp_path / "text.png").write_text("no image")
+    (tmp_path / "empty").mkdir()
+    cases = [
+        (tmp_path / "gone.png", tmp_path / "o.png", "gone.png is not there"),
+        (tmp_path / "text.png", tmp_path / "o.png", "cannot be read as an image"),
+        (tmp_path / "empty", tmp_path / "o", "has no images"),
+        (photo, tmp_path / "o.xyz", "no image format has the ending '.xyz'"),
+        (photo, tmp_path / "gone" / "o.png", "is not there or not writable"),
+        (photo, tmp_path, "no image format has the ending"),
+    ]
+    for source, target, says in cases:
+        assert run(source, target, *QUICK) == 2
+        err = capsys.readouterr().err
+        assert says in err and err.count("\n") == 1
+
+
+@pytest.mark.parametrize("error, code", [(RuntimeError("no memory left"), 1), (KeyboardInterrupt(), 130)])
+def test_what_is_painted_is_kept_when_a_run_breaks_off(photo, tmp_path, capsys, monkeypatch, error, code):
+    sample, calls = DiffusersHost.sample, []
+
+    def breaks(self, *arguments):
+        calls.append(1)
+        if len(calls) == 3:
+            raise error
+        return sample(self, *arguments)
+
+    monkeypatch.setattr(DiffusersHost, "sample", breaks)
+    assert run(photo, tmp_path / "out.png", *QUICK, "--batch", 1) == code
+    err = capsys.readouterr().err
+    assert re.fullmatch(r"dinotile: stopped after 2 of \d tiles \(kept in .*out-unfinished.png\): .+\n", err)
+    kept = pixels(tmp_path / "out-unfinished.png")
+    plain = np.asarray(Image.open(photo).resize((100, 74), Image.Resampling.LANCZOS)).astype(int)
+    assert kept.shape == plain.shape and abs(kept - plain).max() > 1
+    assert not (tmp_path / "out.png").exists()
+
+
+def test_every_option_is_a_flag(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(["upscale", "--help"])
+    shown = capsys.readouterr().out
+    assert stopped.value.code == 0
+    for option in (*Settings.table(), *Generation.table()):
+        assert (f"--{option.flag or option.name} " in shown) == (option.name != "enabled")
+
+
+def test_images_of_every_kind_are_read_as_rgb(tmp_path):
+    base = random_image(12, 8)
+    sixteen = Image.fromarray((np.arange(96).reshape(8, 12) * 680).astype(np.uint16))
+    for name, image in {
+        "rgb.png": base,
+        "grey.png": base.convert("L"),
+        "palette.gif": base.convert("P"),
+        "cmyk.jpg": base.convert("CMYK"),
+        "one.png": base.convert("1"),
+        "sixteen.png": sixteen,
+        "float.tiff": Image.fromarray(np.linspace(0, 255, 96, dtype=np.float32).reshape(8, 12)),
+    }.items():
+        image.save(tmp_path / name)
+        read = read_image(tmp_path / name)
+        assert (read.mode, read.size) == ("RGB", (12, 8)), name
+    assert (
+        abs(np.asarray(read_image(tmp_path / "sixteen.png"))[..., 0] - np.arange(96).reshape(8, 12) * 680 / 256).max()
+        <= 1
+    )
+    clear = Image.new("RGBA", (4, 4), (255, 0, 0, 0))
+    clear.save(tmp_path / "clear.png")
+    assert read_image(tmp_path / "clear.png").getpixel((0, 0)) == (255, 255, 255)
+    turned, exif = Image.new("RGB", (6, 3)), Image.Exif()
+    exif[0x0112] = 6
+    turned.save(tmp_path / "turned.jpg", exif=exif)
+    assert read_image(tmp_path / "turned.jpg").size == (3, 6)
