@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
@@ -23,14 +22,12 @@ class Canvas:
         """image: RGB, of the plan's size. Beyond its right and lower border its last pixels are repeated."""
         if image.size != (plan.width, plan.height):
             raise ValueError(f"image of {image.size} on a canvas of {(plan.width, plan.height)}")
-        pixels = torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
         width, height = plan.padded
-        border = (0, width - plan.width, 0, height - plan.height)
-        if any(border):  # replicate does not take bytes in all versions of torch
-            pixels = F.pad(pixels[None].half(), border, mode="replicate")[0].to(torch.uint8)
+        border = ((0, height - plan.height), (0, width - plan.width), (0, 0))
+        pixels = np.pad(np.array(image.convert("RGB")), border, mode="edge")
         self._size = image.size
-        self._source = pixels.contiguous()
-        self._change = torch.zeros(pixels.shape, dtype=torch.float16)
+        self._source = torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
+        self._change = torch.zeros(self._source.shape, dtype=torch.float16)
 
     def source(self, tile: Rect) -> Tensor:
         """The upscaled image's pixels (3, h, w) in [0, 1]."""

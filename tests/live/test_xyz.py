@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import re
 from typing import Any
 
 import pytest
@@ -79,6 +81,15 @@ def test_an_axis_turns_dino_tile_on(webui: WebUI, plot: Plot, small: Image.Image
     assert grid.size == cell.size == (96, 72)
 
 
+def test_progress_grows_over_all_cells(webui: WebUI, plot: Plot, small: Image.Image):
+    args = plot.args(x=("Order", ["chess", "linear"]), y=("Scale", [2, 1.9]))
+    job = webui.start(small, {**TILES, "batch": 1}, steps=20, script_name=SCRIPT, script_args=args)
+    shares = [look.share for look in job.looks() if look.tiles is not None]
+    assert len(job.reply().images) == 5
+    assert all(later >= earlier - 0.1 for earlier, later in itertools.pairwise(shares))
+    assert shares[len(shares) // 4] < 0.5 < shares[len(shares) * 3 // 4] <= 1
+
+
 @pytest.mark.parametrize(
     "label, values, line",
     [
@@ -94,6 +105,4 @@ def test_a_wrong_value_is_refused_before_the_first_cell(
     webui: WebUI, plot: Plot, small: Image.Image, label: str, values, line: str
 ):
     refusal = webui.refusal(small, TILES, script_name=SCRIPT, script_args=plot.args(x=(label, values)))
-    import re
-
     assert re.match(line, refusal), refusal
