@@ -98,7 +98,7 @@ def _upscale(arguments: argparse.Namespace) -> None:
             result = upscale(host, image, settings, NoiseField(generation.seed, host.channels), conditioner)
             write_image(result.image, target, _parameters(settings, generation))
             if not arguments.quiet:
-                bar.write(f"{target}: {result.image.width}x{result.image.height}, {result.painted} tiles")
+                bar.write(f"{target}: {result.image.width}x{result.image.height}, tiles: {result.painted}")
         except UnfinishedError as error:
             kept = target.with_stem(target.stem + "-unfinished")
             write_image(error.result.image, kept, _parameters(settings, generation))

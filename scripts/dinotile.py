@@ -3,7 +3,7 @@
 from modules import script_callbacks, scripts
 
 from lib_dinotile import DinotileError
-from lib_dinotile.hosts.webui import Takeover, refuse
+from lib_dinotile.hosts.takeover import Takeover, refuse
 from lib_dinotile.ui import accordion, xyz
 
 

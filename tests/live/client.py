@@ -83,6 +83,7 @@ class Reply:
 class Progress:
     """One look at how far a generation is."""
 
+    running: bool
     share: float
     text: str
     preview: Image.Image | None
@@ -91,7 +92,7 @@ class Progress:
     def tiles(self) -> int | None:
         """Tiles done, or None where the WebUI is not at tiles."""
         found = re.fullmatch(r"DINO Tile: (\d+) of \d+ tiles", self.text)
-        return int(found[1]) if found else None
+        return int(found[1]) if self.running and found else None
 
 
 @dataclass
@@ -195,12 +196,11 @@ class WebUI:
     def progress(self) -> Progress:
         answer = self.get("sdapi/v1/progress").json()
         preview = decode(answer["current_image"]) if answer.get("current_image") else None
-        return Progress(answer["progress"], answer.get("textinfo") or "", preview)
+        running = answer["state"]["job_count"] > 0
+        return Progress(running, answer["progress"], answer.get("textinfo") or "", preview)
 
-    def plain(self, source: Image.Image) -> tuple[bytes, bytes]:
-        """Pixels of a generation without DINO Tile, by txt2img and by img2img."""
-        request = {"width": 64, "height": 64, "denoising_strength": 0.75, "seed": 7}
-        drawn = self.body(source, None, **request)
-        del drawn["init_images"], drawn["denoising_strength"]
-        replies = self.reply(self.post("txt2img", drawn)), self.img2img(source, **request)
-        return replies[0].image.tobytes(), replies[1].image.tobytes()
+    def txt2img(self, **request: Any) -> Reply:
+        """A generation without a source, and so without DINO Tile."""
+        body = self.body(Image.new("RGB", (64, 64)), None, **request)
+        del body["init_images"], body["denoising_strength"]
+        return self.reply(self.post("txt2img", body))

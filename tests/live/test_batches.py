@@ -13,24 +13,19 @@ QUARTERS = {"scale": 2, "tile": 64, "overlap": 0}
 LONG = "a photograph of a smiling astronaut in an orange suit in front of a flag and a model of a shuttle, " * 6
 """More than the 75 tokens that make one chunk."""
 SAMPLERS = (
-    ("Euler", "Automatic"),
-    ("Euler a", "Automatic"),
-    ("DPM++ SDE", "Automatic"),
-    ("DPM++ 2M", "Karras"),
-    ("DPM++ 2M SDE", "Karras"),
-    ("DPM++ 2S a", "Automatic"),
-    ("Heun", "Automatic"),
-    ("LCM", "Automatic"),
-    ("DDIM", "Automatic"),
-    ("PLMS", "Automatic"),
-    ("UniPC", "Automatic"),
+    ("Euler", "Automatic", 4),
+    ("Euler a", "Automatic", 4),
+    ("DPM++ SDE", "Automatic", 4),
+    ("DPM++ 2M", "Karras", 4),
+    ("DPM++ 2S a", "Automatic", 4),
+    ("Heun", "Automatic", 4),
+    ("DDIM", "Automatic", 4),
+    ("UniPC", "Automatic", 10),  # wants more than three steps, and denoising takes only its share of them
 )
 PROMPTS = {
     "and": {"prompt": "a photo AND a cat"},
-    "three parts": {"prompt": "a photo AND a cat :0.5 AND a dog :0.3"},
     "long prompt": {"prompt": LONG, "negative_prompt": "blur"},
     "long negative prompt": {"prompt": "a photo", "negative_prompt": LONG},
-    "long and": {"prompt": f"{LONG} AND a cat"},
     "cond and uncond apart": {"override_settings": {"batch_cond_uncond": False}},
     "apart, with and": {"override_settings": {"batch_cond_uncond": False}, "prompt": "a photo AND a cat"},
     "cfg 1": {"cfg_scale": 1},
@@ -46,32 +41,31 @@ def square(photo: Image.Image) -> Image.Image:
 
 
 def check_any_batch_gives_the_same_image(webui: WebUI, square: Image.Image, adapter: str, **request) -> None:
-    images = [
-        webui.img2img(square, {**QUARTERS, "adapter": adapter, "batch": batch}, **request).image for batch in (1, 3, 4)
-    ]
-    assert difference(images[0], images[2]) <= 1
-    assert difference(images[0], images[1]) <= 1
-    # And the adapter is at work in all of this.
-    assert difference(images[2], webui.img2img(square, {**QUARTERS, "batch": 4}, **request).image) > 1
+    def run(**options) -> Image.Image:
+        return webui.img2img(square, {**QUARTERS, **options}, **request).image
+
+    one, three = run(adapter=adapter, batch=1), run(adapter=adapter, batch=3)
+    assert difference(one, three) <= 1
+    assert difference(three, run(batch=4)) > 1, "the adapter is not at work"
 
 
-@pytest.mark.parametrize("order", ["chess", "linear"])
-def test_any_batch_gives_the_same_image(webui: WebUI, source: Image.Image, adapters: Adapters, order: str):
-    for adapter in ("None", adapters.random):
-        options = {**TILES, "order": order, "adapter": adapter}
-        one, four = (webui.img2img(source, {**options, "batch": batch}).image for batch in (1, 4))
-        assert difference(one, four) <= 1
+@pytest.mark.parametrize("run, adapter", [("tiled", "None"), ("adapted", "random")])
+def test_any_batch_gives_the_same_image(
+    webui: WebUI, source: Image.Image, adapters: Adapters, request: pytest.FixtureRequest, run: str, adapter: str
+):
+    four = request.getfixturevalue(run).image
+    name = adapters.random if adapter == "random" else adapter
+    assert difference(webui.img2img(source, {**TILES, "adapter": name, "batch": 1}).image, four) <= 1
 
 
-@pytest.mark.parametrize("sampler, scheduler", SAMPLERS, ids=lambda name: name)
+@pytest.mark.parametrize("sampler, scheduler, steps", SAMPLERS)
 def test_with_every_kind_of_sampler(
-    webui: WebUI, square: Image.Image, adapters: Adapters, sampler: str, scheduler: str
+    webui: WebUI, square: Image.Image, adapters: Adapters, sampler: str, scheduler: str, steps: int
 ):
     if sampler not in webui.names("samplers"):
         pytest.skip(f"this WebUI has no sampler {sampler}")
-    check_any_batch_gives_the_same_image(
-        webui, square, adapters.random, sampler_name=sampler, scheduler=scheduler, steps=6
-    )
+    request = {"sampler_name": sampler, "scheduler": scheduler, "steps": steps}
+    check_any_batch_gives_the_same_image(webui, square, adapters.random, **request)
 
 
 @pytest.mark.parametrize("request_", PROMPTS.values(), ids=PROMPTS.keys())

@@ -13,9 +13,9 @@ from PIL import Image
 
 from lib_dinotile.tiling.plan import TilePlan
 
-PLAN = TilePlan(288, 192, TILES["tile"], TILES["overlap"], order="linear")
+PLAN = TilePlan(224, 160, TILES["tile"], TILES["overlap"], order="linear")
 LINEAR = {**TILES, "order": "linear", "batch": 1}
-STEPS = 40
+STEPS = 12
 """So many that a fast machine does not finish before it is told to stop."""
 
 
@@ -48,27 +48,27 @@ def test_an_interrupted_image_keeps_the_tiles_painted(
 ):
     options = LINEAR if adapter == "none" else {**LINEAR, "adapter": adapters.random}
     job = webui.start(source, options, steps=STEPS)
-    stop_at(webui, job, 3)
+    stop_at(webui, job, 2)
     reply = job.reply()
     assert reply.image.size == (PLAN.width, PLAN.height)
     painted, _, total = reply.fields["DINO Tile painted"].partition(" of ")
-    assert int(total) == len(PLAN) and 3 <= int(painted) < len(PLAN)
+    assert int(total) == len(PLAN) and 2 <= int(painted) < len(PLAN)
     check_painted(reply.image, source, int(painted))
 
 
 def test_an_interrupted_batch_says_of_every_image_what_is_painted(webui: WebUI, source: Image.Image):
     job = webui.start(source, LINEAR, steps=STEPS, batch_size=2)
-    stop_at(webui, job, 3)
+    stop_at(webui, job, 2)
     reply = job.reply()
     assert len(reply.images) == 2
     first, second = (int(fields(text)["DINO Tile painted"].split(" of ")[0]) for text in reply.infotexts)
-    assert 3 <= first < len(PLAN) and second == 0
+    assert 2 <= first < len(PLAN) and second == 0
     check_painted(reply.images[0], source, first)
     check_painted(reply.images[1], source, 0)
 
 
 def test_a_skipped_image_does_not_mark_the_next_one(webui: WebUI, small: Image.Image):
-    options = {**LINEAR, "tile": 64}  # four tiles
+    options = {**LINEAR, "tile": 64}
     job = webui.start(small, options, steps=STEPS, n_iter=2, seed=1)
     stop_at(webui, job, 1, "skip")
     reply = job.reply()
@@ -79,7 +79,7 @@ def test_a_skipped_image_does_not_mark_the_next_one(webui: WebUI, small: Image.I
 
 
 def test_progress_grows_and_shows_the_canvas(webui: WebUI, source: Image.Image):
-    job = webui.start(source, LINEAR, steps=STEPS // 2)
+    job = webui.start(source, LINEAR, steps=STEPS)
     seen = [look for look in job.looks() if look.tiles is not None]
     assert job.reply().image.size == (PLAN.width, PLAN.height)
     shares, tiles = [look.share for look in seen], [look.tiles for look in seen]

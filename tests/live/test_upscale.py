@@ -55,7 +55,7 @@ def test_png_info_says_how_it_was_made(webui: WebUI, tiled: Reply):
         "Sampler": "Euler",
         "CFG scale": "7.0",
         "Seed": "1",
-        "Size": "288x192",
+        "Size": "224x160",
         "Denoising strength": "0.4",
         "DINO Tile scale": "2.0",
         "DINO Tile upscaler": "Lanczos",

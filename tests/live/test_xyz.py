@@ -82,7 +82,7 @@ def test_an_axis_turns_dino_tile_on(webui: WebUI, plot: Plot, small: Image.Image
 
 
 def test_progress_grows_over_all_cells(webui: WebUI, plot: Plot, small: Image.Image):
-    args = plot.args(x=("Order", ["chess", "linear"]), y=("Scale", [2, 1.9]))
+    args = plot.args(x=("Order", ["chess", "linear"]), y=("Overlap", [0, 16]))
     job = webui.start(small, {**TILES, "batch": 1}, steps=20, script_name=SCRIPT, script_args=args)
     shares = [look.share for look in job.looks() if look.tiles is not None]
     assert len(job.reply().images) == 5
