@@ -97,8 +97,15 @@ class WebUIHost:
 
     def encode(self, pixels: Tensor) -> Tensor:
         self._pixels = pixels.to(self.device)
-        with devices.autocast():
-            return sd_samplers_common.images_tensor_to_samples(self._pixels, model=self._p.sd_model)
+        return torch.cat([self._encode(tile) for tile in self._pixels.split(1)])
+
+    def _encode(self, tile: Tensor) -> Tensor:
+        """One at a time, as the WebUI does. It draws from the VAE's distribution with whatever state torch's generator
+        happens to have; here every tile gets the same draw, so that a tile always has the same latent."""
+        cuda = [self.device] if self.device.type == "cuda" else []
+        with torch.random.fork_rng(devices=cuda), devices.autocast():
+            torch.manual_seed(0)
+            return sd_samplers_common.images_tensor_to_samples(tile, model=self._p.sd_model)
 
     def decode(self, latents: Tensor) -> Tensor:
         with devices.without_autocast():
