@@ -111,3 +111,5 @@ def test_the_mini_is_whole_and_small() -> None:
     names = {file.relative_to(MINI).as_posix() for file in files}
     assert {"README.md", "adapter.safetensors", "encoder/model.safetensors", "scheduler/scheduler_config.json"} <= names
     assert sum(file.stat().st_size for file in files) <= 20e6
+    card = (MINI / "README.md").read_text(encoding="utf-8")
+    assert all(f"| {Path(photo.path).name} | {photo.package} | {photo.licence} |" in card for photo in PHOTOS)

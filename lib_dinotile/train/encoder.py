@@ -7,7 +7,9 @@ the patches masked. On mosaics of procedural textures a second linear head names
 
 from __future__ import annotations
 
+import argparse
 import copy
+import json
 from pathlib import Path
 from typing import Any
 
@@ -154,7 +156,7 @@ def export_encoder(model: EncoderTraining, folder: Path) -> None:
 
 
 @torch.no_grad()
-def probe(encoder: Dinov2Model, pool: Pool, images: int = 60, factor: float = 3.0) -> dict[str, float]:
+def probe(encoder: Dinov2Model, images: int = 60, factor: float = 3.0) -> dict[str, float]:
     """Accuracy of a linear probe that names the textures of mosaics it never saw, blurred `factor` times.
 
     `tokens`: from the encoder's tokens; `pixels`: from the raw pixels of the patch. Chance is 1 / len(TEXTURES).
@@ -162,7 +164,8 @@ def probe(encoder: Dinov2Model, pool: Pool, images: int = 60, factor: float = 3.
     from sklearn.linear_model import LogisticRegression
     from sklearn.preprocessing import StandardScaler
 
-    data = EncoderImages(pool, images, seed=77, mosaics=1.0, factor=factor, variants=4, atlas_seed=99)
+    no_photos = Pool([], np.empty(0), [])
+    data = EncoderImages(no_photos, images, seed=77, mosaics=1.0, factor=factor, variants=4, atlas_seed=99)
     tokens, raw, labels = [], [], []
     for i in range(images):
         degraded, _, label = data[i]
@@ -175,8 +178,19 @@ def probe(encoder: Dinov2Model, pool: Pool, images: int = 60, factor: float = 3.
     result = {}
     for name, values in (("tokens", tokens), ("pixels", raw)):
         scale = StandardScaler().fit(np.concatenate(values[:cut]))
-        model = LogisticRegression(max_iter=200, C=0.05)
+        model = LogisticRegression(max_iter=1000, C=0.05)
         model.fit(scale.transform(np.concatenate(values[:cut])), np.concatenate(labels[:cut]))
         right = model.score(scale.transform(np.concatenate(values[cut:])), np.concatenate(labels[cut:]))
         result[name] = round(float(right), 3)
     return result
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m lib_dinotile.train.encoder", description=probe.__doc__)
+    parser.add_argument("--encoder", type=Path, default=Path(__file__).parents[1] / "mini" / "encoder")
+    encoder = Dinov2Model.from_pretrained(parser.parse_args().encoder).float().eval()
+    print(json.dumps(probe(encoder)))
+
+
+if __name__ == "__main__":
+    main()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 from adapters import Adapters
-from client import Reply, WebUI, correlation, difference
+from client import Reply, WebUI, difference
 from conftest import TILES
 from PIL import Image
 
@@ -17,7 +17,6 @@ def test_an_untrained_adapter_changes_nothing(webui: WebUI, source: Image.Image,
 
 def test_a_trained_adapter_changes_the_image(tiled: Reply, adapted: Reply):
     assert difference(adapted.image, tiled.image) > 8
-    assert correlation(adapted.image, tiled.image) > 0.5
 
 
 def test_png_info_says_which_and_how(adapted: Reply, adapters: Adapters):

@@ -19,8 +19,8 @@ SAMPLERS = (
     ("DPM++ 2M", "Karras", 4),
     ("DPM++ 2S a", "Automatic", 4),
     ("Heun", "Automatic", 4),
-    ("DDIM", "Automatic", 4),
-    ("UniPC", "Automatic", 10),  # wants more than three steps, and denoising takes only its share of them
+    ("DDIM", "Automatic", 10),  # these two run fewer steps than their share, or none
+    ("UniPC", "Automatic", 10),
 )
 PROMPTS = {
     "and": {"prompt": "a photo AND a cat"},
