@@ -37,7 +37,8 @@ def unit(webui: WebUI, request: pytest.FixtureRequest, source: Image.Image) -> d
 
 
 def controlled(webui: WebUI, source: Image.Image, unit: dict[str, Any], options: dict[str, Any]) -> Image.Image:
-    return webui.img2img(source, options, alwayson_scripts={"ControlNet": {"args": [unit]}}).image
+    """The image alone: what follows it are the units' own pictures."""
+    return webui.img2img(source, options, alwayson_scripts={"ControlNet": {"args": [unit]}}).images[0]
 
 
 @pytest.mark.parametrize("grid", GRIDS)
@@ -68,8 +69,9 @@ def test_any_batch_gives_the_same_image(webui: WebUI, source: Image.Image, unit,
 
 
 @NOT_CROPPED
-def test_a_tile_gets_its_own_part_of_the_control_image(webui: WebUI, source: Image.Image, unit):
+def test_a_tile_gets_its_own_part_of_the_control_image(webui: WebUI, photo: Image.Image, unit):
     """Where the control image changes, the tiles there change, and no others."""
+    source = photo.resize((112, 64))  # two tiles side by side
     control = source.copy()
     control.paste((0, 0, 0), (source.width - 32, 0, source.width, source.height))
     one, other = (
