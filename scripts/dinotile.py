@@ -2,7 +2,6 @@
 
 from modules import script_callbacks, scripts
 
-from lib_dinotile import DinotileError
 from lib_dinotile.hosts.takeover import Takeover, refuse
 from lib_dinotile.ui import accordion, xyz
 
@@ -25,7 +24,7 @@ class Script(scripts.Script):
             settings = xyz.with_axes(p, accordion.settings_from(args))
             if settings.enabled:
                 Takeover(p, settings).apply()
-        except DinotileError as error:
+        except Exception as error:  # the WebUI would log it and go on without us
             refuse(p, error)
 
 

@@ -34,7 +34,7 @@ def make_host(p: Any) -> WebUIHost:
     return A1111Host(p)
 
 
-def refuse(p: Any, error: DinotileError) -> None:
+def refuse(p: Any, error: Exception) -> None:
     """Let the job fail with this error. The WebUI only logs what a script's hook raises, and would go on without it."""
 
     def fail(*_: Any, **__: Any) -> None:
@@ -48,6 +48,8 @@ class Takeover:
 
     def __init__(self, p: Any, settings: Settings) -> None:
         """Changes nothing yet; DinotileError if img2img is set up in a way that tiles cannot follow."""
+        if not p.init_images or None in p.init_images:
+            raise DinotileError("there is no image to upscale: drop one into the img2img tab")
         if p.image_mask is not None:
             raise DinotileError("DINO Tile does not paint inpaint masks: switch it off, or use the img2img tab")
         sizes = {image.size for image in p.init_images}
