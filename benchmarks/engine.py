@@ -70,12 +70,12 @@ class Watched:
     def decode(self, latents: Tensor) -> Tensor:
         return self.model(self._host.decode, latents)
 
-    def sample(self, latents: Tensor, noise: Any, condition: Residuals | None) -> Tensor:
+    def sample(self, latents: Tensor, tiles: Any, noise: Any, condition: Residuals | None) -> Tensor:
         """The sampler's time is the model's, but for the noise and the residuals that it asks us for."""
         ours = self.ours
         drawn = SimpleNamespace(next=lambda: ours(noise.next))
         asked = condition and SimpleNamespace(residuals=lambda *a: ours(condition.residuals, *a))
-        return self.model(self._host.sample, latents, drawn, asked)
+        return self.model(self._host.sample, latents, tiles, drawn, asked)
 
     def interrupted(self) -> bool:
         return self._tiles is not None and self.done >= self._tiles

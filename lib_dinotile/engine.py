@@ -85,7 +85,7 @@ def upscale(
             latents = host.encode(torch.stack([canvas.crop(tile) for tile in tiles]))
             areas = [tile.shrink(host.factor) for tile in tiles]
             condition = conditioner.condition(features, tiles, tuple(latents.shape[-2:])) if features else None
-            latents = host.sample(latents, TileNoise(noise, areas), condition)
+            latents = host.sample(latents, tiles, TileNoise(noise, areas), condition)
             for tile, pixels in zip(tiles, host.decode(latents)):
                 canvas.paint(tile, pixels, blend.weight(tile))
             painted += len(tiles)

@@ -37,7 +37,7 @@ class StubHost:
     def decode(self, latents):
         return latents
 
-    def sample(self, latents, noise, condition):
+    def sample(self, latents, tiles, noise, condition):
         self.sampled.append(len(latents))
         return self._sample(latents, noise)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -13,8 +13,10 @@ from torch import Tensor
 from lib_dinotile import DinotileError
 from lib_dinotile.condition.shape import UNetShape
 from lib_dinotile.hosts.base import Residuals
+from lib_dinotile.hosts.hints import crop_hint, is_spatial
 from lib_dinotile.hosts.ldm import LdmResiduals, cfg_rows
 from lib_dinotile.hosts.webui import WebUIHost
+from lib_dinotile.tiling.plan import Rect
 
 
 def timestep_to_sigma(alphas_cumprod: Tensor, timestep: float) -> float:
@@ -39,21 +41,27 @@ class A1111Host(WebUIHost):
         return getattr(self._p.sd_model, "latent_channels", 4)
 
     @contextlib.contextmanager
-    def conditioned(self, condition: Residuals | None, tiles: int) -> Iterator[None]:
-        if condition is None:
+    def conditioned(self, condition: Residuals | None, tiles: Sequence[Rect]) -> Iterator[None]:
+        hints = self._hints(tiles)
+        if condition is None and not hints:
             yield
             return
-        if sd_unet.current_unet is not None:
+        if condition is not None and sd_unet.current_unet is not None:
             raise DinotileError(
                 f"the UNet {sd_unet.current_unet_option.label!r} (Settings, Stable Diffusion, SD Unet) takes no "
                 "residuals: choose None there, or adapter None"
             )
         alphas = self._p.sd_model.alphas_cumprod.cpu()
-        with LdmResiduals(self._unet, condition, lambda t: timestep_to_sigma(alphas, t)) as residuals:
+
+        def on_rows(rows: Tensor) -> None:
+            for params, name, _, crops in hints:
+                setattr(params, name, crops.index_select(0, rows.to(crops.device)))
+
+        with LdmResiduals(self._unet, condition, lambda t: timestep_to_sigma(alphas, t), on_rows) as residuals:
 
             def on_step(params: script_callbacks.CFGDenoiserParams) -> None:
                 denoiser = params.denoiser
-                rows = cfg_rows(tiles, len(params.x), params.text_cond.shape[0])
+                rows = cfg_rows(len(tiles), len(params.x), params.text_cond.shape[0])
                 residuals.step(rows, denoiser.step / max(denoiser.total_steps, 1))
 
             script_callbacks.on_cfg_denoiser(on_step)
@@ -61,3 +69,23 @@ class A1111Host(WebUIHost):
                 yield
             finally:
                 script_callbacks.remove_callbacks_for_function(on_step)
+                for params, name, whole, _ in hints:
+                    setattr(params, name, whole)
+
+    def _hints(self, tiles: Sequence[Rect]) -> list[tuple[Any, str, Tensor, Tensor]]:
+        """(parameters of a unit of sd-webui-controlnet, name, whole hint, the tiles' parts) for all its units.
+
+        Setting `hint_cond` makes the extension forget what it has derived from the last one.
+        """
+        networks = [
+            getattr(script, "latest_network", None)
+            for script in (self._p.scripts.alwayson_scripts if self._p.scripts else ())
+            if script.title().lower() == "controlnet"
+        ]
+        found = []
+        for params in (params for network in networks if network for params in network.control_params or ()):
+            for name in ("hint_cond", "effective_region_mask"):
+                whole = getattr(params, name, None)
+                if is_spatial(whole):
+                    found.append((params, name, whole, crop_hint(whole, tiles, self.plan)))
+        return found

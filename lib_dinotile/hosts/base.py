@@ -13,6 +13,7 @@ from lib_dinotile import DinotileError
 from lib_dinotile.condition.shape import UNetShape
 from lib_dinotile.tiling.canvas import Canvas
 from lib_dinotile.tiling.noise import TileNoise
+from lib_dinotile.tiling.plan import Rect
 
 
 class Interrupted(Exception):
@@ -58,8 +59,11 @@ class Host(Protocol):
     def encode(self, pixels: Tensor) -> Tensor:
         """Pixels to latents."""
 
-    def sample(self, latents: Tensor, noise: TileNoise, condition: Residuals | None) -> Tensor:
-        """img2img on k latents: noise them, denoise them. `Interrupted` if the user stopped it on the way."""
+    def sample(self, latents: Tensor, tiles: Sequence[Rect], noise: TileNoise, condition: Residuals | None) -> Tensor:
+        """img2img on k latents: noise them, denoise them. `Interrupted` if the user stopped it on the way.
+
+        tiles: where they lie, for what the host keeps for the whole canvas.
+        """
 
     def decode(self, latents: Tensor) -> Tensor:
         """Latents to pixels."""

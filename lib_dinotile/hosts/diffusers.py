@@ -21,6 +21,7 @@ from lib_dinotile.hosts.base import Residuals
 from lib_dinotile.settings import Generation
 from lib_dinotile.tiling.canvas import Canvas
 from lib_dinotile.tiling.noise import TileNoise
+from lib_dinotile.tiling.plan import Rect
 
 FAMILIES = {768: "sd15", 1024: "sd2", 2048: "sdxl"}
 """Width of the text conditioning -> family, for UNets with 4 latent channels."""
@@ -98,7 +99,7 @@ class DiffusersHost:
     def decode(self, latents: Tensor) -> Tensor:
         return (self._codec.decode(latents).float().cpu() + 1) / 2
 
-    def sample(self, latents: Tensor, noise: TileNoise, condition: Residuals | None) -> Tensor:
+    def sample(self, latents: Tensor, tiles: Sequence[Rect], noise: TileNoise, condition: Residuals | None) -> Tensor:
         steps, scheduler = self._generation.steps, self._scheduler
         scheduler.set_timesteps(steps)
         skipped = steps - min(round(steps * self._generation.denoise), steps)

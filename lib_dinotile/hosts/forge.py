@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -13,7 +13,9 @@ from torch import Tensor
 
 from lib_dinotile.condition.shape import UNetShape
 from lib_dinotile.hosts.base import Residuals
+from lib_dinotile.hosts.hints import crop_hint, is_spatial
 from lib_dinotile.hosts.webui import WebUIHost
+from lib_dinotile.tiling.plan import Rect
 
 
 class ResidualControl(ControlBase):
@@ -47,19 +49,20 @@ class ForgeHost(WebUIHost):
         self.base = "sdxl" if model.is_sdxl else "sd2" if model.is_sd2 else "sd15" if model.is_sd1 else "unknown"
         self.shape = UNetShape.of_ldm(unet) if hasattr(unet, "output_blocks") else None
         self._condition: Residuals | None = None
+        self._tiles: Sequence[Rect] = ()
 
     @property
     def channels(self) -> int:
         return self._p.sd_model.forge_objects.vae.latent_channels
 
     @contextlib.contextmanager
-    def conditioned(self, condition: Residuals | None, tiles: int) -> Iterator[None]:
+    def conditioned(self, condition: Residuals | None, tiles: Sequence[Rect]) -> Iterator[None]:
         model = self._p.sd_model
-        self._condition = condition
+        self._condition, self._tiles = condition, tiles
         try:
             yield
         finally:
-            self._condition = None
+            self._condition, self._tiles = None, ()
             model.forge_objects = model.forge_objects_after_applying_lora.shallow_copy()
 
     def before_sampling(self, latents: Tensor, start: Tensor, cond: Any, uncond: Any) -> Tensor:
@@ -70,6 +73,11 @@ class ForgeHost(WebUIHost):
         start = super().before_sampling(latents, start, cond, uncond)
         if p.modified_noise is not None:
             start, p.modified_noise = p.modified_noise, None
+        for control in model.forge_objects.unet.list_controlnets():  # made anew for every batch: nothing to put back
+            for name in ("cond_hint_original", "advanced_mask_weighting"):
+                whole = getattr(control, name, None)
+                if is_spatial(whole):
+                    setattr(control, name, crop_hint(whole, self._tiles, self.plan))
         if self._condition is not None:
             unet = model.forge_objects.unet.clone()
             unet.add_patched_controlnet(ResidualControl(self._condition, len(latents), p.sampler, self.device))

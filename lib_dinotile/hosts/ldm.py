@@ -38,9 +38,16 @@ class LdmResiduals:
     will come. The UNet may then be called once or in slices, with all these rows or only the first of them.
     """
 
-    def __init__(self, unet: nn.Module, condition: Residuals, sigma: Callable[[float], float]) -> None:
-        """sigma: from the timestep that the UNet is called with to the noise level."""
-        self._unet, self._condition, self._sigma = unet, condition, sigma
+    def __init__(
+        self,
+        unet: nn.Module,
+        condition: Residuals | None,
+        sigma: Callable[[float], float],
+        on_rows: Callable[[Tensor], None] = lambda rows: None,
+    ) -> None:
+        """sigma: from the timestep that the UNet is called with to the noise level; on_rows: called before the UNet
+        with the tile of every row of this call, for what other extensions give the UNet per row."""
+        self._unet, self._condition, self._sigma, self._on_rows = unet, condition, sigma, on_rows
         self._hooks: list[Any] = []
         self._rows: list[int] = []
         self._progress = 0.0
@@ -73,11 +80,13 @@ class LdmResiduals:
         if len(self._rows) < len(x):
             raise DinotileError(
                 f"the UNet was called with {len(x)} rows where {len(self._rows)} were announced: "
-                "another extension changes the batch; switch it off, or choose adapter None"
+                "another extension changes the batch; switch it off"
             )
         rows, self._rows = self._rows[: len(x)], self._rows[len(x) :]
-        self._residuals = self._condition.residuals(self._sigma(float(timesteps[0])), self._progress)
         self._index = torch.tensor(rows, device=x.device)
+        self._on_rows(self._index)
+        if self._condition is not None:
+            self._residuals = self._condition.residuals(self._sigma(float(timesteps[0])), self._progress)
 
     def _add(self, h: Tensor, slot: int) -> Tensor:
         residual = self._residuals[slot].to(h.device, h.dtype).index_select(0, self._index)

@@ -95,7 +95,7 @@ class Takeover:
         self._conditioner = Conditioner.load(
             self._settings, self._host, installed_adapters(folders.adapters()), folders.encoders(), trusted=False
         )
-        plan = engine.make_plan(self._host, self.size, self._settings)
+        plan = self._host.plan = engine.make_plan(self._host, self.size, self._settings)
         batches = sum(1 for _ in plan.batches(self._settings.batch)) * p.batch_size
         state = shared.state
         if not state.processing_has_refined_job_count:  # once: it may be one image of many, or a cell of a plot

@@ -16,6 +16,7 @@ from lib_dinotile.condition.shape import UNetShape
 from lib_dinotile.hosts.base import Interrupted, Residuals
 from lib_dinotile.tiling.canvas import Canvas
 from lib_dinotile.tiling.noise import TileNoise
+from lib_dinotile.tiling.plan import Rect, TilePlan
 
 PREVIEW_SIDE = 1024
 """Longest side of the live preview, in pixels."""
@@ -59,6 +60,8 @@ class WebUIHost:
     factor = processing.opt_f
     base: str
     shape: UNetShape | None
+    plan: TilePlan
+    """The canvas that is worked on; set before the first tile is sampled."""
 
     def __init__(self, p: Any) -> None:
         self._p = p
@@ -74,8 +77,10 @@ class WebUIHost:
         """Channels of a latent."""
 
     @abstractmethod
-    def conditioned(self, condition: Residuals | None, tiles: int) -> contextlib.AbstractContextManager[None]:
-        """While open, the UNet's rows of a batch of `tiles` tiles get the condition's residuals."""
+    def conditioned(
+        self, condition: Residuals | None, tiles: Sequence[Rect]
+    ) -> contextlib.AbstractContextManager[None]:
+        """While open, the UNet's rows of these tiles get the condition's residuals, and ControlNets their hints."""
 
     def bind(self, cond: Any, uncond: Any) -> None:
         """The tiles to come belong to an image with these conditionings (one entry of the WebUI's batches)."""
@@ -114,13 +119,13 @@ class WebUIHost:
             )
         return (torch.stack(list(decoded)).float() + 1) / 2
 
-    def sample(self, latents: Tensor, noise: TileNoise, condition: Residuals | None) -> Tensor:
-        p, tiles, rng = self._p, len(latents), SamplerNoise(noise)
-        cond = prompt_parser.MulticondLearnedConditioning(shape=(tiles,), batch=[self._cond] * tiles)
-        uncond = None if self._uncond is None else [self._uncond] * tiles
+    def sample(self, latents: Tensor, tiles: Sequence[Rect], noise: TileNoise, condition: Residuals | None) -> Tensor:
+        p, count, rng = self._p, len(tiles), SamplerNoise(noise)
+        cond = prompt_parser.MulticondLearnedConditioning(shape=(count,), batch=[self._cond] * count)
+        uncond = None if self._uncond is None else [self._uncond] * count
         start = rng.next() * p.initial_noise_multiplier
         # The sampler reads these off p; Brownian noise would be seeded per image, so that overlaps would not agree.
-        per_batch = {"batch_size": tiles, "all_seeds": [p.all_seeds[0]] * tiles, "iteration": 0, "rng": rng}
+        per_batch = {"batch_size": count, "all_seeds": [p.all_seeds[0]] * count, "iteration": 0, "rng": rng}
 
         def noise_sampler(*_: Any) -> Any:
             return lambda sigma, sigma_next: rng.next()
