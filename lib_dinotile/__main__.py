@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import json
 import sys
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -51,16 +53,31 @@ def _jobs(source: Path, target: Path) -> list[tuple[Path, Path]]:
     files = sorted(file for file in source.iterdir() if file.suffix.lower() in endings)
     if not files:
         raise DinotileError(f"the folder {source} has no images")
-    if target.exists() and not target.is_dir():
-        raise DinotileError(f"{target} is a file; for a folder of images give a folder")
-    target.mkdir(parents=True, exist_ok=True)
-    return [(file, target / f"{file.stem}.png") for file in files]
+    try:
+        target.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise DinotileError(f"{target} cannot be made a folder of images: {error.strerror}") from error
+    if target.samefile(source):
+        raise DinotileError(f"{target} is where the images come from; give another folder")
+    stems = Counter(file.stem for file in files)
+    return [(file, target / f"{file.stem if stems[file.stem] == 1 else file.name}.png") for file in files]
 
 
-def _parameters(settings: Settings, generation: Generation) -> str:
-    keys = [f"Denoising strength: {generation.denoise:g}", f"Seed: {generation.seed}", f"Model: {generation.model}"]
-    keys += [f"{key}: {value}" for key, value in settings.infotext.items()]
-    return f"{generation.prompt}\nNegative prompt: {generation.negative}\n" + ", ".join(keys)
+def _parameters(settings: Settings, generation: Generation, size: tuple[int, int]) -> str:
+    """What the WebUIs write into a PNG, in their form."""
+    values = {
+        "Steps": generation.steps,
+        "Sampler": "DPM++ 2M",
+        "CFG scale": generation.cfg,
+        "Seed": generation.seed,
+        "Size": f"{size[0]}x{size[1]}",
+        "Model": generation.model,
+        "Denoising strength": generation.denoise,
+        **settings.infotext,
+    }
+    quoted = {key: json.dumps(str(v)) if any(c in str(v) for c in ",:\n") else v for key, v in values.items()}
+    listed = ", ".join(f"{key}: {value}" for key, value in quoted.items())
+    return f"{generation.prompt}\nNegative prompt: {generation.negative}\n{listed}"
 
 
 def _upscale(arguments: argparse.Namespace) -> None:
@@ -96,13 +113,15 @@ def _upscale(arguments: argparse.Namespace) -> None:
         try:
             image = read_image(source)
             result = upscale(host, image, settings, NoiseField(generation.seed, host.channels), conditioner)
-            write_image(result.image, target, _parameters(settings, generation))
+            write_image(result.image, target, _parameters(settings, generation, result.image.size))
             if not arguments.quiet:
                 bar.write(f"{target}: {result.image.width}x{result.image.height}, tiles: {result.painted}")
         except UnfinishedError as error:
+            if not error.result.painted:
+                raise
             kept = target.with_stem(target.stem + "-unfinished")
-            write_image(error.result.image, kept, _parameters(settings, generation))
-            raise UnfinishedError(error.__cause__ or error, error.result, f" (kept in {kept})") from error.__cause__
+            write_image(error.result.image, kept, _parameters(settings, generation, error.result.image.size))
+            raise UnfinishedError(error.__cause__, error.result, f" (kept in {kept})") from error.__cause__
         except DinotileError as error:
             if len(jobs) == 1:
                 raise
@@ -131,7 +150,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"dinotile: {error}", file=sys.stderr)
         if isinstance(error.__cause__, KeyboardInterrupt):
             return 130
-        return 1 if isinstance(error, UnfinishedError) else 2
+        return 2 if error.status_code < 500 else 1
     return 0
 
 

@@ -30,7 +30,7 @@ def read_image(path: Path) -> Image.Image:
 
 def check_writable(path: Path) -> None:
     """DinotileError if no image can be written to `path`."""
-    if path.suffix.lower() not in Image.registered_extensions():
+    if Image.registered_extensions().get(path.suffix.lower()) not in Image.SAVE:
         raise DinotileError(f"{path}: no image format has the ending {path.suffix!r}, try .png")
     if path.is_dir():
         raise DinotileError(f"{path} is a folder, give a file")
@@ -49,7 +49,7 @@ def write_image(image: Image.Image, path: Path, parameters: str) -> None:
         image.save(name, **more)
         os.chmod(name, 0o666 & ~_umask())
         os.replace(name, path)
-    except OSError as error:
+    except (OSError, ValueError) as error:
         raise DinotileError(f"{path} cannot be written: {error}", 500) from error
     finally:
         Path(name).unlink(missing_ok=True)

@@ -58,7 +58,7 @@ class Option:
         if self.type in (int, float):
             number = "a whole number" if self.type is int else "a number"
             steps = f", a multiple of {self.step:g}" if self.type is int and self.step and self.step > 1 else ""
-            return f"{number} from {self.minimum:g} to {self.maximum:g}{steps}"
+            return f"{number} from {self.type(self.minimum):n} to {self.type(self.maximum):n}{steps}"
         return "true or false" if self.type is bool else "text"
 
     def check(self, value: Any) -> Any:

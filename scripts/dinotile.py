@@ -21,7 +21,7 @@ class Script(scripts.Script):
 
     def before_process(self, p, *args):
         try:
-            settings = xyz.with_axes(p, accordion.settings_from(args))
+            settings = accordion.settings_from(args, xyz.axes(p))
             if settings.enabled:
                 Takeover(p, settings).apply()
         except Exception as error:  # the WebUI would log it and go on without us

@@ -87,6 +87,20 @@ def test_bad_input_is_one_line_and_exit_code_2(photo, tmp_path, capsys, monkeypa
     assert not out.exists()
 
 
+def test_two_images_of_one_name_are_both_written(tmp_path):
+    (tmp_path / "in").mkdir()
+    for name in ("a.png", "a.jpg"):
+        random_image(20, 20).save(tmp_path / "in" / name)
+    assert run(tmp_path / "in", tmp_path / "out", *QUICK) == 0
+    assert sorted(file.name for file in (tmp_path / "out").iterdir()) == ["a.jpg.png", "a.png.png"]
+
+
+def test_one_step_is_a_step(photo, tmp_path):
+    assert run(photo, tmp_path / "out.png", *QUICK, "--steps", "1") == 0
+    plain = np.asarray(Image.open(photo).resize((100, 74), Image.Resampling.LANCZOS)).astype(int)
+    assert abs(pixels(tmp_path / "out.png") - plain).max() > 1
+
+
 def test_bad_files_are_one_line_and_exit_code_2(photo, tmp_path, capsys):
     (tmp_path / "text.png").write_text("no image")
     (tmp_path / "empty").mkdir()
@@ -97,6 +111,10 @@ def test_bad_files_are_one_line_and_exit_code_2(photo, tmp_path, capsys):
         (photo, tmp_path / "o.xyz", "no image format has the ending '.xyz'"),
         (photo, tmp_path / "gone" / "o.png", "is not there or not writable"),
         (photo, tmp_path, "no image format has the ending"),
+        (photo, tmp_path / "o.psd", "no image format has the ending '.psd'"),
+        (photo.parent, photo.parent, "is where the images come from"),
+        (photo.parent, photo, "cannot be made a folder of images"),
+        (photo.parent, photo / "x", "cannot be made a folder of images"),
     ]
     for source, target, says in cases:
         assert run(source, target, *QUICK) == 2

@@ -13,6 +13,7 @@ from lib_dinotile.engine import UnfinishedError, canvas_size, upscale
 from lib_dinotile.hosts.base import Interrupted
 from lib_dinotile.settings import Settings
 from lib_dinotile.tiling.noise import NoiseField
+from lib_dinotile.tiling.plan import Rect
 from tests.test_tiling import random_image
 
 
@@ -73,6 +74,18 @@ def test_the_same_seed_gives_the_same_image_at_any_batch_size(order):
     assert abs(images[0] - images[1]).max() <= 1 and abs(images[0] - images[2]).max() <= 1
     other = np.asarray(upscale(StubHost(noisy), source, settings, NoiseField(6, 4)).image).astype(int)
     assert abs(other - images[0]).mean() > 1
+
+
+def test_every_tile_gets_the_noise_of_its_own_place():
+    """A sampler that paints the noise itself paints the field, tile by tile."""
+
+    def paint(latents, noise):
+        return (noise.next()[:, :3] * 0.1 + 0.5).repeat_interleave(8, -1).repeat_interleave(8, -2).clamp(0, 1)
+
+    result = upscale(StubHost(paint), random_image(80, 60), Settings(tile=64, overlap=16), NoiseField(3, 4))
+    field = (NoiseField(3, 4).crop([Rect(0, 0, 20, 15)], 0)[0, :3] * 0.1 + 0.5).clamp(0, 1)
+    wanted = (field * 255).round().permute(1, 2, 0).numpy().repeat(8, 0).repeat(8, 1)
+    assert abs(np.asarray(result.image).astype(int) - wanted).max() <= 1
 
 
 def test_a_later_wave_sees_what_earlier_ones_painted():

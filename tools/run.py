@@ -37,10 +37,11 @@ def install_torch() -> None:
     if has_torch():
         return
     if sys.platform != "linux" or shutil.which("nvidia-smi"):
-        if pip("torch", quiet=False):
-            return
+        if not pip("torch", quiet=False):
+            sys.exit("tools/run.py: pip could not install torch, see above")
+        return
     # Linux without a GPU: a wheel in one of pip's own --find-links folders, else PyTorch's index of CPU builds.
-    elif pip("--no-index", "--no-deps", "torch") or pip(
+    if pip("--no-index", "--no-deps", "torch") or pip(
         "--no-deps", "--retries", "1", "--timeout", "20", "--index-url", CPU_INDEX, "torch"
     ):
         version = subprocess.check_output(
@@ -64,7 +65,10 @@ def prepare(extra: str) -> None:
     print(f"Setting up {VENV} (once; a few minutes) ...", file=sys.stderr, flush=True)
     same = PYTHON.is_file() and (VENV / "python").is_file() and (VENV / "python").read_text() == sys.version
     if not same:
-        venv.create(VENV, with_pip=True, clear=VENV.exists())
+        try:
+            venv.create(VENV, with_pip=True, clear=VENV.exists())
+        except subprocess.CalledProcessError:
+            sys.exit("tools/run.py: this Python cannot make virtual environments; on Debian: apt install python3-venv")
         (VENV / "python").write_text(sys.version)
     install_torch()
     if not pip("-e", f".[{extra}]", quiet=False):

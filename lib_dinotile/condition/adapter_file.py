@@ -82,7 +82,8 @@ def load_adapter(path: Path, device: torch.device | str = "cpu", dtype: torch.dt
     except (OSError, SafetensorError) as error:
         raise DinotileError(f"{path.name} cannot be read: {error}") from error
     # Made outside of inference mode, which hosts run under: training and gradients must be able to use it.
-    with torch.inference_mode(False):
+    # And its first, random values are not drawn at the cost of the next generation's.
+    with torch.inference_mode(False), torch.random.fork_rng(devices=[]):
         adapter = Adapter(config)
         adapter.load_state_dict(tensors)
         return adapter.to(device, dtype).eval().requires_grad_(False)

@@ -38,7 +38,7 @@ def _adapter(path: Path, modified: float, device: torch.device, dtype: torch.dty
 
 
 @functools.lru_cache(maxsize=1)
-def _encoder(name: str, folder: Path | None, device: torch.device) -> PatchEncoder:
+def _encoder(name: str, folder: Path | None, modified: float, device: torch.device) -> PatchEncoder:
     return load_encoder(name, folder, device=device)
 
 
@@ -65,6 +65,8 @@ class Conditioner:
         """
         name = settings.adapter
         if name == NONE:
+            _adapter.cache_clear()
+            _encoder.cache_clear()
             return None
         if name not in adapters:
             listed = ", ".join((NONE, *adapters))
@@ -78,7 +80,9 @@ class Conditioner:
         if not trusted and wanted not in choices:
             listed = ", ".join([AUTOMATIC, *choices])
             raise DinotileError(f"encoder: {wanted!r} is not installed in {encoders}, give one of {listed}")
-        encoder = _encoder(wanted, encoders, torch.device(host.device))
+        files = encoders.glob("*/model.safetensors") if encoders else ()
+        modified = max((file.stat().st_mtime for file in files), default=0.0)
+        encoder = _encoder(wanted, encoders, modified, torch.device(host.device))
         check_encoder(config, name, encoder.id, encoder.width)
         modified = adapters[name].stat().st_mtime
         return cls(_adapter(adapters[name], modified, torch.device(host.device), host.dtype), encoder, settings)

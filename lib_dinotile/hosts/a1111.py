@@ -40,17 +40,20 @@ class A1111Host(WebUIHost):
     def channels(self) -> int:
         return getattr(self._p.sd_model, "latent_channels", 4)
 
+    def check_residuals(self) -> None:
+        option = sd_unet.get_unet_option()
+        if option is not None:
+            raise DinotileError(
+                f"the UNet {option.label!r} (Settings, Stable Diffusion, SD Unet) takes no residuals: choose None "
+                "there, or adapter None"
+            )
+
     @contextlib.contextmanager
     def conditioned(self, condition: Residuals | None, tiles: Sequence[Rect]) -> Iterator[None]:
         hints = self._hints(tiles)
         if condition is None and not hints:
             yield
             return
-        if condition is not None and sd_unet.current_unet is not None:
-            raise DinotileError(
-                f"the UNet {sd_unet.current_unet_option.label!r} (Settings, Stable Diffusion, SD Unet) takes no "
-                "residuals: choose None there, or adapter None"
-            )
         alphas = self._p.sd_model.alphas_cumprod.cpu()
 
         def on_rows(rows: Tensor) -> None:

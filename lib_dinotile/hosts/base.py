@@ -34,7 +34,8 @@ class Host(Protocol):
     """A diffusion model with its img2img sampler, as the engine sees it.
 
     Pixels are float32 (k, 3, H, W) in [0, 1] on the CPU; latents are the host's own tensors (k, C, H / factor,
-    W / factor) wherever it keeps them. All tiles of a call have one size, a multiple of `factor`.
+    W / factor) wherever it keeps them. All tiles of a call have one size, a multiple of `factor`. A batch is encoded,
+    sampled and decoded before the next one: a host may keep its pixels from `encode` for `sample`.
     """
 
     factor: int

@@ -102,10 +102,10 @@ class DiffusersHost:
     def sample(self, latents: Tensor, tiles: Sequence[Rect], noise: TileNoise, condition: Residuals | None) -> Tensor:
         steps, scheduler = self._generation.steps, self._scheduler
         scheduler.set_timesteps(steps)
-        skipped = steps - min(round(steps * self._generation.denoise), steps)
-        timesteps = scheduler.timesteps[skipped:]
-        if not len(timesteps):
+        if self._generation.denoise == 0:
             return latents
+        skipped = steps - max(1, min(round(steps * self._generation.denoise), steps))
+        timesteps = scheduler.timesteps[skipped:]
         scheduler.set_begin_index(skipped)
         start = noise.next().to(latents)
         x = scheduler.add_noise(latents, start, timesteps[:1].repeat(len(latents)))

@@ -7,6 +7,7 @@ working.
 
 from __future__ import annotations
 
+import hashlib
 from typing import Any
 
 import numpy as np
@@ -43,6 +44,14 @@ def refuse(p: Any, error: Exception) -> None:
     p.init = fail
 
 
+def to_sample(image: Image.Image) -> Tensor:
+    """Pixels (3, H, W) in [-1, 1] that the WebUI makes this very RGB image of.
+
+    It cuts off the fraction when it makes bytes of them, so they aim at the middle of a level.
+    """
+    return (torch.from_numpy(np.array(image)).permute(2, 0, 1).float() + 0.5) / 127.5 - 1
+
+
 class Takeover:
     """One img2img job of the WebUI, done by the engine."""
 
@@ -52,6 +61,8 @@ class Takeover:
             raise DinotileError("there is no image to upscale: drop one into the img2img tab")
         if p.image_mask is not None:
             raise DinotileError("DINO Tile does not paint inpaint masks: switch it off, or use the img2img tab")
+        if p.refiner_checkpoint not in (None, "", "None", "none"):
+            raise DinotileError("DINO Tile cannot change to a refiner within a tile: set Refiner to None")
         sizes = {image.size for image in p.init_images}
         if len(sizes) != 1:
             raise DinotileError("DINO Tile upscales a batch only if all its images have one size")
@@ -76,6 +87,7 @@ class Takeover:
         """In place of `p.init`: everything that can go wrong before the first tile goes wrong here."""
         p, opts = self._p, shared.opts
         p.sampler = sd_samplers.create_sampler(p.sampler_name, p.sd_model)
+        p.image_cfg_scale = p.image_cfg_scale if shared.sd_model.cond_stage_key == "edit" else None
         p.extra_generation_params["Denoising strength"] = p.denoising_strength
         if p.initial_noise_multiplier != 1.0:
             p.extra_generation_params["Noise multiplier"] = p.initial_noise_multiplier
@@ -86,6 +98,17 @@ class Takeover:
         p.init_latent = p.mask = p.nmask = p.mask_for_overlay = p.overlay_images = p.paste_to = None
         if len(p.init_images) > 1:
             p.batch_size = len(p.init_images)
+        if opts.save_init_img:
+            for image in p.init_images:
+                p.init_img_hash = hashlib.md5(image.tobytes()).hexdigest()
+                images.save_image(
+                    image,
+                    path=opts.outdir_init_images,
+                    basename=None,
+                    forced_filename=p.init_img_hash,
+                    save_to_dirs=False,
+                    existing_info=image.info,
+                )
         self._sources = [images.flatten(image, opts.img2img_background_color) for image in p.init_images]
         if opts.img2img_color_correction and p.color_corrections is None:
             corrections = [processing.setup_color_correction(source) for source in self._sources]
@@ -95,6 +118,8 @@ class Takeover:
         self._conditioner = Conditioner.load(
             self._settings, self._host, installed_adapters(folders.adapters()), folders.encoders(), trusted=False
         )
+        if self._conditioner:
+            self._host.check_residuals()
         plan = self._host.plan = engine.make_plan(self._host, self.size, self._settings)
         batches = sum(1 for _ in plan.batches(self._settings.batch)) * p.batch_size
         state = shared.state
@@ -115,7 +140,12 @@ class Takeover:
     ) -> list[Tensor]:
         """In place of `p.sample`: upscales every image of the batch; pixels (3, H, W) in [-1, 1]."""
         p, host = self._p, self._host
-        samples, painted = processing.DecodedSamples(), []
+        results, painted = [], []
+        if host.base == "sdxl":  # it is told the size of what it paints: a tile's, not the canvas's
+            width, height = host.plan.tile_size
+            with overridden(p, width=width, height=height):
+                p.setup_conds()
+            conditioning, unconditional_conditioning = p.c, p.uc
         for number in range(len(seeds)):
             uncond = None if unconditional_conditioning is None else unconditional_conditioning[number]
             host.bind(conditioning.batch[number], uncond)
@@ -126,20 +156,30 @@ class Takeover:
                 with overridden(shared.state, do_set_current_image=lambda: None, current_latent=None):
                     result = engine.upscale(host, source, self._settings, noise, self._conditioner)
             except engine.UnfinishedError as error:
-                self._keep(error.result.image, seeds[number], prompts[number])
-                raise
+                # What is done of the batch is kept, too.
+                done = results + ([error.result.image] if error.result.painted else [])
+                kept = [self._keep(image, seeds[n], prompts[n]) for n, image in enumerate(done)]
+                where = f" (kept in {', '.join(filter(None, kept))})" if any(kept) else ""
+                raise engine.UnfinishedError(error.__cause__, error.result, where) from error.__cause__
             painted.append(None if result.complete else f"{result.painted} of {len(result.plan)}")
-            # The WebUI cuts off the fraction when it makes bytes of these: aim at the middle of a level.
-            pixels = torch.from_numpy(np.array(result.image)).permute(2, 0, 1)
-            samples.append((pixels.float() + 0.5) / 127.5 - 1)
+            results.append(result.image)
         # One entry per image of the batch; the WebUI leaves out what is None.
         p.extra_generation_params["DINO Tile painted"] = painted
+        samples = processing.DecodedSamples()
+        samples.extend(to_sample(image) for image in results)
         return samples
 
-    def _keep(self, image: Image.Image, seed: int, prompt: str) -> None:
-        """Saves what a failed run has painted where the finished image would have gone."""
-        if self._p.save_samples():
-            path = self._p.outpath_samples
-            images.save_image(
-                image, path, "", seed, prompt, shared.opts.samples_format, p=self._p, suffix="-unfinished"
-            )
+    def _keep(self, image: Image.Image, seed: int, prompt: str) -> str | None:
+        """Saves what a failed run has painted where the finished image would have gone; the file's name."""
+        if not self._p.save_samples():
+            return None
+        return images.save_image(
+            image,
+            self._p.outpath_samples,
+            "",
+            seed,
+            prompt,
+            shared.opts.samples_format,
+            p=self._p,
+            suffix="-unfinished",
+        )[0]

@@ -82,6 +82,9 @@ class WebUIHost:
     ) -> contextlib.AbstractContextManager[None]:
         """While open, the UNet's rows of these tiles get the condition's residuals, and ControlNets their hints."""
 
+    def check_residuals(self) -> None:
+        """DinotileError if residuals cannot reach the UNet as it is set up now."""
+
     def bind(self, cond: Any, uncond: Any) -> None:
         """The tiles to come belong to an image with these conditionings (one entry of the WebUI's batches)."""
         self._cond, self._uncond = cond, uncond
@@ -93,12 +96,10 @@ class WebUIHost:
         if upscaler in RESAMPLING:
             return image.resize(size, RESAMPLING[upscaler])
         data = next(entry for entry in shared.sd_upscalers if entry.name == upscaler)
-        while image.width < size[0] or image.height < size[1]:
-            larger = data.scaler.do_upscale(image, data.data_path).convert("RGB")
-            if larger.width <= image.width:  # one that does not enlarge, or a scale of 1
-                break
-            image = larger
-        return image if image.size == size else image.resize(size, Image.Resampling.LANCZOS)
+        # It cuts its result to multiples of 8: let it make one at least as large, and resample that to the exact size.
+        factor = max((-(-side // 8) * 8) / own for side, own in zip(size, image.size))
+        larger = data.scaler.upscale(image, factor, data.data_path).convert("RGB")
+        return larger if larger.size == size else larger.resize(size, Image.Resampling.LANCZOS)
 
     def encode(self, pixels: Tensor) -> Tensor:
         self._pixels = pixels.to(self.device)
@@ -107,10 +108,16 @@ class WebUIHost:
     def _encode(self, tile: Tensor) -> Tensor:
         """One at a time, as the WebUI does. It draws from the VAE's distribution with whatever state torch's generator
         happens to have; here every tile gets the same draw, so that a tile always has the same latent."""
-        cuda = [self.device] if self.device.type == "cuda" else []
-        with torch.random.fork_rng(devices=cuda), devices.autocast():
-            torch.manual_seed(0)
+        with self._own_random(), devices.autocast():
             return sd_samplers_common.images_tensor_to_samples(tile, model=self._p.sd_model)
+
+    @contextlib.contextmanager
+    def _own_random(self) -> Iterator[None]:
+        """torch's generators in a state that is always the same, and afterwards as they were."""
+        cuda = [self.device] if self.device.type == "cuda" else []
+        with torch.random.fork_rng(devices=cuda):
+            torch.manual_seed(0)
+            yield
 
     def decode(self, latents: Tensor) -> Tensor:
         with devices.without_autocast():
@@ -131,7 +138,8 @@ class WebUIHost:
             return lambda sigma, sigma_next: rng.next()
 
         # Zeros, but for inpainting, depth and editing checkpoints, which look at the tile's own pixels.
-        image_conditioning = p.img2img_image_conditioning(self._pixels * 2 - 1, latents)
+        with self._own_random():
+            image_conditioning = p.img2img_image_conditioning(self._pixels * 2 - 1, latents)
         with (
             overridden(p, **per_batch),
             overridden(p.sampler, create_noise_sampler=noise_sampler),

@@ -27,7 +27,7 @@ ROWS = (
     ("encoder",),
     ("patches", "windows"),
 )
-"""Which options stand side by side; `enabled` is the accordion's own switch."""
+"""Which options stand side by side; `enabled` is the accordion's own switch, others get a row of their own."""
 
 
 def adapter_choices() -> list[str]:
@@ -67,7 +67,8 @@ def build() -> dict[str, Any]:
     components = {}
     enabled = options["enabled"]
     with InputAccordion(enabled.default, label=TITLE, elem_id="dinotile_enabled") as components["enabled"]:
-        for row in ROWS:
+        unlisted = options.keys() - {"enabled"} - {name for row in ROWS for name in row}
+        for row in (*ROWS, *((name,) for name in sorted(unlisted))):
             with gr.Row(elem_classes="dinotile-row"):
                 for name in row:
                     components[name] = _component(options[name])
@@ -84,15 +85,18 @@ def infotext_fields(components: Mapping[str, Any]) -> list[tuple[Any, Any]]:
     return [(components["enabled"], lambda params: keys[0][1] in params), *keys]
 
 
-def settings_from(args: tuple[Any, ...]) -> Settings:
+def settings_from(args: tuple[Any, ...], axes: Mapping[str, Any]) -> Settings:
     """Settings from the script's arguments: one value per option, or, from the API, one dict in front.
 
-    DinotileError if a value is not allowed.
+    axes: options that an X/Y/Z plot sets for this image; they turn dinotile on. While it is off, what the controls are
+    at is nobody's business. DinotileError if a value is not allowed.
     """
-    first = args[0] if args else {}
+    first = args[0] if args else False
     if isinstance(first, Mapping):
-        return Settings.parse(first)
+        return Settings.parse({**first, **({"enabled": True} if axes else {}), **axes})
+    if first is False and not axes:
+        return Settings()
     names = [option.name for option in Settings.table()]
     if len(args) > len(names):
         raise DinotileError(f"DINO Tile takes {len(names)} arguments, not {len(args)}: give one dict of options")
-    return Settings.parse(dict(zip(names, args)))
+    return Settings.parse({**dict(zip(names, args)), **({"enabled": True} if axes else {}), **axes})

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -36,10 +35,9 @@ def _confirm(option: Option) -> Callable[[Any, list[Any]], None]:
     return confirm
 
 
-def with_axes(p: Any, settings: Settings) -> Settings:
-    """The settings with what the plot sets for this cell; an axis of DINO Tile turns it on."""
-    axes: Mapping[str, Any] = getattr(p, ATTRIBUTE, {})
-    return dataclasses.replace(settings, enabled=True, **axes) if axes else settings
+def axes(p: Any) -> Mapping[str, Any]:
+    """The options that the plot sets for this cell."""
+    return getattr(p, ATTRIBUTE, {})
 
 
 def register() -> None:

@@ -15,8 +15,8 @@ WEIGHT = 0.1
 ONE_TILE = {"scale": 2, "tile": 256, "overlap": 0}
 """The whole canvas in one tile, which gets the whole control image."""
 MANY = {"scale": 2, "tile": 128, "overlap": 16, "order": "linear"}
-NOT_CROPPED = pytest.mark.xfail(reason="control images are not cropped to tiles yet", strict=False)
-GRIDS = [pytest.param(ONE_TILE, id="one tile"), pytest.param(MANY, id="many tiles", marks=NOT_CROPPED)]
+
+GRIDS = [pytest.param(ONE_TILE, id="one tile"), pytest.param(MANY, id="many tiles")]
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +60,6 @@ def test_an_untrained_adapter_changes_nothing(webui: WebUI, source: Image.Image,
     assert difference(controlled(webui, source, unit, {**grid, "adapter": adapters.untrained}), alone) == 0
 
 
-@NOT_CROPPED
 @pytest.mark.parametrize("tile", [64, 96])
 def test_any_batch_gives_the_same_image(webui: WebUI, source: Image.Image, unit, adapters: Adapters, tile: int):
     options = {"scale": 2, "tile": tile, "overlap": 0, "adapter": adapters.random}
@@ -68,7 +67,6 @@ def test_any_batch_gives_the_same_image(webui: WebUI, source: Image.Image, unit,
     assert difference(one, four) <= 1
 
 
-@NOT_CROPPED
 def test_a_tile_gets_its_own_part_of_the_control_image(webui: WebUI, photo: Image.Image, unit):
     """Where the control image changes, the tiles there change, and no others."""
     source = photo.resize((112, 64))  # two tiles side by side
