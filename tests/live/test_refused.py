@@ -6,7 +6,7 @@ import re
 
 import pytest
 from adapters import Adapters
-from client import WebUI, encode
+from client import WebUI, difference, encode
 from conftest import TILES
 from PIL import Image
 
@@ -80,3 +80,14 @@ def test_more_sources_than_the_batch_has_places(webui: WebUI, small: Image.Image
 @pytest.mark.parametrize("args", [["yes"], [True, 9.0], [True, 2.0, "Lanczos", 100]])
 def test_arguments_by_position_that_are_not_allowed(webui: WebUI, small: Image.Image, args):
     assert "is not allowed, give" in webui.refusal(small, alwayson_scripts={"dino tile": {"args": args}})
+
+
+def test_a_refiner(webui: WebUI, small: Image.Image):
+    checkpoint = webui.get("sdapi/v1/sd-models").json()[0]["title"]
+    assert "set Refiner to None" in webui.refusal(small, TILES, refiner_checkpoint=checkpoint, refiner_switch_at=0.5)
+
+
+def test_while_switched_off_its_controls_may_be_at_anything(webui: WebUI, small: Image.Image):
+    plain = webui.img2img(small).image
+    odd = webui.img2img(small, alwayson_scripts={"dino tile": {"args": [False, 99.0, "None", 64, 64]}}).image
+    assert difference(plain, odd) == 0
