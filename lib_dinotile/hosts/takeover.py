@@ -87,7 +87,8 @@ class Takeover:
         """In place of `p.init`: everything that can go wrong before the first tile goes wrong here."""
         p, opts = self._p, shared.opts
         p.sampler = sd_samplers.create_sampler(p.sampler_name, p.sd_model)
-        p.image_cfg_scale = p.image_cfg_scale if shared.sd_model.cond_stage_key == "edit" else None
+        if getattr(p.sd_model, "cond_stage_key", None) != "edit":  # only InstructPix2Pix has it
+            p.image_cfg_scale = None
         p.extra_generation_params["Denoising strength"] = p.denoising_strength
         if p.initial_noise_multiplier != 1.0:
             p.extra_generation_params["Noise multiplier"] = p.initial_noise_multiplier
