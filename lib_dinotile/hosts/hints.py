@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from lib_dinotile.dino.field import FeatureField
 from lib_dinotile.tiling.plan import Rect, TilePlan
 
 
@@ -20,12 +19,8 @@ def is_spatial(hint: Any) -> bool:
 def crop_hint(hint: Tensor, tiles: Sequence[Rect], plan: TilePlan) -> Tensor:
     """(k, C, h, w): the tiles' parts of the first of the hints (n, C, H, W) for the whole canvas.
 
-    ControlNet rounds the size of its hints; one that is not the canvas's is resized to it. Beyond the canvas its last
-    pixels are repeated, as they are in the canvas itself.
+    A hint is a field over the canvas like any other. ControlNet rounds the size of its hints; one of the canvas's own
+    size is cut to the bit.
     """
-    whole = hint[:1].float()
-    if tuple(whole.shape[-2:]) != (plan.height, plan.width):
-        whole = F.interpolate(whole, (plan.height, plan.width), mode="bilinear", align_corners=False)
-    width, height = plan.padded
-    whole = F.pad(whole, (0, width - plan.width, 0, height - plan.height), mode="replicate")[0]
-    return torch.stack([whole[(slice(None), *tile.slices)] for tile in tiles]).to(hint)
+    width, height = plan.tile_size
+    return FeatureField(hint[0], (plan.width, plan.height)).crop(tiles, (height, width))

@@ -32,12 +32,6 @@ class Rect:
         """(rows, columns), to index the last two dimensions of an array."""
         return slice(self.y, self.bottom), slice(self.x, self.right)
 
-    def overlaps(self, other: Rect) -> bool:
-        return self.x < other.right and other.x < self.right and self.y < other.bottom and other.y < self.bottom
-
-    def contains(self, other: Rect) -> bool:
-        return self.x <= other.x and self.y <= other.y and other.right <= self.right and other.bottom <= self.bottom
-
     def shrink(self, factor: int) -> Rect:
         """The same rectangle on a grid of `factor` pixels per cell; ValueError if it does not lie on that grid."""
         if any(v % factor for v in (self.x, self.y, self.width, self.height)):
