@@ -7,6 +7,7 @@ import json
 import sys
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -14,9 +15,12 @@ from PIL import Image
 
 from lib_dinotile import DinotileError, __version__
 from lib_dinotile.condition.conditioner import MINI, Conditioner
-from lib_dinotile.engine import UnfinishedError, upscale
+from lib_dinotile.engine import UnfinishedError, canvas_size, upscale
 from lib_dinotile.images import check_writable, read_image, write_image
+from lib_dinotile.journal import open_journal
+from lib_dinotile.report import Report
 from lib_dinotile.settings import NONE, Generation, Options, Settings
+from lib_dinotile.team import Team, make_team
 from lib_dinotile.tiling.noise import NoiseField
 
 
@@ -80,6 +84,35 @@ def _parameters(settings: Settings, generation: Generation, size: tuple[int, int
     return f"{generation.prompt}\nNegative prompt: {generation.negative}\n{listed}"
 
 
+def _recipe(settings: Settings, generation: Generation, source: Path) -> dict[str, Any]:
+    """Everything that an image depends on."""
+    files = [source, *(Path(name) for name in (generation.mask, generation.model, settings.adapter) if name)]
+    seen = {str(file): [file.stat().st_size, file.stat().st_mtime_ns] for file in files if file.is_file()}
+    return {"version": __version__, **asdict(settings), **asdict(generation), "files": seen}
+
+
+def _is_done(source: Path, target: Path, parameters: str) -> bool:
+    """Whether the image is there, made of this source with these parameters."""
+    if not target.is_file() or target.stat().st_mtime_ns < source.stat().st_mtime_ns:
+        return False
+    try:
+        with Image.open(target) as file:
+            return file.info.get("parameters") == parameters
+    except OSError:
+        return False
+
+
+def _read_mask(name: str, size: tuple[int, int]) -> Image.Image | None:
+    if not name:
+        return None
+    mask = read_image(Path(name)).convert("L")
+    if mask.size != size:
+        raise DinotileError(f"mask: {name} is {mask.width}x{mask.height}, the image is {size[0]}x{size[1]}")
+    if mask.getbbox() is None:
+        raise DinotileError(f"mask: {name} is all black, nothing would change")
+    return mask
+
+
 def _upscale(arguments: argparse.Namespace) -> None:
     from tqdm import tqdm
     from transformers.utils import logging
@@ -99,29 +132,52 @@ def _upscale(arguments: argparse.Namespace) -> None:
     if settings.adapter in adapters and not adapters[settings.adapter].is_file():
         raise DinotileError(f"adapter: there is no file {adapters[settings.adapter]}")
 
-    bar = tqdm(unit="tile", disable=None if not arguments.quiet else True)
+    team, alone = make_team(), Team()
+    if Path(arguments.IN).is_dir():  # every process has images of its own
+        jobs, sharing = jobs[team.rank :: team.size], alone
+    else:
+        sharing = team
+    quiet = arguments.quiet or (sharing is team and team.rank > 0)
+    bar = tqdm(unit="tile", disable=None if not quiet else True, position=team.rank)
 
     def progress(done: int, total: int) -> None:
         bar.total, bar.n = total, done
         bar.refresh()
 
-    host = load_host(generation, progress)
+    host = load_host(generation, progress, team.rank)
     conditioner = Conditioner.load(settings, host, adapters)
     failures = []
     for source, target in jobs:
         bar.set_description(source.name)
         try:
             image = read_image(source)
-            result = upscale(host, image, settings, NoiseField(generation.seed, host.channels), conditioner)
-            write_image(result.image, target, _parameters(settings, generation, result.image.size))
-            if not arguments.quiet:
+            size = canvas_size(image.size, settings, (generation.width, generation.height))
+            parameters = _parameters(settings, generation, size)
+            if arguments.resume and _is_done(source, target, parameters):
+                bar.write(f"{target}: is there already")
+                continue
+            mask = _read_mask(generation.mask, image.size)
+            journal = open_journal(target, _recipe(settings, generation, source), arguments.resume, sharing)
+            noise = NoiseField(generation.seed, host.channels)
+            result = upscale(
+                host, image, settings, noise, conditioner, size=size, mask=mask, journal=journal, team=sharing
+            )
+            if sharing.rank == 0:
+                write_image(result.image, target, parameters)
+                if arguments.report:
+                    _write_report(Path(arguments.report), source, result.report)
+            journal.close()
+            if not quiet:
+                for line in result.report.lines:
+                    bar.write(f"{source.name}: {line}")
                 bar.write(f"{target}: {result.image.width}x{result.image.height}, tiles: {result.painted}")
         except UnfinishedError as error:
-            if not error.result.painted:
+            if not error.result.painted or sharing.rank > 0:
                 raise
             kept = target.with_stem(target.stem + "-unfinished")
-            write_image(error.result.image, kept, _parameters(settings, generation, error.result.image.size))
-            raise UnfinishedError(error.__cause__, error.result, f" (kept in {kept})") from error.__cause__
+            write_image(error.result.image, kept, parameters)
+            where = f" (kept in {kept}; --resume goes on with it)"
+            raise UnfinishedError(error.__cause__, error.result, where) from error.__cause__
         except DinotileError as error:
             if len(jobs) == 1:
                 raise
@@ -129,6 +185,15 @@ def _upscale(arguments: argparse.Namespace) -> None:
     bar.close()
     if failures:
         raise DinotileError(f"{len(failures)} of {len(jobs)} images were left out: " + "; ".join(failures))
+
+
+def _write_report(path: Path, source: Path, report: Report) -> None:
+    """One line of JSON for every image, added to the file."""
+    try:
+        with path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"image": str(source), **report.json()}) + "\n")
+    except OSError as error:
+        raise DinotileError(f"report: {path} cannot be written: {error}", 500) from error
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -140,6 +205,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     command.add_argument("IN", help="an image, or a folder of images")
     command.add_argument("OUT", help="the file to write, or a folder")
     command.add_argument("--quiet", action="store_true", help="say nothing but what goes wrong")
+    command.add_argument("--resume", action="store_true", help="go on with what an earlier run has painted")
+    command.add_argument(
+        "--report", metavar="FILE", help="add what became of every tile to this file, as a line of JSON"
+    )
     _add_options(command, Settings)
     _add_options(command, Generation)
     command.set_defaults(run=_upscale)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -9,15 +11,18 @@ from PIL import Image
 
 from lib_dinotile import DinotileError
 from lib_dinotile.condition.conditioner import Conditioner
-from lib_dinotile.hosts.base import Host, Interrupted, check_upscaler
-from lib_dinotile.settings import Settings
-from lib_dinotile.tiling.blend import Blend
+from lib_dinotile.hosts.base import Host, Interrupted, check_name
+from lib_dinotile.journal import Journal
+from lib_dinotile.prompts import check_prompts
+from lib_dinotile.report import Report
+from lib_dinotile.run import Run
+from lib_dinotile.sampling import chunks
+from lib_dinotile.settings import MAX_SIDE, Settings
+from lib_dinotile.team import Team
 from lib_dinotile.tiling.canvas import Canvas
-from lib_dinotile.tiling.noise import NoiseField, TileNoise
+from lib_dinotile.tiling.noise import NoiseField
 from lib_dinotile.tiling.plan import TilePlan
-
-MAX_SIDE = 65536
-"""Longest side of a canvas, in pixels."""
+from lib_dinotile.tiling.seams import seam_passes
 
 
 @dataclass(frozen=True)
@@ -26,13 +31,15 @@ class Result:
 
     image: Image.Image
     """RGB, exactly the size asked for. Where no tile was painted it shows the upscaled source."""
-    plan: TilePlan
     painted: int
-    """Tiles painted; fewer than the plan has if the run was stopped."""
+    """Tiles painted, of all passes."""
+    total: int
+    """Tiles to paint; more than are painted if the run was stopped."""
+    report: Report
 
     @property
     def complete(self) -> bool:
-        return self.painted == len(self.plan)
+        return self.painted == self.total
 
 
 class UnfinishedError(DinotileError):
@@ -41,16 +48,29 @@ class UnfinishedError(DinotileError):
     def __init__(self, error: BaseException, result: Result, kept: str = "") -> None:
         """kept: where the tiles painted can be found, once they are saved."""
         what = str(error).strip().split("\n")[0] or type(error).__name__
-        super().__init__(f"stopped after {result.painted} of {len(result.plan)} tiles{kept}: {what}", 500)
+        super().__init__(f"stopped after {result.painted} of {result.total} tiles{kept}: {what}", 500)
         self.result = result
 
 
-def canvas_size(size: tuple[int, int], scale: float) -> tuple[int, int]:
-    """(width, height) of the result for a source of this size, to the nearest pixel."""
-    width, height = (max(1, round(side * scale)) for side in size)
-    if max(width, height) > MAX_SIDE:
-        raise DinotileError(f"scale: {scale:g} makes this image {width}x{height}, give a scale for at most {MAX_SIDE}")
-    return width, height
+def canvas_size(size: tuple[int, int], settings: Settings, given: tuple[int, int] | None = None) -> tuple[int, int]:
+    """(width, height) of the result for a source of this size, to the nearest pixel.
+
+    given: what target `img2img size` stands for; where one of them is 0 it is in proportion to the other.
+    """
+    width, height = size
+    if settings.target == "img2img size":
+        if not given or not any(given):
+            raise DinotileError("target: no size is given: give a width or a height, or choose scale or longest side")
+        wide, high = given
+        result = wide or max(1, round(width * high / height)), high or max(1, round(height * wide / width))
+    else:
+        scale = settings.scale if settings.target == "scale" else settings.longest / max(size)
+        result = max(1, round(width * scale)), max(1, round(height * scale))
+    if max(result) > MAX_SIDE:
+        raise DinotileError(
+            f"{settings.target}: makes this image {result[0]}x{result[1]}, give one of at most {MAX_SIDE} a side"
+        )
+    return result
 
 
 def make_plan(host: Host, size: tuple[int, int], settings: Settings) -> TilePlan:
@@ -58,40 +78,56 @@ def make_plan(host: Host, size: tuple[int, int], settings: Settings) -> TilePlan
     return TilePlan(*size, settings.tile, settings.overlap, host.factor, settings.order)
 
 
-@torch.no_grad()
+def job_count(plan: TilePlan, settings: Settings) -> int:
+    """How many batches there are at most."""
+    plans = [grid for grid, _ in seam_passes(plan, settings.seams, settings.seam_width)]
+    waves = [wave for grid in ([plan] if plan.order != "none" else []) + plans for wave in grid.waves]
+    return sum(len(chunks(wave, settings.batch)) for wave in waves)
+
+
 def upscale(
     host: Host,
     source: Image.Image,
     settings: Settings,
     noise: NoiseField,
     conditioner: Conditioner | None = None,
+    size: tuple[int, int] | None = None,
+    mask: Image.Image | None = None,
+    fill: Callable[[Image.Image, Image.Image], Image.Image] | None = None,
+    journal: Journal | None = None,
+    team: Team | None = None,
 ) -> Result:
-    """The source (RGB) made larger by `settings.scale` and painted tile by tile.
+    """The source (RGB) made larger and painted tile by tile.
+
+    size: of the result, if `settings` do not say it; mask (L, of any size, laid over the whole source): white where the
+    result may change; fill: makes of the upscaled source and its mask what the tiles start from within the mask;
+    journal: keeps painted tiles, and has those of an earlier run; team: the processes that share the work.
 
     DinotileError, before any work is done, for settings that this host cannot meet; UnfinishedError, with what is
     painted, for whatever breaks the run off later. If the user stops the host the result is not `complete`.
     """
-    check_upscaler(host, settings.upscaler)
-    size = canvas_size(source.size, settings.scale)
+    check_name("upscaler", settings.upscaler, host.upscalers())
+    size = size or canvas_size(source.size, settings)
     plan = make_plan(host, size, settings)
-    features = conditioner.features(source, size) if conditioner else None
+    check_prompts(host, plan, settings)
+    with torch.no_grad():
+        features = conditioner.features(source, size) if conditioner else None
+        image = host.upscale(source, size, settings.upscaler)
+        if mask is not None:
+            mask = mask.resize(size, Image.Resampling.BILINEAR)
+        start = fill(image, mask) if fill and mask else None
+        canvas = Canvas(image, plan, mask, start)
+        del image, start, mask
+        condition = functools.partial(conditioner.condition, features) if features else None
+        run = Run(host, settings, noise, canvas, plan, condition, journal, team or Team())
+        try:
+            run.paint()
+        except Interrupted:
+            pass
+        except (Exception, KeyboardInterrupt) as error:
+            raise UnfinishedError(error, _result(run)) from error
+        return _result(run)
 
-    canvas, blend, painted = Canvas(host.upscale(source, size, settings.upscaler), plan), Blend(plan), 0
-    try:
-        host.progress(painted, len(plan), canvas)
-        for tiles in plan.batches(settings.batch):
-            if host.interrupted():
-                break
-            latents = host.encode(torch.stack([canvas.crop(tile) for tile in tiles]))
-            areas = [tile.shrink(host.factor) for tile in tiles]
-            condition = conditioner.condition(features, tiles, tuple(latents.shape[-2:])) if features else None
-            latents = host.sample(latents, tiles, TileNoise(noise, areas), condition)
-            for tile, pixels in zip(tiles, host.decode(latents)):
-                canvas.paint(tile, pixels, blend.weight(tile))
-            painted += len(tiles)
-            host.progress(painted, len(plan), canvas)
-    except Interrupted:
-        pass
-    except (Exception, KeyboardInterrupt) as error:
-        raise UnfinishedError(error, Result(canvas.image(), plan, painted)) from error
-    return Result(canvas.image(), plan, painted)
+
+def _result(run: Run) -> Result:
+    return Result(run.canvas.image(), run.done, run.total, run.report)

@@ -6,123 +6,43 @@ WebUI's own controls; command line only). Adding an option is adding a field.
 
 from __future__ import annotations
 
-import dataclasses
-import difflib
-from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 from lib_dinotile import DinotileError
+from lib_dinotile.options import Options, option
+from lib_dinotile.tiling.colour import CORRECTIONS
 from lib_dinotile.tiling.plan import ORDERS
+from lib_dinotile.tiling.seams import SEAMS
+
+TARGETS = ("scale", "longest side", "img2img size")
+PROMPT_MODES = ("follow", "replace")
+
+MAX_SIDE = 65536
+"""Longest side of a canvas, in pixels."""
 
 NONE = "None"
-"""The choice that stands for no adapter."""
+"""The choice that stands for no adapter, and for no captions."""
 
 AUTOMATIC = "Automatic"
 """The choice that stands for the encoder that the adapter names."""
 
-T = TypeVar("T")
+
+def parse_lines(text: str) -> dict[int, str]:
+    """Number and text of each line of "3: whiskers"; DinotileError for any other line."""
+    found = {}
+    for line in filter(None, map(str.strip, text.splitlines())):
+        number, colon, words = line.partition(":")
+        if not colon or not number.strip().isdecimal() or int(number) < 1:
+            raise DinotileError(f'tile_prompts: {line[:60]!r} is not a line like "3: whiskers"')
+        if int(number) in found:
+            raise DinotileError(f"tile_prompts: tile {int(number)} has two lines, give it one")
+        found[int(number)] = words.strip()
+    return found
 
 
-@dataclass(frozen=True)
-class Option:
-    """One row of the table."""
-
-    name: str
-    """As in the API; the command line has it with dashes."""
-    type: type
-    """bool, int, float or str."""
-    default: Any
-    label: str
-    help: str
-    minimum: float | None = None
-    maximum: float | None = None
-    step: float | None = None
-    """Of the slider; an int must be a multiple of it, counted from zero."""
-    choices: tuple[str, ...] | None = None
-    """The allowed values where they are fixed. Lists that depend on what is installed are checked by the host."""
-    infotext: str | None = None
-    """Key in PNG info, or None if it does not change the image."""
-    flag: str | None = None
-    """On the command line, where that is not the name with dashes."""
-    only_with: str | None = None
-    """Another option without which this one changes nothing, as long as that has its default."""
-    xyz: bool = True
-    """Whether it is an X/Y/Z axis."""
-
-    @property
-    def allowed(self) -> str:
-        """What values it takes, in words."""
-        if self.choices is not None:
-            return "one of " + ", ".join(self.choices)
-        if self.type in (int, float):
-            number = "a whole number" if self.type is int else "a number"
-            steps = f", a multiple of {self.step:g}" if self.type is int and self.step and self.step > 1 else ""
-            return f"{number} from {self.type(self.minimum):n} to {self.type(self.maximum):n}{steps}"
-        return "true or false" if self.type is bool else "text"
-
-    def check(self, value: Any) -> Any:
-        """`value` in the option's own type; DinotileError with one line if it is not allowed.
-
-        A whole float is accepted for an int (JSON and sliders do not tell them apart), nothing else is converted.
-        """
-        if self.type in (int, float):
-            number = isinstance(value, (int, float)) and not isinstance(value, bool)
-            # Also refuses what is not a number: nothing compares with it.
-            if not number or not self.minimum <= value <= self.maximum or (self.type is int and value != int(value)):
-                raise self._refuse(value)
-            value = self.type(value)
-            if self.type is int and self.step and value % self.step:
-                raise self._refuse(value)
-        elif not isinstance(value, self.type) or (self.choices is not None and value not in self.choices):
-            raise self._refuse(value)
-        return value
-
-    def parse(self, text: str) -> Any:
-        """`check` for a value that comes as text: PNG info, an X/Y/Z axis, the command line."""
-        text = text.strip()
-        try:
-            if self.type is bool:
-                return {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}[text.lower()]
-            return self.check(self.type(text))
-        except (KeyError, ValueError) as error:
-            raise self._refuse(text) from error
-
-    def _refuse(self, value: Any) -> DinotileError:
-        shown = repr(value)
-        if len(shown) > 80:
-            shown = shown[:77] + "..."
-        return DinotileError(f"{self.name}: {shown} is not allowed, give {self.allowed}")
-
-
-def option(default: T, label: str, help: str, **more: Any) -> T:
-    """A field of an options class; `more` as in `Option`."""
-    return dataclasses.field(default=default, metadata={"label": label, "help": help, **more})  # type: ignore[return-value]
-
-
-class Options:
-    """What `Settings` and `Generation` share: a frozen dataclass whose fields are made by `option`."""
-
-    @classmethod
-    def table(cls) -> Iterator[Option]:
-        """The options, in the order in which they are shown."""
-        for field in dataclasses.fields(cls):  # type: ignore[arg-type]
-            yield Option(field.name, type(field.default), field.default, **field.metadata)
-
-    @classmethod
-    def option(cls, name: str) -> Option:
-        """The option of that name; DinotileError, with the nearest name there is, if there is none."""
-        rows = {row.name: row for row in cls.table()}
-        if name in rows:
-            return rows[name]
-        near = difflib.get_close_matches(str(name), rows, n=1)
-        hint = f"did you mean {near[0]!r}?" if near else "there are " + ", ".join(rows)
-        raise DinotileError(f"{str(name)[:80]!r} is no option of DINO Tile: {hint}")
-
-    @classmethod
-    def parse(cls: Callable[..., T], values: Mapping[str, Any]) -> T:
-        """Options from a dict, defaults for what is left out. DinotileError for a wrong name, type or range."""
-        return cls(**{name: cls.option(name).check(value) for name, value in values.items()})  # type: ignore[attr-defined]
+def _adapted(settings: Settings) -> bool:
+    return settings.adapter != NONE
 
 
 @dataclass(frozen=True)
@@ -130,6 +50,13 @@ class Settings(Options):
     """What dinotile does with the image."""
 
     enabled: bool = option(False, "Enable", "Upscale the image tile by tile.", xyz=False)
+    target: str = option(
+        "scale",
+        "Target size",
+        "Where the size of the result comes from: scale, longest side, or img2img's own Resize to or Resize by.",
+        choices=TARGETS,
+        infotext="DINO Tile target",
+    )
     scale: float = option(
         2.0,
         "Scale",
@@ -138,6 +65,17 @@ class Settings(Options):
         maximum=8.0,
         step=0.05,
         infotext="DINO Tile scale",
+        only_with=lambda settings: settings.target == "scale",
+    )
+    longest: int = option(
+        2048,
+        "Longest side",
+        "Of the result, in pixels; the other side in proportion.",
+        minimum=8,
+        maximum=MAX_SIDE,
+        step=1,
+        infotext="DINO Tile longest side",
+        only_with=lambda settings: settings.target == "longest side",
     )
     upscaler: str = option(
         "Lanczos",
@@ -174,9 +112,82 @@ class Settings(Options):
     order: str = option(
         "chess",
         "Order",
-        "chess: tiles that do not touch are sampled together; linear: one after the other, row by row.",
+        "chess: tiles that do not touch are sampled together; linear: one after the other, row by row; fused: all "
+        "advance together, blended at every step; none: no tiles, only the upscaler and the seam pass.",
         choices=ORDERS,
         infotext="DINO Tile order",
+    )
+    seams: str = option(
+        "none",
+        "Seam pass",
+        "Paints over the borders of the tiles afterwards: in bands, in bands as wide as a tile, or in those and then "
+        "where they cross.",
+        choices=SEAMS,
+        infotext="DINO Tile seams",
+    )
+    seam_denoise: float = option(
+        0.25,
+        "Seam denoising strength",
+        "How much the seam pass may change.",
+        minimum=0.0,
+        maximum=1.0,
+        step=0.01,
+        infotext="DINO Tile seam denoise",
+        only_with=lambda settings: settings.seams != "none",
+    )
+    seam_width: int = option(
+        64,
+        "Seam width",
+        "Width of the bands in pixels.",
+        minimum=8,
+        maximum=1024,
+        step=8,
+        infotext="DINO Tile seam width",
+        only_with=lambda settings: settings.seams == "bands",
+    )
+    colour: str = option(
+        "wavelet",
+        "Colour correction",
+        "Keeps the source's colours in every tile. AdaIN: its mean and spread; wavelet: all its large shapes.",
+        choices=CORRECTIONS,
+        infotext="DINO Tile colour",
+    )
+    flat: float = option(
+        0.0,
+        "Pass over flat tiles",
+        "Tiles with less detail than this (of 255 levels) keep the upscaled source; 0: paint them all.",
+        minimum=0.0,
+        maximum=64.0,
+        step=0.5,
+        infotext="DINO Tile flat",
+    )
+    tile_prompt: str = option(
+        "",
+        "Tile prompt",
+        "What every tile is told.",
+        infotext="DINO Tile tile prompt",
+    )
+    tile_prompt_mode: str = option(
+        "follow",
+        "Tile prompts",
+        "follow: they come after the main prompt; replace: they take its place.",
+        choices=PROMPT_MODES,
+        infotext="DINO Tile tile prompt mode",
+        only_with=lambda settings: settings.prompts_by_tile,
+    )
+    captions: str = option(
+        NONE,
+        "Captions",
+        "Asks one of the WebUI's interrogators what each tile shows, and tells the tile.",
+        infotext="DINO Tile captions",
+        only_with=lambda settings: settings.captions != NONE,
+    )
+    tile_prompts: str = option(
+        "",
+        "Prompts by tile",
+        'One line a tile, as "3: whiskers"; tiles are counted from 1, row by row. Comes in place of a caption.',
+        infotext="DINO Tile tile prompts",
+        lines=3,
     )
     adapter: str = option(
         NONE,
@@ -192,7 +203,7 @@ class Settings(Options):
         maximum=2.0,
         step=0.05,
         infotext="DINO Tile strength",
-        only_with="adapter",
+        only_with=_adapted,
     )
     start: float = option(
         0.0,
@@ -202,7 +213,7 @@ class Settings(Options):
         maximum=1.0,
         step=0.05,
         infotext="DINO Tile start",
-        only_with="adapter",
+        only_with=_adapted,
     )
     end: float = option(
         1.0,
@@ -212,14 +223,14 @@ class Settings(Options):
         maximum=1.0,
         step=0.05,
         infotext="DINO Tile end",
-        only_with="adapter",
+        only_with=_adapted,
     )
     encoder: str = option(
         AUTOMATIC,
         "DINO encoder",
         "The DINOv2 model that looks at the source. Automatic: the one that the adapter was trained with.",
         infotext="DINO Tile encoder",
-        only_with="adapter",
+        only_with=_adapted,
         flag="dino",
     )
     patches: int = option(
@@ -230,7 +241,7 @@ class Settings(Options):
         maximum=256,
         step=1,
         infotext="DINO Tile patches",
-        only_with="adapter",
+        only_with=_adapted,
     )
     windows: int = option(
         1,
@@ -240,20 +251,25 @@ class Settings(Options):
         maximum=8,
         step=1,
         infotext="DINO Tile windows",
-        only_with="adapter",
+        only_with=_adapted,
     )
+
+    @property
+    def prompts_by_tile(self) -> bool:
+        """Whether tiles are told anything but the main prompt."""
+        return bool(self.tile_prompt or self.tile_prompts) or self.captions != NONE
 
     @property
     def infotext(self) -> dict[str, Any]:
         """Keys and values for PNG info: all options that had a part in the image."""
-        rows = {row.name: row for row in self.table()}
         return {
-            row.infotext: getattr(self, name)
-            for name, row in rows.items()
-            if row.infotext and (row.only_with is None or getattr(self, row.only_with) != rows[row.only_with].default)
+            row.infotext: getattr(self, row.name)
+            for row in self.table()
+            if row.infotext and getattr(self, row.name) != "" and row.only_with(self)
         }
 
     def __post_init__(self) -> None:
+        parse_lines(self.tile_prompts)
         if self.overlap > self.tile // 2:
             raise DinotileError(
                 f"overlap: {self.overlap} is not allowed with tile {self.tile}, give at most {self.tile // 2}"
@@ -278,6 +294,13 @@ class Generation(Options):
         "Configuration",
         "Folder with the diffusers configuration for a checkpoint file; empty: from the Hugging Face Hub.",
     )
+    width: int = option(
+        0, "Width", "With --target 'img2img size'; 0: in proportion to the height.", minimum=0, maximum=MAX_SIDE, step=1
+    )
+    height: int = option(
+        0, "Height", "With --target 'img2img size'; 0: in proportion to the width.", minimum=0, maximum=MAX_SIDE, step=1
+    )
+    mask: str = option("", "Mask", "Image that is white where the result may change, as large as the source.")
     prompt: str = option("", "Prompt", "What the picture shows.")
     negative: str = option("", "Negative prompt", "What it should not show.")
     denoise: float = option(

@@ -20,12 +20,18 @@ class Script(scripts.Script):
         return list(components.values())
 
     def before_process(self, p, *args):
+        Takeover.undo(p)
+        if getattr(p, "_ad_inner", False):  # ADetailer paints a part of what is finished
+            return
         try:
             settings = accordion.settings_from(args, xyz.axes(p))
             if settings.enabled:
                 Takeover(p, settings).apply()
         except Exception as error:  # the WebUI would log it and go on without us
             refuse(p, error)
+
+    def postprocess(self, p, processed, *args):
+        Takeover.undo(p)
 
 
 script_callbacks.on_before_ui(xyz.register)

@@ -172,3 +172,7 @@ class AdapterCondition:
                 found = self._adapter(self._maps, torch.tensor([sigma]))
             self._cached = sigma, [residual * self._strength for residual in found]
         return self._cached[1]
+
+    def forget(self) -> None:
+        """Drop the residuals of the last step."""
+        self._cached = None

@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import contextlib
+import copy
+import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
-from modules import script_callbacks, sd_unet
+from modules import devices, script_callbacks, sd_unet
 from torch import Tensor
 
 from lib_dinotile import DinotileError
 from lib_dinotile.condition.shape import UNetShape
-from lib_dinotile.hosts.base import Residuals
+from lib_dinotile.hosts.base import Batch, Views
 from lib_dinotile.hosts.hints import crop_hint, is_spatial
 from lib_dinotile.hosts.ldm import LdmResiduals, cfg_rows
+from lib_dinotile.hosts.overridden import in_float32, overridden
 from lib_dinotile.hosts.webui import WebUIHost
-from lib_dinotile.tiling.plan import Rect
 
 
 def timestep_to_sigma(alphas_cumprod: Tensor, timestep: float) -> float:
@@ -35,6 +37,9 @@ class A1111Host(WebUIHost):
         self._unet = getattr(getattr(model, "model", None), "diffusion_model", None)
         self.base = "sdxl" if model.is_sdxl else "sd2" if model.is_sd2 else "sd15" if model.is_sd1 else "unknown"
         self.shape = UNetShape.of_ldm(self._unet) if hasattr(self._unet, "output_blocks") else None
+        self._canvas = (0, 0)
+        self._whole: list[tuple[Any, str, Tensor]] = []
+        self._cut: tuple[Batch | None, list[tuple[Any, str, Tensor]]] = (None, [])
 
     @property
     def channels(self) -> int:
@@ -49,46 +54,81 @@ class A1111Host(WebUIHost):
             )
 
     @contextlib.contextmanager
-    def conditioned(self, condition: Residuals | None, tiles: Sequence[Rect]) -> Iterator[None]:
-        hints = self._hints(tiles)
-        if condition is None and not hints:
+    def seeing(self, batch: Batch, parts: Sequence[int]) -> Iterator[None]:
+        hints = self._hints(batch)
+        if batch.condition is None and not hints:
             yield
             return
         alphas = self._p.sd_model.alphas_cumprod.cpu()
 
         def on_rows(rows: Tensor) -> None:
-            for params, name, _, crops in hints:
+            for params, name, crops in hints:
                 setattr(params, name, crops.index_select(0, rows.to(crops.device)))
 
-        with LdmResiduals(self._unet, condition, lambda t: timestep_to_sigma(alphas, t), on_rows) as residuals:
+        with LdmResiduals(self._unet, batch.condition, lambda t: timestep_to_sigma(alphas, t), on_rows) as residuals:
 
             def on_step(params: script_callbacks.CFGDenoiserParams) -> None:
                 denoiser = params.denoiser
-                rows = cfg_rows(len(tiles), len(params.x), params.text_cond.shape[0])
-                residuals.step(rows, denoiser.step / max(denoiser.total_steps, 1))
+                residuals.step(cfg_rows(parts, len(params.x)), denoiser.step / max(denoiser.total_steps, 1))
 
             script_callbacks.on_cfg_denoiser(on_step)
             try:
                 yield
             finally:
                 script_callbacks.remove_callbacks_for_function(on_step)
-                for params, name, whole, _ in hints:
-                    setattr(params, name, whole)
 
-    def _hints(self, tiles: Sequence[Rect]) -> list[tuple[Any, str, Tensor, Tensor]]:
-        """(parameters of a unit of sd-webui-controlnet, name, whole hint, the tiles' parts) for all its units.
-
-        Setting `hint_cond` makes the extension forget what it has derived from the last one.
-        """
-        networks = [
-            getattr(script, "latest_network", None)
-            for script in (self._p.scripts.alwayson_scripts if self._p.scripts else ())
-            if script.title().lower() == "controlnet"
+    @contextlib.contextmanager
+    def sampling(self, views: Views, canvas: tuple[int, int]) -> Iterator[None]:
+        self._canvas = canvas
+        # Setting `hint_cond` makes the extension forget what it has derived from the last one.
+        self._whole = [
+            (params, name, getattr(params, name))
+            for network in self._networks()
+            for params in network.control_params or ()
+            for name in ("hint_cond", "effective_region_mask")
+            if is_spatial(getattr(params, name, None))
         ]
-        found = []
-        for params in (params for network in networks if network for params in network.control_params or ()):
-            for name in ("hint_cond", "effective_region_mask"):
-                whole = getattr(params, name, None)
-                if is_spatial(whole):
-                    found.append((params, name, whole, crop_hint(whole, tiles, self.plan)))
-        return found
+        try:
+            yield
+        finally:
+            for params, name, hint in self._whole:
+                setattr(params, name, hint)
+            self._whole, self._cut = [], (None, [])
+
+    def _networks(self) -> list[Any]:
+        """The networks of sd-webui-controlnet that are at work."""
+        scripts = self._p.scripts.alwayson_scripts if self._p.scripts else ()
+        found = (
+            getattr(script, "latest_network", None) for script in scripts if script.title().lower() == "controlnet"
+        )
+        return [network for network in found if network]
+
+    def _hints(self, batch: Batch) -> list[tuple[Any, str, Tensor]]:
+        """(parameters of a unit of sd-webui-controlnet, name, the tiles' parts of its hint) for all its units."""
+        if self._cut[0] is not batch:
+            cut = [(params, name, crop_hint(hint, batch.tiles, self._canvas)) for params, name, hint in self._whole]
+            self._cut = batch, cut
+        return self._cut[1]
+
+    def marked(self, cond: Any, uncond: Any) -> tuple[Any, Any]:
+        # sd-webui-controlnet tells cond from uncond by a mark that it puts on what goes through `p.sample`.
+        for network in self._networks():
+            mark = getattr(sys.modules[type(network).__module__], "mark_prompt_context", None)
+            if mark is not None:
+                cond = mark([copy.copy(part) for part in cond], positive=True)
+                uncond = None if uncond is None else mark(list(uncond), positive=False)
+                break
+        return cond, uncond
+
+    @contextlib.contextmanager
+    def full_precision(self) -> Iterator[None]:
+        model, full = self._p.sd_model, torch.float32
+        parts = [model.model.diffusion_model, model.first_stage_model]
+        names = ("dtype", "dtype_unet", "dtype_vae", "dtype_inference")
+        flags = {"unet_needs_upcast": False, "force_fp16": False, "fp8": False}
+        with (
+            in_float32(parts),
+            overridden(devices, **dict.fromkeys(names, full), **flags),
+            torch.autocast(self.device.type, enabled=False),
+        ):
+            yield

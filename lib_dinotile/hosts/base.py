@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -29,13 +31,52 @@ class Residuals(Protocol):
         sigma: noise level as in k-diffusion; progress: share of the steps already done, in [0, 1).
         """
 
+    def forget(self) -> None:
+        """Other batches come before this one's next step: nothing large need be kept until then."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Tiles that the model sees together."""
+
+    tiles: Sequence[Rect]
+    """Where they lie on the canvas, in pixels."""
+    prompts: Sequence[str | None]
+    """What each of them is told; None is the main prompt."""
+    condition: Residuals | None
+
+
+See = Callable[[Tensor, Batch], Tensor]
+"""The model's output (k, C, h, w) at the current step for the noisy latents (k, C, h, w) of a batch."""
+
+
+class Views(Protocol):
+    """How the model looks at the latents that are sampled: through tiles."""
+
+    whole: bool
+    """Whether the latents are one batch of tiles, and not a canvas."""
+    tile_size: tuple[int, int]
+    """(width, height) of the tiles in pixels."""
+    limit: int
+    """How many tiles the model sees at once, at most."""
+    conditioned: bool
+    """Whether the batches have conditions."""
+    prompts: Sequence[str]
+    """What some of the tiles are told instead of the main prompt."""
+
+    def __call__(self, x: Tensor, see: See, known: Callable[[], Tensor]) -> Tensor:
+        """The model's output for all of x, at one step.
+
+        known: gives what the output is where the picture stays as it is, of x's shape.
+        """
+
 
 class Host(Protocol):
     """A diffusion model with its img2img sampler, as the engine sees it.
 
     Pixels are float32 (k, 3, H, W) in [0, 1] on the CPU; latents are the host's own tensors (k, C, H / factor,
-    W / factor) wherever it keeps them. All tiles of a call have one size, a multiple of `factor`. A batch is encoded,
-    sampled and decoded before the next one: a host may keep its pixels from `encode` for `sample`.
+    W / factor) wherever it keeps them. All tiles of a call have one size, a multiple of `factor`. Tiles are encoded,
+    sampled and decoded before the next ones: a host may keep its pixels from `encode` for `sample`.
     """
 
     factor: int
@@ -50,6 +91,8 @@ class Host(Protocol):
     """Where conditions are computed."""
     dtype: torch.dtype
     """In which precision conditions are computed."""
+    prompt: str
+    """The main prompt."""
 
     def upscalers(self) -> Sequence[str]:
         """Names that `upscale` takes."""
@@ -57,17 +100,39 @@ class Host(Protocol):
     def upscale(self, image: Image.Image, size: tuple[int, int], upscaler: str) -> Image.Image:
         """The RGB image made larger to exactly (width, height) pixels."""
 
+    def interrogators(self) -> Sequence[str]:
+        """Names that `caption` takes."""
+
+    def caption(self, images: Sequence[Image.Image], interrogator: str) -> list[str]:
+        """What each of the RGB images shows, in words."""
+
     def encode(self, pixels: Tensor) -> Tensor:
         """Pixels to latents."""
 
-    def sample(self, latents: Tensor, tiles: Sequence[Rect], noise: TileNoise, condition: Residuals | None) -> Tensor:
-        """img2img on k latents: noise them, denoise them. `Interrupted` if the user stopped it on the way.
+    def sample(
+        self,
+        latents: Tensor,
+        views: Views,
+        noise: TileNoise,
+        canvas: tuple[int, int],
+        denoise: float | None = None,
+        mask: Tensor | None = None,
+    ) -> Tensor:
+        """img2img on latents (n, C, h, w): noise them, denoise them. `Interrupted` if the user stopped it on the way.
 
-        tiles: where they lie, for what the host keeps for the whole canvas.
+        views: the tiles through which the model sees them; canvas: (width, height) of the whole in pixels, for what the
+        host keeps for it; denoise: denoising strength, if not the generation's own; mask (n, 1, h, w): 1 where the
+        latents may change, 0 where they stay. The result may hold what is not finite where the model gave that.
         """
 
     def decode(self, latents: Tensor) -> Tensor:
         """Latents to pixels."""
+
+    def full_precision(self) -> AbstractContextManager[None]:
+        """While open, the model computes in float32."""
+
+    def free_memory(self) -> None:
+        """Gives back what the last call left allocated; called after it ran out of memory."""
 
     def interrupted(self) -> bool:
         """Whether the user wants to stop before the next batch."""
@@ -76,8 +141,7 @@ class Host(Protocol):
         """Called before the first batch and after every batch, with the number of tiles done and the canvas."""
 
 
-def check_upscaler(host: Host, upscaler: str) -> None:
-    """DinotileError if the host has no upscaler of that name."""
-    names = list(host.upscalers())
-    if upscaler not in names:
-        raise DinotileError(f"upscaler: {upscaler!r} is not installed, give one of {', '.join(names)}")
+def check_name(kind: str, name: str, names: Sequence[str]) -> None:
+    """DinotileError if the host has no `kind` of that name."""
+    if name not in names:
+        raise DinotileError(f"{kind}: {name!r} is not installed, give one of {', '.join(names)}")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+import functools
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +19,10 @@ from torch import Tensor, nn
 from lib_dinotile import DinotileError
 from lib_dinotile.condition.conditioner import MINI
 from lib_dinotile.condition.shape import UNetShape
-from lib_dinotile.hosts.base import Residuals
+from lib_dinotile.hosts.base import Batch, Views
 from lib_dinotile.settings import Generation
 from lib_dinotile.tiling.canvas import Canvas
 from lib_dinotile.tiling.noise import TileNoise
-from lib_dinotile.tiling.plan import Rect
 
 FAMILIES = {768: "sd15", 1024: "sd2", 2048: "sdxl"}
 """Width of the text conditioning -> family, for UNets with 4 latent channels."""
@@ -73,10 +74,10 @@ class DiffusersHost:
         codec: PixelCodec | VaeCodec,
         base: str,
         generation: Generation,
-        text: Callable[[], tuple[Tensor, ...]] | None = None,
+        text: Callable[[str], tuple[Tensor, ...]] | None = None,
         progress: Callable[[int, int], None] = lambda done, total: None,
     ) -> None:
-        """text: gives the embeddings (1, n, D) of prompt and negative prompt, for SDXL also the pooled (1, D) ones."""
+        """text: gives the embeddings (1, n, D) of a prompt and of the negative one, for SDXL also the pooled (1, D)."""
         self._unet, self._codec, self._generation, self._progress = unet, codec, generation, progress
         self.factor, self.channels, self.base = codec.factor, codec.channels, base
         self.shape = UNetShape.of_diffusers(unet)
@@ -85,7 +86,8 @@ class DiffusersHost:
         alphas = self._scheduler.alphas_cumprod
         self._sigmas = ((1 - alphas) / alphas).sqrt().tolist()
         self._guided = text is not None and generation.cfg > 1
-        self._text = text() if text else None
+        self._text = functools.lru_cache(maxsize=None)(text) if text else None
+        self.prompt = generation.prompt
 
     def upscalers(self) -> Sequence[str]:
         return list(RESAMPLING)
@@ -93,39 +95,77 @@ class DiffusersHost:
     def upscale(self, image: Image.Image, size: tuple[int, int], upscaler: str) -> Image.Image:
         return image.resize(size, RESAMPLING[upscaler])
 
+    def interrogators(self) -> Sequence[str]:
+        return []
+
+    def caption(self, images: Sequence[Image.Image], interrogator: str) -> list[str]:
+        raise NotImplementedError(interrogator)
+
     def encode(self, pixels: Tensor) -> Tensor:
         return self._codec.encode((pixels * 2 - 1).to(self.device, self.dtype)).to(self.dtype)
 
     def decode(self, latents: Tensor) -> Tensor:
         return (self._codec.decode(latents).float().cpu() + 1) / 2
 
-    def sample(self, latents: Tensor, tiles: Sequence[Rect], noise: TileNoise, condition: Residuals | None) -> Tensor:
+    def sample(
+        self,
+        latents: Tensor,
+        views: Views,
+        noise: TileNoise,
+        canvas: tuple[int, int],
+        denoise: float | None = None,
+        mask: Tensor | None = None,
+    ) -> Tensor:
         steps, scheduler = self._generation.steps, self._scheduler
+        denoise = self._generation.denoise if denoise is None else denoise
         scheduler.set_timesteps(steps)
-        if self._generation.denoise == 0:
+        if denoise == 0:
             return latents
-        skipped = steps - max(1, min(round(steps * self._generation.denoise), steps))
+        skipped = steps - max(1, min(round(steps * denoise), steps))
         timesteps = scheduler.timesteps[skipped:]
         scheduler.set_begin_index(skipped)
         start = noise.next().to(latents)
+        free = None if mask is None else mask.to(latents)
         x = scheduler.add_noise(latents, start, timesteps[:1].repeat(len(latents)))
         for number, timestep in enumerate(timesteps):
-            residuals = condition and condition.residuals(self._sigmas[int(timestep)], number / len(timesteps))
-            prediction = self._predict(scheduler.scale_model_input(x, timestep), timestep, residuals)
-            x = scheduler.step(prediction, timestep, x, return_dict=False)[0]
-        return x
+            progress = number / len(timesteps)
 
-    def _predict(self, x: Tensor, timestep: Tensor, residuals: list[Tensor] | None) -> Tensor:
-        """The UNet's prediction for k tiles, guided by the prompt if there is one (rows: prompt, then negative)."""
-        tiles, copies = len(x), 2 if self._guided else 1
+            def see(tiles: Tensor, batch: Batch, timestep: Tensor = timestep, progress: float = progress) -> Tensor:
+                return self._predict(scheduler.scale_model_input(tiles, timestep), timestep, batch, progress)
+
+            def known(x: Tensor = x, timestep: Tensor = timestep) -> Tensor:
+                return self._prediction_for(x, latents, timestep)
+
+            prediction = views(x, see, known)
+            if free is not None:
+                prediction = torch.lerp(known(), prediction, free)
+            x = scheduler.step(prediction, timestep, x, return_dict=False)[0]
+        return x if free is None else torch.lerp(latents, x, free)
+
+    def _prediction_for(self, x: Tensor, latents: Tensor, timestep: Tensor) -> Tensor:
+        """What the UNet would have to predict at x to say that these are the latents without noise."""
+        alpha = self._scheduler.alphas_cumprod[int(timestep)].to(x)
+        kind = self._scheduler.config.prediction_type
+        if kind == "sample":
+            return latents
+        epsilon = (x - alpha.sqrt() * latents) / (1 - alpha).sqrt()
+        return epsilon if kind == "epsilon" else alpha.sqrt() * epsilon - (1 - alpha).sqrt() * latents
+
+    def _predict(self, x: Tensor, timestep: Tensor, batch: Batch, progress: float) -> Tensor:
+        """The UNet's prediction for k tiles, guided by the prompts if there are any (rows: prompts, then negative)."""
+        copies = 2 if self._guided else 1
         inputs: dict[str, Any] = {"encoder_hidden_states": None}
         if self._text is not None:
-            inputs["encoder_hidden_states"] = torch.cat([rows.expand(tiles, -1, -1) for rows in self._text[:copies]])
-        if self._text is not None and len(self._text) > 2:
-            pooled = torch.cat([rows.expand(tiles, -1) for rows in self._text[2 : 2 + copies]])
-            height, width = (side * self.factor for side in x.shape[-2:])
-            sizes = torch.tensor([[height, width, 0, 0, height, width]], device=x.device, dtype=pooled.dtype)
-            inputs["added_cond_kwargs"] = {"text_embeds": pooled, "time_ids": sizes.expand(len(pooled), -1)}
+            texts = [self._text(self.prompt if prompt is None else prompt) for prompt in batch.prompts]
+            # One row a tile and copy, of each kind of embedding: those of the prompts, then those of the negative one.
+            kinds = [torch.cat(rows).to(self.dtype) for rows in zip(*texts)]
+            inputs["encoder_hidden_states"] = torch.cat(kinds[:copies])
+            if len(kinds) > 2:
+                pooled = torch.cat(kinds[2 : 2 + copies])
+                height, width = (side * self.factor for side in x.shape[-2:])
+                sizes = torch.tensor([[height, width, 0, 0, height, width]], device=x.device, dtype=pooled.dtype)
+                inputs["added_cond_kwargs"] = {"text_embeds": pooled, "time_ids": sizes.expand(len(pooled), -1)}
+        residuals = batch.condition and batch.condition.residuals(self._sigmas[int(timestep)], progress)
         if residuals is not None:
             added = [residual.to(x).repeat(copies, 1, 1, 1) for residual in residuals]
             inputs["down_block_additional_residuals"] = added[:-1]
@@ -135,6 +175,25 @@ class DiffusersHost:
             return prediction
         prompt, negative = prediction.chunk(2)
         return negative + self._generation.cfg * (prompt - negative)
+
+    @contextlib.contextmanager
+    def full_precision(self) -> Iterator[None]:
+        dtype = self.dtype
+        codec = {name: tensor.dtype for name, tensor in self._codec.state_dict().items()}
+        try:
+            self.dtype = torch.float32
+            self._unet.float()
+            self._codec.float()
+            yield
+        finally:
+            self.dtype = dtype
+            self._unet.to(dtype)
+            if codec:
+                self._codec.to(next(iter(codec.values())))
+
+    def free_memory(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
 
     def interrupted(self) -> bool:
         return False
@@ -168,9 +227,15 @@ def _pretrained(name: str) -> Any:
     return DiffusionPipeline.from_pretrained(name, use_safetensors=True, **more)
 
 
-def load_host(generation: Generation, progress: Callable[[int, int], None] = lambda done, total: None) -> DiffusersHost:
-    """The host for `generation.model`. DinotileError, one line, if that is not there or no Stable Diffusion."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+def load_host(
+    generation: Generation, progress: Callable[[int, int], None] = lambda done, total: None, number: int = 0
+) -> DiffusersHost:
+    """The host for `generation.model`, on the GPU of that number, if there is any.
+
+    DinotileError, one line, if the model is not there or no Stable Diffusion.
+    """
+    gpus = torch.cuda.device_count()
+    device = torch.device("cuda", number % gpus) if gpus else torch.device("cpu")
     dtype = torch.float16 if device.type == "cuda" else torch.float32
     name, path = generation.model, Path(generation.model)
     diffusers_logging.set_verbosity_error()
@@ -197,9 +262,9 @@ def load_host(generation: Generation, progress: Callable[[int, int], None] = lam
     pipe.to(device, dtype)
     codec = VaeCodec(pipe.vae)
 
-    def text() -> tuple[Tensor, ...]:
+    def text(prompt: str) -> tuple[Tensor, ...]:
         return pipe.encode_prompt(
-            prompt=generation.prompt,
+            prompt=prompt,
             negative_prompt=generation.negative,
             device=device,
             num_images_per_prompt=1,

@@ -8,22 +8,24 @@ from typing import Any
 
 import torch
 from backend.patcher.controlnet import ControlBase
-from modules import processing
+from backend.sampling.sampling_function import sampling_prepare
+from modules import processing, sd_samplers_kdiffusion, sd_samplers_timesteps
 from torch import Tensor
 
+from lib_dinotile import DinotileError
 from lib_dinotile.condition.shape import UNetShape
-from lib_dinotile.hosts.base import Residuals
+from lib_dinotile.hosts.base import Batch, Views
 from lib_dinotile.hosts.hints import crop_hint, is_spatial
+from lib_dinotile.hosts.overridden import in_float32, overridden
 from lib_dinotile.hosts.webui import WebUIHost
-from lib_dinotile.tiling.plan import Rect
 
 
 class ResidualControl(ControlBase):
-    """The condition of a batch of tiles, as a ControlNet of Forge's backend."""
+    """The condition of the batch that the host looks at, as a ControlNet of Forge's backend."""
 
-    def __init__(self, condition: Residuals, tiles: int, sampler: Any, device: torch.device) -> None:
-        super().__init__(device)
-        self._condition, self._tiles, self._sampler = condition, tiles, sampler
+    def __init__(self, host: ForgeHost, sampler: Any) -> None:
+        super().__init__(host.device)
+        self._host, self._sampler = host, sampler
 
     def get_control(self, x: Tensor, t: Tensor, cond: Any, batched_number: int) -> Any:
         """Residuals for the rows x (n, C, h, w) at noise level t, merged with those of the links before.
@@ -32,38 +34,62 @@ class ResidualControl(ControlBase):
         """
         previous = self.previous_controlnet
         control = previous.get_control(x, t, cond, batched_number) if previous is not None else None
-        denoiser = self._sampler.model_wrap_cfg
-        found = self._condition.residuals(float(t[0]), denoiser.step / max(denoiser.total_steps, 1))
+        denoiser, batch = self._sampler.model_wrap_cfg, self._host.batch
+        found = batch.condition.residuals(float(t[0]), denoiser.step / max(denoiser.total_steps, 1))
         if found is None:
             return control
-        rows = torch.arange(len(x), device=x.device) % self._tiles
+        rows = torch.arange(len(x), device=x.device) % len(batch.tiles)
         own = [residual.to(x.device).index_select(0, rows) for residual in found]
         return self.control_merge(None, own, control, x.dtype)
 
 
 class ForgeHost(WebUIHost):
+    batch: Batch
+    """What the UNet looks at."""
+
     def __init__(self, p: Any) -> None:
         super().__init__(p)
         model = p.sd_model
         unet = model.forge_objects.unet.model.diffusion_model
         self.base = "sdxl" if model.is_sdxl else "sd2" if model.is_sd2 else "sd15" if model.is_sd1 else "unknown"
         self.shape = UNetShape.of_ldm(unet) if hasattr(unet, "output_blocks") else None
-        self._condition: Residuals | None = None
-        self._tiles: Sequence[Rect] = ()
+        self._views: Views | None = None
+        self._canvas = (0, 0)
+        self._hints: list[tuple[Any, str, Tensor]] = []
+        self._shown: Batch | None = None
 
     @property
     def channels(self) -> int:
         return self._p.sd_model.forge_objects.vae.latent_channels
 
     @contextlib.contextmanager
-    def conditioned(self, condition: Residuals | None, tiles: Sequence[Rect]) -> Iterator[None]:
+    def seeing(self, batch: Batch, parts: Sequence[int]) -> Iterator[None]:
+        if len(set(parts)) > 1:
+            raise DinotileError("tile prompts: Forge takes tiles together only if AND cuts their prompts alike")
+        if self._shown is not batch:
+            for control, name, hint in self._hints:
+                setattr(control, name, crop_hint(hint, batch.tiles, self._canvas))
+                control.cond_hint = None  # what it has made of the last one
+        self.batch = self._shown = batch
+        yield
+
+    @contextlib.contextmanager
+    def sampling(self, views: Views, canvas: tuple[int, int]) -> Iterator[None]:
         model = self._p.sd_model
-        self._condition, self._tiles = condition, tiles
+        self._views, self._canvas = views, canvas
         try:
-            yield
+            with contextlib.ExitStack() as stack:
+                if not views.whole:  # the memory to be had is that for the tiles of a batch
+                    for module in (sd_samplers_kdiffusion, sd_samplers_timesteps):
+                        stack.enter_context(overridden(module, sampling_prepare=self._prepare))
+                yield
         finally:
-            self._condition, self._tiles = None, ()
+            self._views, self._hints, self._shown = None, [], None
             model.forge_objects = model.forge_objects_after_applying_lora.shallow_copy()
+
+    def _prepare(self, unet: Any, x: Tensor) -> None:
+        width, height = (side // self.factor for side in self._views.tile_size)
+        sampling_prepare(unet, x.new_empty(self._views.limit, x.shape[1], height, width))
 
     def before_sampling(self, latents: Tensor, start: Tensor, cond: Any, uncond: Any) -> Tensor:
         # What Forge's own StableDiffusionProcessingImg2Img.sample does before it samples.
@@ -73,13 +99,25 @@ class ForgeHost(WebUIHost):
         start = super().before_sampling(latents, start, cond, uncond)
         if p.modified_noise is not None:
             start, p.modified_noise = p.modified_noise, None
-        for control in model.forge_objects.unet.list_controlnets():  # made anew for every batch: nothing to put back
-            for name in ("cond_hint_original", "advanced_mask_weighting"):
-                whole = getattr(control, name, None)
-                if is_spatial(whole):
-                    setattr(control, name, crop_hint(whole, self._tiles, self.plan))
-        if self._condition is not None:
+        self._hints = [
+            (control, name, getattr(control, name))
+            for control in model.forge_objects.unet.list_controlnets()  # made anew each time: nothing to put back
+            for name in ("cond_hint_original", "advanced_mask_weighting")
+            if is_spatial(getattr(control, name, None))
+        ]
+        if self._views.conditioned:
             unet = model.forge_objects.unet.clone()
-            unet.add_patched_controlnet(ResidualControl(self._condition, len(latents), p.sampler, self.device))
+            unet.add_patched_controlnet(ResidualControl(self, p.sampler))
             model.forge_objects.unet = unet
         return start
+
+    @contextlib.contextmanager
+    def full_precision(self) -> Iterator[None]:
+        objects, full = self._p.sd_model.forge_objects, torch.float32
+        with (
+            in_float32([objects.unet.model.diffusion_model, objects.vae.first_stage_model]),
+            overridden(objects.unet.model, computation_dtype=full),
+            overridden(objects.vae, vae_dtype=full),
+            torch.autocast(self.device.type, enabled=False),
+        ):
+            yield

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from lib_dinotile.dino.field import FeatureField
-from lib_dinotile.tiling.plan import Rect, TilePlan
+from lib_dinotile.tiling.plan import Rect
 
 
 def is_spatial(hint: Any) -> bool:
@@ -16,11 +16,10 @@ def is_spatial(hint: Any) -> bool:
     return isinstance(hint, Tensor) and hint.ndim == 4 and min(hint.shape[-2:]) > 1
 
 
-def crop_hint(hint: Tensor, tiles: Sequence[Rect], plan: TilePlan) -> Tensor:
-    """(k, C, h, w): the tiles' parts of the first of the hints (n, C, H, W) for the whole canvas.
+def crop_hint(hint: Tensor, tiles: Sequence[Rect], canvas: tuple[int, int]) -> Tensor:
+    """(k, C, h, w): the tiles' parts of the first of the hints (n, C, H, W) for the whole canvas (width, height).
 
     A hint is a field over the canvas like any other. ControlNet rounds the size of its hints; one of the canvas's own
     size is cut to the bit.
     """
-    width, height = plan.tile_size
-    return FeatureField(hint[0], (plan.width, plan.height)).crop(tiles, (height, width))
+    return FeatureField(hint[0], canvas).crop(tiles, (tiles[0].height, tiles[0].width))

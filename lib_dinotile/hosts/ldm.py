@@ -18,17 +18,17 @@ from lib_dinotile import DinotileError
 from lib_dinotile.hosts.base import Residuals
 
 
-def cfg_rows(tiles: int, rows: int, cond_rows: int) -> list[int]:
-    """Which tile each UNet row of A1111's CFGDenoiser belongs to.
+def cfg_rows(parts: Sequence[int], rows: int) -> list[int]:
+    """Which tile each of the UNet's rows of A1111's CFGDenoiser belongs to.
 
     It stacks the conditional rows first, for each tile as many as its prompt has AND parts, then the unconditional
-    rows, once over all tiles (twice for InstructPix2Pix): `rows` in all, `cond_rows` of them conditional.
+    rows, once over all tiles (twice for InstructPix2Pix).
     """
-    parts, rest = divmod(cond_rows, tiles)
-    copies, odd = divmod(rows - cond_rows, tiles)
-    if rest or odd:
-        raise DinotileError(f"cannot tell which of {rows} UNet rows belongs to which of {tiles} tiles")
-    return [tile for tile in range(tiles) for _ in range(parts)] + list(range(tiles)) * copies
+    conditional = [tile for tile, count in enumerate(parts) for _ in range(count)]
+    copies, odd = divmod(rows - len(conditional), len(parts))
+    if odd or copies < 0:
+        raise DinotileError(f"cannot tell which of {rows} UNet rows belongs to which of {len(parts)} tiles")
+    return conditional + list(range(len(parts))) * copies
 
 
 class LdmResiduals:

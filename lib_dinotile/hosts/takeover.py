@@ -7,21 +7,29 @@ working.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 from typing import Any
 
 import numpy as np
 import torch
-from modules import images, processing, sd_samplers, sd_samplers_common, shared
+from modules import extra_networks, images, masking, processing, sd_samplers, sd_samplers_common, shared
 from PIL import Image
 from torch import Tensor
 
 from lib_dinotile import DinotileError, engine
 from lib_dinotile.condition.conditioner import Conditioner, installed_adapters
 from lib_dinotile.hosts import folders
-from lib_dinotile.hosts.webui import WebUIHost, overridden
-from lib_dinotile.settings import Settings
+from lib_dinotile.hosts.area import Area
+from lib_dinotile.hosts.base import check_name
+from lib_dinotile.hosts.overridden import overridden
+from lib_dinotile.hosts.webui import WebUIHost
+from lib_dinotile.prompts import check_prompts
+from lib_dinotile.settings import NONE, Settings
 from lib_dinotile.tiling.noise import NoiseField
+
+UNDO = "_dinotile_undo"
+"""Where what gives a processing object back waits on it."""
 
 
 def make_host(p: Any) -> WebUIHost:
@@ -33,6 +41,16 @@ def make_host(p: Any) -> WebUIHost:
     from lib_dinotile.hosts.a1111 import A1111Host
 
     return A1111Host(p)
+
+
+def _switched_on(p: Any, title: str) -> bool:
+    """Whether the always-on script of that title has its switch, the first of its arguments, on."""
+    scripts = p.scripts.alwayson_scripts if p.scripts else ()
+    return any(
+        p.script_args[script.args_from] is True
+        for script in scripts
+        if script.title().lower() == title and script.args_from is not None and script.args_from < script.args_to
+    )
 
 
 def refuse(p: Any, error: Exception) -> None:
@@ -59,18 +77,21 @@ class Takeover:
         """Changes nothing yet; DinotileError if img2img is set up in a way that tiles cannot follow."""
         if not p.init_images or None in p.init_images:
             raise DinotileError("there is no image to upscale: drop one into the img2img tab")
-        if p.image_mask is not None:
-            raise DinotileError("DINO Tile does not paint inpaint masks: switch it off, or use the img2img tab")
         if p.refiner_checkpoint not in (None, "", "None", "none"):
             raise DinotileError("DINO Tile cannot change to a refiner within a tile: set Refiner to None")
+        if p.image_mask is not None and _switched_on(p, "soft inpainting"):
+            raise DinotileError("Soft inpainting does not know tiles: switch it off, Mask blur softens the border, too")
         sizes = {image.size for image in p.init_images}
         if len(sizes) != 1:
             raise DinotileError("DINO Tile upscales a batch only if all its images have one size")
         if len(p.init_images) > p.batch_size:
             count = len(p.init_images)
             raise DinotileError(f"batch size {p.batch_size} is too small for {count} images: make it {count}")
+        for text in (settings.tile_prompt, settings.tile_prompts):
+            if extra_networks.parse_prompt(text)[1]:
+                raise DinotileError("tile prompts cannot load networks such as LoRA: write them into the main prompt")
         self._p, self._settings = p, settings
-        self.size = engine.canvas_size(sizes.pop(), settings.scale)
+        self._area = Area(p, settings, sizes.pop())
         self._host: WebUIHost | None = None
         self._conditioner: Conditioner | None = None
         self._sources: list[Image.Image] = []
@@ -78,10 +99,19 @@ class Takeover:
     def apply(self) -> None:
         """Replace `init` and `sample` of the processing object."""
         p = self._p
-        p.width, p.height = self.size
-        p.init, p.sample = self.init, self.sample
+        width, height = self._area.finished
+        stack = contextlib.ExitStack()
+        stack.enter_context(overridden(p, width=width, height=height, init=self.init, sample=self.sample))
+        setattr(p, UNDO, stack)
         # A new dict: the cells of an X/Y/Z plot share theirs.
-        p.extra_generation_params = {**p.extra_generation_params, **self._settings.infotext}
+        p.extra_generation_params = {**p.extra_generation_params, **self._settings.infotext, **self._area.infotext}
+
+    @staticmethod
+    def undo(p: Any) -> None:
+        """The processing object as it was: the WebUI takes one for all the images of a folder."""
+        stack = p.__dict__.pop(UNDO, None)
+        if stack is not None:
+            stack.close()
 
     def init(self, all_prompts: list[str], all_seeds: list[int], all_subseeds: list[int]) -> None:
         """In place of `p.init`: everything that can go wrong before the first tile goes wrong here."""
@@ -121,8 +151,10 @@ class Takeover:
         )
         if self._conditioner:
             self._host.check_residuals()
-        plan = self._host.plan = engine.make_plan(self._host, self.size, self._settings)
-        batches = sum(1 for _ in plan.batches(self._settings.batch)) * p.batch_size
+        plan = engine.make_plan(self._host, self._area.canvas, self._settings)
+        check_name("upscaler", self._settings.upscaler, self._host.upscalers())
+        check_prompts(self._host, plan, self._settings)
+        batches = engine.job_count(plan, self._settings) * p.batch_size
         state = shared.state
         if not state.processing_has_refined_job_count:  # once: it may be one image of many, or a cell of a plot
             state.job_count = max(state.job_count, p.n_iter) * (batches + 1)  # the WebUI counts a finished one itself
@@ -141,34 +173,50 @@ class Takeover:
     ) -> list[Tensor]:
         """In place of `p.sample`: upscales every image of the batch; pixels (3, H, W) in [-1, 1]."""
         p, host = self._p, self._host
-        results, painted = [], []
-        if host.base == "sdxl":  # it is told the size of what it paints: a tile's, not the canvas's
-            width, height = host.plan.tile_size
-            with overridden(p, width=width, height=height):
-                p.setup_conds()
-            conditioning, unconditional_conditioning = p.c, p.uc
+        results: list[Image.Image] = []
+        told: dict[str, list[str | None]] = {"DINO Tile painted": [], "DINO Tile notes": []}
+        if self._settings.captions != NONE:
+            told["DINO Tile tile prompts"] = []
         for number in range(len(seeds)):
             uncond = None if unconditional_conditioning is None else unconditional_conditioning[number]
-            host.bind(conditioning.batch[number], uncond)
+            host.bind(prompts[number], p.negative_prompts[number], conditioning.batch[number], uncond)
             noise = NoiseField(seeds[number], host.channels, subseeds[number], subseed_strength)
-            source = self._sources[number % len(self._sources)]
             try:
-                # The WebUI's own preview would show single tiles; `progress` shows the canvas.
-                with overridden(shared.state, do_set_current_image=lambda: None, current_latent=None):
-                    result = engine.upscale(host, source, self._settings, noise, self._conditioner)
+                result = self._upscale(self._sources[number % len(self._sources)], noise)
             except engine.UnfinishedError as error:
                 # What is done of the batch is kept, too.
                 done = results + ([error.result.image] if error.result.painted else [])
                 kept = [self._keep(image, seeds[n], prompts[n]) for n, image in enumerate(done)]
                 where = f" (kept in {', '.join(filter(None, kept))})" if any(kept) else ""
                 raise engine.UnfinishedError(error.__cause__, error.result, where) from error.__cause__
-            painted.append(None if result.complete else f"{result.painted} of {len(result.plan)}")
-            results.append(result.image)
+            for line in result.report.lines:
+                p.comment(f"DINO Tile: {line}")
+            told["DINO Tile painted"].append(None if result.complete else f"{result.painted} of {result.total}")
+            told["DINO Tile notes"].append("; ".join(result.report.lines) or None)
+            if self._settings.captions != NONE:
+                told["DINO Tile tile prompts"].append(result.report.prompts or None)
+            results.append(self._area.finish(result.image, self._sources[number % len(self._sources)]))
         # One entry per image of the batch; the WebUI leaves out what is None.
-        p.extra_generation_params["DINO Tile painted"] = painted
+        p.extra_generation_params.update(told)
         samples = processing.DecodedSamples()
         samples.extend(to_sample(image) for image in results)
         return samples
+
+    def _upscale(self, source: Image.Image, noise: NoiseField) -> engine.Result:
+        area = self._area
+        fill = masking.fill if area.mask is not None and self._p.inpainting_fill == 0 else None
+        # The WebUI's own preview would show single tiles; the host shows the canvas.
+        with overridden(shared.state, do_set_current_image=lambda: None, current_latent=None):
+            return engine.upscale(
+                self._host,
+                area.cut(source),
+                self._settings,
+                noise,
+                self._conditioner,
+                size=area.canvas,
+                mask=area.mask,
+                fill=fill,
+            )
 
     def _keep(self, image: Image.Image, seed: int, prompt: str) -> str | None:
         """Saves what a failed run has painted where the finished image would have gone; the file's name."""

@@ -8,40 +8,24 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from modules import devices, processing, prompt_parser, sd_samplers_common, shared
 from PIL import Image
 from torch import Tensor
 
+from lib_dinotile import DinotileError
 from lib_dinotile.condition.shape import UNetShape
-from lib_dinotile.hosts.base import Interrupted, Residuals
+from lib_dinotile.hosts import upscalers
+from lib_dinotile.hosts.base import Batch, Interrupted, Views
+from lib_dinotile.hosts.interrogators import INTERROGATORS
+from lib_dinotile.hosts.overridden import overridden
 from lib_dinotile.tiling.canvas import Canvas
 from lib_dinotile.tiling.noise import TileNoise
-from lib_dinotile.tiling.plan import Rect, TilePlan
 
 PREVIEW_SIDE = 1024
 """Longest side of the live preview, in pixels."""
-RESAMPLING = {
-    "Lanczos": Image.Resampling.LANCZOS,
-    "Nearest": Image.Resampling.NEAREST,
-    "None": Image.Resampling.LANCZOS,
-}
-"""Upscalers that only resample: done here to the exact size, where the WebUI rounds it to a multiple of 8."""
-
-
-@contextlib.contextmanager
-def overridden(target: Any, **values: Any) -> Iterator[None]:
-    """Attributes of an object set for a while; put back, or taken away again, whatever happens."""
-    before = {name: target.__dict__[name] for name in values if name in target.__dict__}
-    try:
-        for name, value in values.items():
-            setattr(target, name, value)
-        yield
-    finally:
-        for name in values:
-            if name in before:
-                setattr(target, name, before[name])
-            elif name in target.__dict__:
-                delattr(target, name)
+LATENT_NOISE, LATENT_NOTHING = 2, 3
+"""What inpainting can start from besides the picture itself, or what fills it."""
 
 
 class SamplerNoise:
@@ -60,15 +44,15 @@ class WebUIHost:
     factor = processing.opt_f
     base: str
     shape: UNetShape | None
-    plan: TilePlan
-    """The canvas that is worked on; set before the first tile is sampled."""
+    prompt = ""
 
     def __init__(self, p: Any) -> None:
         self._p = p
         self.device = devices.device
         self.dtype = devices.dtype
-        self._cond: Any = None
-        self._uncond: Any = None
+        self._negative = ""
+        self._main: tuple[Any, Any] = (None, None)
+        self._others: dict[tuple[str | None, tuple[int, int]], tuple[Any, Any]] = {}
         self._pixels: Tensor | None = None
 
     @property
@@ -77,29 +61,53 @@ class WebUIHost:
         """Channels of a latent."""
 
     @abstractmethod
-    def conditioned(
-        self, condition: Residuals | None, tiles: Sequence[Rect]
-    ) -> contextlib.AbstractContextManager[None]:
-        """While open, the UNet's rows of these tiles get the condition's residuals, and ControlNets their hints."""
+    def seeing(self, batch: Batch, parts: Sequence[int]) -> contextlib.AbstractContextManager[None]:
+        """While open, the UNet's rows of these tiles get their residuals, and ControlNets their hints.
+
+        parts: into how many parts AND cuts each tile's prompt.
+        """
+
+    @abstractmethod
+    def full_precision(self) -> contextlib.AbstractContextManager[None]:
+        """While open, UNet and VAE compute in float32."""
 
     def check_residuals(self) -> None:
         """DinotileError if residuals cannot reach the UNet as it is set up now."""
 
-    def bind(self, cond: Any, uncond: Any) -> None:
-        """The tiles to come belong to an image with these conditionings (one entry of the WebUI's batches)."""
-        self._cond, self._uncond = cond, uncond
+    def bind(self, prompt: str, negative: str, cond: Any, uncond: Any) -> None:
+        """The tiles to come belong to an image with these prompts and conditionings (entries of the batches)."""
+        self.prompt, self._negative = prompt, negative
+        self._main, self._others = (cond, uncond), {}
+
+    def _conditioning(self, prompt: str | None, size: tuple[int, int]) -> tuple[Any, Any]:
+        """Conditionings of a tile of that (width, height), as entries of the batches; None is the main prompt."""
+        sized = self.base == "sdxl"  # it is told the size of what it paints: a tile's, not the canvas's
+        if prompt is None and not sized:
+            return self._main
+        key = prompt, size if sized else (0, 0)
+        if key not in self._others:
+            p, texts = self._p, [self.prompt if prompt is None else prompt]
+            more = {"width": size[0], "height": size[1], "c": None, "uc": None}
+            with overridden(p, prompts=texts, negative_prompts=[self._negative], **more), devices.autocast():
+                p.setup_conds()
+                self._others[key] = self.marked(p.c.batch[0], None if p.uc is None else p.uc[0])
+        return self._others[key]
+
+    def marked(self, cond: Any, uncond: Any) -> tuple[Any, Any]:
+        """Conditionings as other extensions want them to be when they reach the sampler."""
+        return cond, uncond
 
     def upscalers(self) -> Sequence[str]:
         return [upscaler.name for upscaler in shared.sd_upscalers]
 
     def upscale(self, image: Image.Image, size: tuple[int, int], upscaler: str) -> Image.Image:
-        if upscaler in RESAMPLING:
-            return image.resize(size, RESAMPLING[upscaler])
-        data = next(entry for entry in shared.sd_upscalers if entry.name == upscaler)
-        # It cuts its result to multiples of 8: let it make one at least as large, and resample that to the exact size.
-        factor = max((-(-side // 8) * 8) / own for side, own in zip(size, image.size))
-        larger = data.scaler.upscale(image, factor, data.data_path).convert("RGB")
-        return larger if larger.size == size else larger.resize(size, Image.Resampling.LANCZOS)
+        return upscalers.upscale(image, size, upscaler)
+
+    def interrogators(self) -> Sequence[str]:
+        return list(INTERROGATORS)
+
+    def caption(self, images: Sequence[Image.Image], interrogator: str) -> list[str]:
+        return INTERROGATORS[interrogator](images)
 
     def encode(self, pixels: Tensor) -> Tensor:
         self._pixels = pixels.to(self.device)
@@ -120,36 +128,136 @@ class WebUIHost:
             yield
 
     def decode(self, latents: Tensor) -> Tensor:
+        return torch.cat([self._decode(latent) for latent in latents.split(1)])
+
+    def _decode(self, latent: Tensor) -> Tensor:
+        size = [side * self.factor for side in latent.shape[-2:]]
+        broken = torch.full((1, 3, *size), torch.nan)
+        if not latent.isfinite().all():
+            return broken
         with devices.without_autocast():
-            decoded = processing.decode_latent_batch(
-                self._p.sd_model, latents, target_device=devices.cpu, check_for_nans=True
-            )
+            try:
+                decoded = processing.decode_latent_batch(
+                    self._p.sd_model, latent, target_device=devices.cpu, check_for_nans=True
+                )
+            except devices.NansException:
+                return broken
         return (torch.stack(list(decoded)).float() + 1) / 2
 
-    def sample(self, latents: Tensor, tiles: Sequence[Rect], noise: TileNoise, condition: Residuals | None) -> Tensor:
-        p, count, rng = self._p, len(tiles), SamplerNoise(noise)
-        cond = prompt_parser.MulticondLearnedConditioning(shape=(count,), batch=[self._cond] * count)
-        uncond = None if self._uncond is None else [self._uncond] * count
+    def sample(
+        self,
+        latents: Tensor,
+        views: Views,
+        noise: TileNoise,
+        canvas: tuple[int, int],
+        denoise: float | None = None,
+        mask: Tensor | None = None,
+    ) -> Tensor:
+        p, count, rng = self._p, len(latents), SamplerNoise(noise)
         start = rng.next() * p.initial_noise_multiplier
+        free = None if mask is None else mask.to(latents)
         # The sampler reads these off p; Brownian noise would be seeded per image, so that overlaps would not agree.
-        per_batch = {"batch_size": count, "all_seeds": [p.all_seeds[0]] * count, "iteration": 0, "rng": rng}
+        values: dict[str, Any] = {
+            "batch_size": count,
+            "all_seeds": [p.all_seeds[0]] * count,
+            "iteration": 0,
+            "rng": rng,
+        }
+        if denoise is not None:
+            values["denoising_strength"] = denoise
 
         def noise_sampler(*_: Any) -> Any:
             return lambda sigma, sigma_next: rng.next()
 
-        # Zeros, but for inpainting, depth and editing checkpoints, which look at the tile's own pixels.
-        with self._own_random():
-            image_conditioning = p.img2img_image_conditioning(self._pixels * 2 - 1, latents)
+        cond, uncond = self._batch([None] * count, views.tile_size)
+        image_conditioning = self._image_conditioning(latents, views, mask)
+        denoiser = p.sampler.model_wrap_cfg
+        forward = self._looking(denoiser, views, latents, free)
+        begin = latents
+        if free is not None and denoise is None and p.inpainting_fill in (LATENT_NOISE, LATENT_NOTHING):
+            content = rng.next().to(latents) if p.inpainting_fill == LATENT_NOISE else torch.zeros_like(latents)
+            begin = torch.lerp(latents, content, free)
         with (
-            overridden(p, **per_batch),
+            overridden(p, **values),
             overridden(p.sampler, create_noise_sampler=noise_sampler),
-            self.conditioned(condition, tiles),
+            overridden(denoiser, forward=forward),
+            self.sampling(views, canvas),
         ):
-            start = self.before_sampling(latents, start, cond, uncond)
-            samples = p.sampler.sample_img2img(p, latents, start, cond, uncond, image_conditioning=image_conditioning)
+            start = self.before_sampling(begin, start, cond, uncond)
+            samples = p.sampler.sample_img2img(p, begin, start, cond, uncond, image_conditioning=image_conditioning)
         if shared.state.interrupted or shared.state.skipped:
             raise Interrupted
-        return samples
+        return samples if free is None else torch.lerp(latents.to(samples), samples, free.to(samples))
+
+    def _batch(self, prompts: Sequence[str | None], size: tuple[int, int]) -> tuple[Any, Any]:
+        """Conditionings of tiles of that size, as the sampler takes them."""
+        conds = [self._conditioning(prompt, size) for prompt in prompts]
+        batch = [cond for cond, _ in conds]
+        uncond = None if conds[0][1] is None else [uncond for _, uncond in conds]
+        return prompt_parser.MulticondLearnedConditioning(shape=(len(batch),), batch=batch), uncond
+
+    def _looking(self, denoiser: Any, views: Views, latents: Tensor, free: Tensor | None) -> Any:
+        """In place of the `forward` of the WebUI's CFGDenoiser: it looks through the views."""
+        whole = denoiser.forward
+
+        def forward(x: Tensor, sigma: Tensor, **extra: Any) -> Tensor:
+            if denoiser.need_last_noise_uncond and not views.whole:
+                raise DinotileError(
+                    f"order: the sampler {self._p.sampler_name} cannot be fused; choose another, or chess"
+                )
+            step = denoiser.step
+
+            def see(tiles: Tensor, batch: Batch) -> Tensor:
+                denoiser.step = step  # it counts its calls
+                cond, uncond = self._batch(batch.prompts, views.tile_size)
+                own = {"cond": cond, "uncond": uncond}
+                if not views.whole:
+                    own["image_cond"] = tiles.new_zeros(len(tiles), *extra["image_cond"].shape[1:])
+                with self.seeing(batch, [len(parts) for parts in cond.batch]):
+                    return whole(tiles, sigma[:1].expand(len(tiles)), **{**extra, **own})
+
+            def known() -> Tensor:
+                return self._output_for(denoiser, x, sigma, latents)
+
+            output = views(x, see, known)
+            if not views.whole:
+                self._preview(denoiser, output)
+            return output if free is None else torch.lerp(known().to(output), output, free.to(output))
+
+        return forward
+
+    @staticmethod
+    def _estimates_noise(denoiser: Any) -> bool:
+        """Whether the denoiser answers with the noise, as for DDIM, PLMS and UniPC, and not with the picture."""
+        return getattr(denoiser, "classic_ddim_eps_estimation", False) or denoiser.mask_before_denoising
+
+    def _output_for(self, denoiser: Any, x: Tensor, sigma: Tensor, latents: Tensor) -> Tensor:
+        """What the denoiser would have to answer at x to say that these are the latents without noise."""
+        if not self._estimates_noise(denoiser):
+            return latents.to(x)
+        alpha = denoiser.inner_model.inner_model.alphas_cumprod.to(x.device)[sigma[:1].round().long()].float()
+        return ((x.float() - alpha.sqrt() * latents.to(x.device).float()) / (1 - alpha).sqrt()).to(x)
+
+    def _image_conditioning(self, latents: Tensor, views: Views, mask: Tensor | None) -> Tensor:
+        """Zeros, but for inpainting, depth and editing checkpoints, which look at a tile's own pixels."""
+        p = self._p
+        with self._own_random():
+            if views.whole:
+                seen = None if mask is None else F.interpolate(mask.to(self._pixels), scale_factor=self.factor)
+                return p.img2img_image_conditioning(self._pixels * 2 - 1, latents, seen)
+            cells = 8
+            pixels = torch.zeros(1, 3, cells * self.factor, cells * self.factor, device=self.device)
+            conditioning = p.img2img_image_conditioning(pixels, latents[..., :cells, :cells])
+        if conditioning.shape[-1] > 1:
+            raise DinotileError(
+                "order: a checkpoint that looks at the picture (inpainting) cannot be fused; choose chess"
+            )
+        return conditioning
+
+    @contextlib.contextmanager
+    def sampling(self, views: Views, canvas: tuple[int, int]) -> Iterator[None]:
+        """While open, these views of a canvas of (width, height) are sampled."""
+        yield
 
     def before_sampling(self, latents: Tensor, start: Tensor, cond: Any, uncond: Any) -> Tensor:
         """Lets other extensions in; returns the start noise, which they may have changed."""
@@ -157,6 +265,9 @@ class WebUIHost:
         if p.scripts is not None:
             p.scripts.process_before_every_sampling(p, x=latents, noise=start, c=cond, uc=uncond)
         return start
+
+    def free_memory(self) -> None:
+        devices.torch_gc()
 
     def interrupted(self) -> bool:
         state = shared.state
@@ -168,3 +279,20 @@ class WebUIHost:
         shared.state.textinfo = f"DINO Tile: {done} of {total} tiles"
         if shared.opts.live_previews_enable:
             shared.state.assign_current_image(canvas.preview(PREVIEW_SIDE))
+
+    def _preview(self, denoiser: Any, output: Tensor) -> None:
+        """The canvas while it is sampled as a whole, made small before it is decoded cheaply."""
+        state, opts = shared.state, shared.opts
+        state.textinfo = f"DINO Tile: step {denoiser.step} of {denoiser.total_steps}, all tiles"
+        every = opts.show_progress_every_n_steps
+        if (
+            opts.live_previews_enable
+            and every > 0
+            and denoiser.step % every == 0
+            and not self._estimates_noise(denoiser)
+        ):
+            step = max(1, -(-max(output.shape[-2:]) * self.factor // PREVIEW_SIDE))
+            cheap = 2 if opts.show_progress_type == "Full" else None
+            state.assign_current_image(
+                sd_samplers_common.sample_to_image(output[..., ::step, ::step], approximation=cheap)
+            )

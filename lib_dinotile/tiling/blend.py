@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+
 import torch
 
-from lib_dinotile.tiling.plan import Rect, TilePlan
+from lib_dinotile.tiling.plan import Rect, Tiles
 
 
-def _ramp(start: int, starts: list[int], tile: int) -> torch.Tensor:
+def _ramp(start: int, starts: Sequence[int], tile: int) -> torch.Tensor:
     """Weights (tile,) of the tile at `start` along one axis: they sum to one over all tiles at every pixel.
 
     Where two tiles overlap, the weight goes over from one to the other linearly across the whole overlap; where border
@@ -29,16 +31,22 @@ def _ramp(start: int, starts: list[int], tile: int) -> torch.Tensor:
 
 
 class Blend:
-    """The feathered weights of a plan's tiles: a partition of unity over the canvas.
+    """The feathered weights of tiles: a partition of unity over what they cover.
 
     The tiles are a grid, so the weight of a tile is the product of a row of weights and a column of weights, each a
     partition of unity by itself; nothing of the canvas's size is kept.
     """
 
-    def __init__(self, plan: TilePlan) -> None:
+    def __init__(
+        self,
+        plan: Tiles,
+        across: Mapping[int, torch.Tensor] | None = None,
+        down: Mapping[int, torch.Tensor] | None = None,
+    ) -> None:
+        """across, down: other weights (width,) and (height,) for the tiles at these columns and rows."""
         width, height = plan.tile_size
-        self._across = {x: _ramp(x, plan.columns, width) for x in plan.columns}
-        self._down = {y: _ramp(y, plan.rows, height) for y in plan.rows}
+        self._across = across or {x: _ramp(x, plan.columns, width) for x in plan.columns}
+        self._down = down or {y: _ramp(y, plan.rows, height) for y in plan.rows}
 
     def weight(self, tile: Rect) -> torch.Tensor:
         """Weights (height, width) of a tile of the plan, in [0, 1]."""

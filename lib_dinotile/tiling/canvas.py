@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import numpy as np
 import torch
 from PIL import Image
@@ -9,52 +11,100 @@ from torch import Tensor
 
 from lib_dinotile.tiling.plan import Rect, TilePlan
 
+BAND = 256
+"""Rows that are handled at once where the whole canvas is: a large one is never held in floats."""
+
 
 class Canvas:
     """Pixels that tiles are cropped from and painted onto.
 
-    Kept as the upscaled image (8 bit) plus what the tiles changed (half precision), so a tile that comes back as it was
-    leaves the canvas as it was, and an unfinished canvas goes over from painted to upscaled without a border. What a
-    crop or a painted tile costs does not depend on the size of the canvas.
+    Kept as a base (8 bit), the upscaled image to begin with, plus what the tiles changed (half precision), so a tile
+    that comes back as it was leaves the canvas as it was, and an unfinished canvas goes over from painted to upscaled
+    without a border. What a crop or a painted tile costs does not depend on the size of the canvas.
     """
 
-    def __init__(self, image: Image.Image, plan: TilePlan) -> None:
-        """image: RGB, of the plan's size. Beyond its right and lower border its last pixels are repeated."""
+    def __init__(
+        self, image: Image.Image, plan: TilePlan, mask: Image.Image | None = None, start: Image.Image | None = None
+    ) -> None:
+        """image: RGB, of the plan's size. Beyond its right and lower border its last pixels are repeated.
+
+        mask (L, of that size): where it is 0 the canvas stays the image, to the bit, where it is 255 tiles show as they
+        are painted. start (RGB): what the tiles begin with instead of the image, within the mask.
+        """
         if image.size != (plan.width, plan.height):
             raise ValueError(f"image of {image.size} on a canvas of {(plan.width, plan.height)}")
-        width, height = plan.padded
-        border = ((0, height - plan.height), (0, width - plan.width), (0, 0))
-        pixels = np.pad(np.array(image.convert("RGB")), border, mode="edge")
-        self._size = image.size
-        self._source = torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
-        self._change = torch.zeros(self._source.shape, dtype=torch.float16)
+        self._size, self._padded = image.size, plan.padded
+        self._base = self._pad(np.asarray(start or image))
+        self._change = torch.zeros(self._base.shape, dtype=torch.float16)
+        self._mask = None if mask is None else self._pad(np.asarray(mask)[:, :, None])
+        self._original = None if mask is None else self._pad(np.asarray(image))
+
+    def _pad(self, pixels: np.ndarray) -> Tensor:
+        """(h, w, C) -> (C, H, W), of the padded size."""
+        width, height = self._padded
+        padded = torch.empty((pixels.shape[2], height, width), dtype=torch.uint8)
+        for number, channel in enumerate(np.moveaxis(pixels, 2, 0)):
+            border = ((0, height - channel.shape[0]), (0, width - channel.shape[1]))
+            padded[number] = torch.from_numpy(np.pad(channel, border, mode="edge"))
+        return padded
 
     def source(self, tile: Rect) -> Tensor:
-        """The upscaled image's pixels (3, h, w) in [0, 1]."""
-        return self._source[(slice(None), *tile.slices)].float() / 255
+        """What tiles of this pass started from (3, h, w) in [0, 1]: at first the upscaled image."""
+        return self._base[(slice(None), *tile.slices)].float() / 255
+
+    def mask(self, tile: Rect) -> Tensor | None:
+        """The mask's pixels (1, h, w) in [0, 1], or None if all of the canvas is to be painted."""
+        return None if self._mask is None else self._mask[(slice(None), *tile.slices)].float() / 255
 
     def crop(self, tile: Rect) -> Tensor:
         """The canvas's pixels (3, h, w) in [0, 1], with what is painted already."""
+        pixels = self._painted(tile)
+        if self._mask is None:
+            return pixels
+        return torch.lerp(self._original[(slice(None), *tile.slices)].float() / 255, pixels, self.mask(tile))
+
+    def picture(self, tile: Rect) -> Image.Image:
+        """The canvas's pixels as an RGB image."""
+        return Image.fromarray(to_bytes(self.crop(tile)).permute(1, 2, 0).contiguous().numpy())
+
+    def _painted(self, tile: Rect) -> Tensor:
         return (self.source(tile) + self._change[(slice(None), *tile.slices)].float()).clamp(0, 1)
 
     def paint(self, tile: Rect, pixels: Tensor, weight: Tensor) -> None:
-        """Paint pixels (3, h, w) in [0, 1] with weights (h, w) in [0, 1], which sum to one over all tiles painted."""
-        change = (pixels.float().cpu() - self.source(tile)) * weight
+        """Paint pixels (3, h, w) of 8 bit with weights (h, w) in [0, 1]; over all tiles they sum to one at most."""
+        change = (pixels.float() / 255 - self.source(tile)) * weight
         self._change[(slice(None), *tile.slices)] += change.to(torch.float16)
+
+    def flatten(self) -> None:
+        """What is painted becomes the base that the next tiles are painted on."""
+        for band in self._bands(*self._padded):
+            rows = (slice(None), *band.slices)
+            self._base[rows] = to_bytes(self._painted(band))
+            self._change[rows] = 0
 
     def image(self) -> Image.Image:
         """The canvas as it stands, RGB, exactly the size of the plan's canvas."""
-        width, height = self._size
-        pixels = np.empty((height, width, 3), dtype=np.uint8)
-        for top in range(0, height, 256):  # in bands: a large canvas is not held in floats
-            band = Rect(0, top, width, min(256, height - top))
-            pixels[top : band.bottom] = (self.crop(band) * 255).round().to(torch.uint8).permute(1, 2, 0).numpy()
-        return Image.fromarray(pixels)
+        image = Image.new("RGB", self._size)
+        for band in self._bands(*self._size):
+            image.paste(self.picture(band), (0, band.y))
+        return image
+
+    @staticmethod
+    def _bands(width: int, height: int) -> Iterator[Rect]:
+        for top in range(0, height, BAND):
+            yield Rect(0, top, width, min(BAND, height - top))
 
     def preview(self, side: int) -> Image.Image:
         """The canvas as it stands, with every n-th pixel so that its longer side is at most `side`."""
         width, height = self._size
         step = max(1, -(-max(width, height) // side))
-        rows, columns = slice(0, height, step), slice(0, width, step)
-        pixels = self._source[:, rows, columns].float() / 255 + self._change[:, rows, columns].float()
-        return Image.fromarray((pixels.clamp(0, 1) * 255).round().to(torch.uint8).permute(1, 2, 0).numpy())
+        index = (slice(None), slice(0, height, step), slice(0, width, step))
+        pixels = self._base[index].float() / 255 + self._change[index].float()
+        if self._mask is not None:
+            pixels = torch.lerp(self._original[index].float() / 255, pixels, self._mask[index].float() / 255)
+        return Image.fromarray(to_bytes(pixels.clamp(0, 1)).permute(1, 2, 0).contiguous().numpy())
+
+
+def to_bytes(pixels: Tensor) -> Tensor:
+    """Pixels in [0, 1] as 8 bit."""
+    return (pixels * 255).round().to(torch.uint8)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-ORDERS = ("chess", "linear")
+ORDERS = ("chess", "linear", "fused", "none")
 
 
 @dataclass(frozen=True)
@@ -59,14 +59,79 @@ def spread(length: int, tile: int, overlap: int, factor: int) -> list[int]:
     return [i * (cells - tile_cells) // (count - 1) * factor for i in range(count)]
 
 
-def _colours(starts: list[int], tile: int) -> int:
+def fewest(length: int, limit: int, overlap: int, factor: int) -> tuple[list[int], int]:
+    """Start positions of the fewest tiles of at most `limit` that cover `length`, and their size, as small as can be.
+
+    Neighbours overlap by at least `overlap`. All values are multiples of `factor`.
+    """
+    if length <= limit:
+        return [0], length
+    count = math.ceil((length - overlap) / (limit - overlap))
+    side = ceil_to(math.ceil((length + (count - 1) * overlap) / count), factor)
+    return spread(length, side, overlap, factor), side
+
+
+def _colours(starts: Sequence[int], tile: int) -> int:
     """The smallest n such that of the tiles i, i + n, i + 2n, ... no two overlap."""
     return next(n for n in range(1, len(starts) + 1) if all(b - a >= tile for a, b in zip(starts, starts[n:])))
 
 
+class Tiles:
+    """Tiles of one size, as a grid: one at every crossing of `columns` and `rows`."""
+
+    columns: Sequence[int]
+    """Left edges of the tiles."""
+    rows: Sequence[int]
+    """Upper edges of the tiles."""
+    tile_size: tuple[int, int]
+    """(width, height) of every tile."""
+    order: str
+
+    @property
+    def tiles(self) -> list[Rect]:
+        """All tiles, row by row."""
+        return [Rect(x, y, *self.tile_size) for y in self.rows for x in self.columns]
+
+    def __len__(self) -> int:
+        return len(self.rows) * len(self.columns)
+
+    @property
+    def waves(self) -> list[list[Rect]]:
+        """The tiles in the order to paint them. Tiles of one wave do not overlap; a later wave sees earlier ones.
+
+        `linear` is one tile a wave, row by row; `fused` has all in one, for they are never painted singly.
+        """
+        rows, columns, (width, height) = self.rows, self.columns, self.tile_size
+        if self.order == "linear":
+            return [[tile] for tile in self.tiles]
+        if self.order == "fused":
+            return [self.tiles]
+        down, across = _colours(rows, height), _colours(columns, width)
+        return [
+            [Rect(x, y, width, height) for y in rows[j::down] for x in columns[i::across]]
+            for j, i in itertools.product(range(down), range(across))
+        ]
+
+    def shrink(self, factor: int) -> Grid:
+        """The same tiles on a grid of `factor` pixels per cell, which they must lie on."""
+        width, height = self.tile_size
+        columns, rows = ([start // factor for start in starts] for starts in (self.columns, self.rows))
+        return Grid(columns, rows, (width // factor, height // factor), self.order)
+
+
 @dataclass(frozen=True)
-class TilePlan:
-    """Tiles of one size over a canvas, as a grid of columns and rows.
+class Grid(Tiles):
+    """Tiles at given places."""
+
+    columns: Sequence[int]
+    rows: Sequence[int]
+    tile_size: tuple[int, int]
+    order: str = "chess"
+
+
+@dataclass(frozen=True)
+class TilePlan(Tiles):
+    """Tiles of one size that cover a canvas.
 
     The canvas may have any size. It is worked on as `padded`: the size rounded up to `factor`, so that every tile
     lies on the latent grid; what is painted beyond the canvas is cut off.
@@ -87,7 +152,7 @@ class TilePlan:
     """Pixels per latent cell."""
     order: str = "chess"
     """`chess`: waves of tiles that do not overlap (up to four, nine where border tiles crowd; one without overlap);
-    `linear`: one tile a wave, row by row."""
+    `linear`: one tile a wave, row by row; `fused`: all at once; `none`: none of them."""
 
     def __post_init__(self) -> None:
         if self.width < 1 or self.height < 1 or self.factor < 1:
@@ -123,29 +188,3 @@ class TilePlan:
     def _overlap(self, side: int) -> int:
         # On the latent grid, and always less than a tile: one of a single cell cannot overlap another.
         return min(ceil_to(self.overlap, self.factor), side // self.factor // 2 * self.factor)
-
-    @property
-    def tiles(self) -> list[Rect]:
-        """All tiles, row by row."""
-        return [Rect(x, y, *self.tile_size) for y in self.rows for x in self.columns]
-
-    def __len__(self) -> int:
-        return len(self.rows) * len(self.columns)
-
-    @property
-    def waves(self) -> list[list[Rect]]:
-        """The tiles in the order to paint them. Tiles of one wave do not overlap; a later wave sees earlier ones."""
-        rows, columns, (width, height) = self.rows, self.columns, self.tile_size
-        if self.order == "linear":
-            return [[tile] for tile in self.tiles]
-        down, across = _colours(rows, height), _colours(columns, width)
-        return [
-            [Rect(x, y, width, height) for y in rows[j::down] for x in columns[i::across]]
-            for j, i in itertools.product(range(down), range(across))
-        ]
-
-    def batches(self, size: int) -> Iterator[list[Rect]]:
-        """The waves cut into batches of at most `size` tiles."""
-        for wave in self.waves:
-            for start in range(0, len(wave), size):
-                yield wave[start : start + size]

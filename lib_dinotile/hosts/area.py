@@ -1,0 +1,101 @@
+"""Which part of the source img2img is about, how large it becomes, and what of it the inpaint mask leaves to paint."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import cv2
+import numpy as np
+from modules import masking, processing
+from PIL import Image, ImageOps
+
+from lib_dinotile import DinotileError, engine
+from lib_dinotile.settings import Settings
+
+CROP, FILL = 1, 2
+"""img2img's Resize modes that keep the proportions; the others stretch."""
+
+
+class Area:
+    """The part of the source that becomes the canvas.
+
+    Inpainting the whole picture, that is the source; `Only masked`, it is the mask's surroundings, and what is painted
+    there goes back into the source at its own size.
+    """
+
+    canvas: tuple[int, int]
+    """(width, height) that is painted."""
+    finished: tuple[int, int]
+    """(width, height) of the result."""
+    mask: Image.Image | None
+    """L, over the part: white where the result may change."""
+
+    def __init__(self, p: Any, settings: Settings, size: tuple[int, int]) -> None:
+        """size: (width, height) of the source. DinotileError for sizes that cannot be, and for an empty mask."""
+        self.mask, self.infotext, self._box, self._overlay = None, {}, None, None
+        given, self._resize = (p.width, p.height), 0
+        if p.image_mask is not None:
+            self.mask = self._prepare(p).resize(size)
+            if self.mask.getbbox() is None:
+                raise DinotileError("the inpaint mask is empty: draw one, or remove it")
+        if self.mask is not None and p.inpaint_full_res:
+            self.infotext = {**self.infotext, "Inpaint area": "Only masked"}
+            self.infotext["Masked area padding"] = p.inpaint_full_res_padding
+            box = masking.get_crop_region_v2(self.mask, p.inpaint_full_res_padding)
+            if settings.target == "img2img size":
+                box = masking.expand_crop_region(box, *given, *size)
+            self._box, self._overlay = box, self.mask
+            self.mask = self.mask.crop(box)
+            self.canvas = engine.canvas_size((box[2] - box[0], box[3] - box[1]), settings, given)
+            self.finished = size
+            return
+        if settings.target == "img2img size":
+            self._resize, self._given = p.resize_mode, given
+        if self.mask is not None:
+            self.mask = self.cut(self.mask).point(lambda level: min(255, 2 * level))  # as img2img does
+        self.canvas = self.finished = engine.canvas_size(size, settings, given)
+
+    def _prepare(self, p: Any) -> Image.Image:
+        """The mask as img2img prepares it: turned round if it is wanted, and blurred."""
+        mask = processing.create_binary_mask(p.image_mask, round=p.mask_round).convert("L")
+        if p.inpainting_mask_invert:
+            mask = ImageOps.invert(mask)
+            self.infotext["Mask mode"] = "Inpaint not masked"
+        pixels = np.array(mask)
+        for blur, along in ((p.mask_blur_x, (1, 0)), (p.mask_blur_y, (0, 1))):
+            if blur > 0:
+                kernel = 2 * int(2.5 * blur + 0.5)
+                pixels = cv2.GaussianBlur(pixels, (1 + kernel * along[0], 1 + kernel * along[1]), blur)
+        if p.mask_blur_x > 0 or p.mask_blur_y > 0:
+            self.infotext["Mask blur"] = p.mask_blur
+        if p.inpainting_fill != 1:
+            self.infotext["Masked content"] = {0: "fill", 2: "latent noise", 3: "latent nothing"}[p.inpainting_fill]
+        return Image.fromarray(pixels)
+
+    def cut(self, image: Image.Image) -> Image.Image:
+        """The part of the source, or of a mask over it, that becomes the canvas."""
+        if self._box is not None:
+            return image.crop(self._box)
+        if self._resize not in (CROP, FILL):
+            return image
+        (width, height), (wide, high) = image.size, self._given
+        # The side that is too long is cut, or the one that is too short is filled with the border's pixels.
+        across, down = max(1, round(height * wide / high)), max(1, round(width * high / wide))
+        if (across < width) == (self._resize == CROP):
+            down = height
+        else:
+            across = width
+        left, top = (width - across) // 2, (height - down) // 2
+        if self._resize == CROP:
+            return image.crop((left, top, left + across, top + down))
+        border = ((-top, down - height + top), (-left, across - width + left))
+        return Image.fromarray(np.pad(np.asarray(image), border + ((0, 0),) * (len(image.getbands()) > 1), mode="edge"))
+
+    def finish(self, image: Image.Image, source: Image.Image) -> Image.Image:
+        """The result, from the canvas as it was painted."""
+        if self._box is None:
+            return image
+        left, top, right, bottom = self._box
+        painted = source.copy()
+        painted.paste(image.resize((right - left, bottom - top), Image.Resampling.LANCZOS), (left, top))
+        return Image.composite(painted, source, self._overlay)

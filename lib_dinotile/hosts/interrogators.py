@@ -1,0 +1,50 @@
+"""The WebUI's interrogators: what an image shows, in words."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from modules import deepbooru, shared
+from PIL import Image
+
+from lib_dinotile import DinotileError
+from lib_dinotile.hosts.base import Interrupted
+from lib_dinotile.hosts.overridden import overridden
+
+
+def _each(name: str, images: Sequence[Image.Image], ask: Callable[[Image.Image], str]) -> list[str]:
+    captions = []
+    for number, image in enumerate(images, 1):
+        state = shared.state
+        if state.interrupted or state.skipped or state.stopping_generation:
+            raise Interrupted
+        state.textinfo = f"DINO Tile: {name} looks at tile {number} of {len(images)}"
+        caption = ask(image)
+        if "<error>" in caption:
+            raise DinotileError(
+                f"captions: {name} failed, see the WebUI's log; choose another interrogator, or None", 500
+            )
+        captions.append(caption.strip())
+    return captions
+
+
+def _clip(images: Sequence[Image.Image]) -> list[str]:
+    # It would begin and end a job of its own, and the running one with it.
+    with overridden(shared.state, begin=lambda *_, **__: None, end=lambda: None):
+        return _each("CLIP", images, shared.interrogator.interrogate)
+
+
+def _deepbooru(images: Sequence[Image.Image]) -> list[str]:
+    model = deepbooru.model
+    try:
+        model.start()
+    except Exception as error:  # whatever a download or a damaged file raises
+        line = str(error).strip().split("\n")[0] or type(error).__name__
+        raise DinotileError(f"captions: DeepBooru cannot be loaded: {line}", 500) from error
+    try:
+        return _each("DeepBooru", images, model.tag_multi)
+    finally:
+        model.stop()
+
+
+INTERROGATORS: dict[str, Callable[[Sequence[Image.Image]], list[str]]] = {"CLIP": _clip, "DeepBooru": _deepbooru}

@@ -1,0 +1,41 @@
+"""Patching, undone."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+
+@contextlib.contextmanager
+def overridden(target: Any, **values: Any) -> Iterator[None]:
+    """Attributes of an object set for a while; put back, or taken away again, whatever happens."""
+    before = {name: target.__dict__[name] for name in values if name in target.__dict__}
+    try:
+        for name, value in values.items():
+            setattr(target, name, value)
+        yield
+    finally:
+        for name in values:
+            if name in before:
+                setattr(target, name, before[name])
+            elif name in target.__dict__:
+                delattr(target, name)
+
+
+@contextlib.contextmanager
+def in_float32(modules: Sequence[nn.Module]) -> Iterator[None]:
+    """The modules' weights in float32 for a while; then in the precision that each of them had, with the same bits."""
+    before = [(weight, weight.dtype) for module in modules for weight in (*module.parameters(), *module.buffers())]
+    try:
+        for weight, dtype in before:
+            if dtype.is_floating_point and dtype != torch.float32:
+                weight.data = weight.data.float()
+        yield
+    finally:
+        for weight, dtype in before:
+            if weight.dtype != dtype:
+                weight.data = weight.data.to(dtype)

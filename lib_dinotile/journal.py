@@ -1,0 +1,84 @@
+"""Painted tiles are kept in files until the image is done, so that a run that broke off can be taken up again."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from lib_dinotile import DinotileError
+from lib_dinotile.images import read_image, write_image
+from lib_dinotile.team import Team
+from lib_dinotile.tiling.plan import Rect
+
+RECIPE = "recipe.json"
+
+
+class Journal:
+    """A folder with one PNG for every tile that is painted. Written by one process, read by all."""
+
+    def __init__(self, folder: Path, recipe: Mapping[str, Any], resume: bool, writes: bool = True) -> None:
+        """recipe: everything that the image depends on, as JSON. resume: go on with what the folder holds.
+
+        DinotileError if that was painted by another recipe, or if the folder cannot be written.
+        """
+        self._folder, self._writes = folder, writes
+        recipe = json.loads(json.dumps(recipe))
+        try:
+            if resume and (folder / RECIPE).is_file():
+                self._check(json.loads((folder / RECIPE).read_text(encoding="utf-8")), recipe)
+            elif writes:
+                shutil.rmtree(folder, ignore_errors=True)
+                folder.mkdir()
+                (folder / RECIPE).write_text(json.dumps(recipe, indent=1), encoding="utf-8")
+        except (OSError, ValueError) as error:
+            raise DinotileError(f"{folder}, where painted tiles are kept, cannot be used: {error}", 500) from error
+
+    def _check(self, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+        other = [name for name in {**before, **now} if before.get(name) != now.get(name)]
+        if other:
+            name = other[0]
+            raise DinotileError(
+                f"--resume: {self._folder} was painted with another {name} ({before.get(name)!r}, now "
+                f"{now.get(name)!r}): give the same, or start anew without --resume"
+            )
+
+    def _file(self, step: int, tile: Rect) -> Path:
+        return self._folder / f"pass{step}-x{tile.x}-y{tile.y}.png"
+
+    def get(self, step: int, tiles: Sequence[Rect]) -> list[Tensor] | None:
+        """The tiles as they were painted in that pass, 8 bit (3, h, w) each, or None if not all are there."""
+        try:
+            images = [read_image(self._file(step, tile)) for tile in tiles]
+        except DinotileError:  # not there, or cut off when the machine went down
+            return None
+        return [torch.from_numpy(np.array(image)).permute(2, 0, 1) for image in images]
+
+    def put(self, step: int, tile: Rect, pixels: Tensor) -> None:
+        """Keep a painted tile, 8 bit (3, h, w)."""
+        if self._writes:
+            image = Image.fromarray(pixels.permute(1, 2, 0).contiguous().numpy())
+            write_image(image, self._file(step, tile), "", compress_level=1)
+
+    def close(self) -> None:
+        """The image is done: the tiles are no longer needed."""
+        if self._writes:
+            shutil.rmtree(self._folder, ignore_errors=True)
+
+
+def open_journal(target: Path, recipe: Mapping[str, Any], resume: bool, team: Team) -> Journal:
+    """The journal beside an image that is to be written; the first process of the team writes it."""
+    folder = target.with_name(target.name + ".tiles")
+    if team.rank == 0:
+        journal = Journal(folder, recipe, resume)
+    team.gather(None)  # the others wait for it
+    if team.rank > 0:
+        journal = Journal(folder, recipe, resume=True, writes=False)
+    return journal

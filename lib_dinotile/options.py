@@ -1,0 +1,116 @@
+"""What an option is, and what a table of them can do."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from lib_dinotile import DinotileError
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Option:
+    """One row of the table."""
+
+    name: str
+    """As in the API; the command line has it with dashes."""
+    type: type
+    """bool, int, float or str."""
+    default: Any
+    label: str
+    help: str
+    minimum: float | None = None
+    maximum: float | None = None
+    step: float | None = None
+    """Of the slider; an int must be a multiple of it, counted from zero."""
+    choices: tuple[str, ...] | None = None
+    """The allowed values where they are fixed. Lists that depend on what is installed are checked by the host."""
+    infotext: str | None = None
+    """Key in PNG info, or None if it does not change the image."""
+    flag: str | None = None
+    """On the command line, where that is not the name with dashes."""
+    only_with: Callable[[Any], bool] = lambda settings: True
+    """Whether it has a part in the image with these settings."""
+    lines: int = 1
+    """Lines that its text box shows."""
+    xyz: bool = True
+    """Whether it is an X/Y/Z axis."""
+
+    @property
+    def allowed(self) -> str:
+        """What values it takes, in words."""
+        if self.choices is not None:
+            return "one of " + ", ".join(self.choices)
+        if self.type in (int, float):
+            number = "a whole number" if self.type is int else "a number"
+            steps = f", a multiple of {self.step:g}" if self.type is int and self.step and self.step > 1 else ""
+            return f"{number} from {self.type(self.minimum):n} to {self.type(self.maximum):n}{steps}"
+        return "true or false" if self.type is bool else "text"
+
+    def check(self, value: Any) -> Any:
+        """`value` in the option's own type; DinotileError with one line if it is not allowed.
+
+        A whole float is accepted for an int (JSON and sliders do not tell them apart), nothing else is converted.
+        """
+        if self.type in (int, float):
+            number = isinstance(value, (int, float)) and not isinstance(value, bool)
+            # Also refuses what is not a number: nothing compares with it.
+            if not number or not self.minimum <= value <= self.maximum or (self.type is int and value != int(value)):
+                raise self._refuse(value)
+            value = self.type(value)
+            if self.type is int and self.step and value % self.step:
+                raise self._refuse(value)
+        elif not isinstance(value, self.type) or (self.choices is not None and value not in self.choices):
+            raise self._refuse(value)
+        return value
+
+    def parse(self, text: str) -> Any:
+        """`check` for a value that comes as text: PNG info, an X/Y/Z axis, the command line."""
+        text = text.strip()
+        try:
+            if self.type is bool:
+                return {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}[text.lower()]
+            return self.check(self.type(text))
+        except (KeyError, ValueError) as error:
+            raise self._refuse(text) from error
+
+    def _refuse(self, value: Any) -> DinotileError:
+        shown = repr(value)
+        if len(shown) > 80:
+            shown = shown[:77] + "..."
+        return DinotileError(f"{self.name}: {shown} is not allowed, give {self.allowed}")
+
+
+def option(default: T, label: str, help: str, **more: Any) -> T:
+    """A field of an options class; `more` as in `Option`."""
+    return dataclasses.field(default=default, metadata={"label": label, "help": help, **more})  # type: ignore[return-value]
+
+
+class Options:
+    """What `Settings` and `Generation` share: a frozen dataclass whose fields are made by `option`."""
+
+    @classmethod
+    def table(cls) -> Iterator[Option]:
+        """The options, in the order in which they are shown."""
+        for field in dataclasses.fields(cls):  # type: ignore[arg-type]
+            yield Option(field.name, type(field.default), field.default, **field.metadata)
+
+    @classmethod
+    def option(cls, name: str) -> Option:
+        """The option of that name; DinotileError, with the nearest name there is, if there is none."""
+        rows = {row.name: row for row in cls.table()}
+        if name in rows:
+            return rows[name]
+        near = difflib.get_close_matches(str(name), rows, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else "there are " + ", ".join(rows)
+        raise DinotileError(f"{str(name)[:80]!r} is no option of DINO Tile: {hint}")
+
+    @classmethod
+    def parse(cls: Callable[..., T], values: Mapping[str, Any]) -> T:
+        """Options from a dict, defaults for what is left out. DinotileError for a wrong name, type or range."""
+        return cls(**{name: cls.option(name).check(value) for name, value in values.items()})  # type: ignore[attr-defined]

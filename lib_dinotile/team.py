@@ -1,0 +1,63 @@
+"""Several processes at work on one canvas. Each of them has the whole of it; they share out the batches."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+
+class Team:
+    """One process alone."""
+
+    rank = 0
+    """This process's number, from 0."""
+    size = 1
+    """Number of processes."""
+
+    def share(self, items: Sequence[T], work: Callable[[T], R]) -> list[R]:
+        """`work` on each of at most `size` items, one a process; all processes get all results, in order."""
+        mine: Any = None
+        error: Exception | None = None
+        if self.rank < len(items):
+            try:
+                mine = work(items[self.rank])
+            except Exception as caught:
+                if self.size == 1:
+                    raise
+                error = caught
+        results = self.gather((mine, error))
+        for _, failed in results:
+            if failed is not None:
+                raise failed
+        return [result for result, _ in results[: len(items)]]
+
+    def gather(self, mine: Any) -> list[Any]:
+        """What each process gave, in the order of their numbers."""
+        return [mine]
+
+
+class Processes(Team):
+    """The processes that `accelerate launch` started. Tensors travel as they are, on the CPU."""
+
+    def __init__(self, state: Any) -> None:
+        """state: accelerate's PartialState."""
+        self.rank, self.size, self._state = state.process_index, state.num_processes, state
+
+    def gather(self, mine: Any) -> list[Any]:
+        from accelerate.utils import gather_object
+
+        return gather_object([mine])
+
+
+def make_team() -> Team:
+    """The processes that `accelerate launch` started this one among, or this one alone."""
+    import os
+
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return Team()
+    from accelerate import PartialState
+
+    return Processes(PartialState())
