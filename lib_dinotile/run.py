@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -15,8 +15,8 @@ from lib_dinotile.report import FLAT, PAINTED, UNMASKED, Report, TileReport
 from lib_dinotile.sampling import BatchSize, Fused, Whole, chunks
 from lib_dinotile.settings import Settings
 from lib_dinotile.team import Team
-from lib_dinotile.tiling.blend import Blend
-from lib_dinotile.tiling.canvas import Canvas, to_bytes
+from lib_dinotile.tiling.blend import RIM, Blend
+from lib_dinotile.tiling.canvas import HALF, Canvas, to_bytes
 from lib_dinotile.tiling.colour import correct
 from lib_dinotile.tiling.flat import detail
 from lib_dinotile.tiling.noise import NoiseField, TileNoise
@@ -53,7 +53,7 @@ class Run:
             tile.state = self._left_out(tile.area) or tile.state
         passes: list[tuple[Tiles, Blend, float | None]] = []
         if settings.order != "none":
-            passes.append((plan, Blend(plan), None))
+            passes.append((plan, Blend(plan, RIM), None))
         seams = seam_passes(plan, settings.seams, settings.seam_width)
         passes += [(grid, blend, settings.seam_denoise) for grid, blend in seams]
         self._passes = [(*entry, [tile for tile in entry[0].tiles if not self._left_out(tile)]) for entry in passes]
@@ -91,7 +91,7 @@ class Run:
 
     def _waves(self, step: int, plan: Tiles, blend: Blend, denoise: float | None, wanted: Sequence[Rect]) -> None:
         """Tiles sampled and painted, one wave after the other."""
-        chosen = set(wanted)
+        chosen, self._shown = set(wanted), _Shown(blend)
         for wave in plan.waves:
             batches = chunks([tile for tile in wave if tile in chosen], self._settings.batch)
             for group in chunks(batches, self._team.size):
@@ -106,6 +106,7 @@ class Run:
         pixels, notes, error = painted
         for tile, seen in zip(tiles, pixels):
             self.canvas.paint(tile, seen, blend.weight(tile))
+            self._shown.add(tile)
             if self._journal:
                 self._journal.put(step, tile, seen)
         for note in notes:
@@ -153,32 +154,40 @@ class Run:
         condition = self._condition(tiles, latent) if self._condition else None
         return Batch(tiles, [self._prompts.of(tile) for tile in tiles], condition)
 
-    def _mask(self, tiles: Sequence[Rect]) -> Tensor | None:
-        """(k, 1, h, w): 1 for latent cells that may change, all those that show any of the mask."""
+    def _mask(self, tiles: Sequence[Rect], shares: Sequence[Tensor]) -> Tensor | None:
+        """(k, 1, h, w): 1 for latent cells that may change, all those that show any of the mask and are not painted."""
         masks = [self.canvas.mask(tile) for tile in tiles]
-        return None if masks[0] is None else F.max_pool2d(torch.stack(masks), self._host.factor).ceil()
+        if masks[0] is None and not any(share.any() for share in shares):
+            return None
+        free = [(share <= HALF) * (1 if mask is None else mask) for mask, share in zip(masks, shares)]
+        return F.max_pool2d(torch.stack(free).float(), self._host.factor).ceil()
 
     def _sample(self, tiles: Sequence[Rect], denoise: float | None) -> Tensor:
-        """The tiles as the model paints them (k, 3, h, w)."""
+        """The tiles as the model paints them (k, 3, h, w).
+
+        Where neighbours have painted already a tile sees that, and holds on to it; everywhere else it starts from the
+        source. So it fits to what is there, and yet no pixel is denoised twice.
+        """
         host = self._host
-        latents = host.encode(torch.stack([self.canvas.crop(tile) for tile in tiles]))
+        shares = [self._shown.share(tile)[None] for tile in tiles]
+        latents = host.encode(torch.stack([self.canvas.crop(tile, share) for tile, share in zip(tiles, shares)]))
         noise = TileNoise(self._noise, [tile.shrink(host.factor) for tile in tiles])
         views = Whole(self._make(tiles))
         size = self._plan.width, self._plan.height
-        return host.decode(host.sample(latents, views, noise, size, denoise, self._mask(tiles)))
+        return host.decode(host.sample(latents, views, noise, size, denoise, self._mask(tiles, shares)))
 
     def _fuse(self, blend: Blend, wanted: Sequence[Rect]) -> None:
         """The canvas sampled as a whole through its tiles; encoded and decoded in few large pieces."""
         host, plan, factor = self._host, self._plan, self._host.factor
         (columns, width), (rows, height) = (fewest(side, PIECE, PIECE_OVERLAP, factor) for side in plan.padded)
         pieces = Grid(columns, rows, (width, height))
-        small, whole = Blend(pieces.shrink(factor)), Rect(0, 0, *plan.padded).shrink(factor)
+        small, whole = Blend(pieces.shrink(factor), rim=1), Rect(0, 0, *plan.padded).shrink(factor)
         latents = mask = None
         for piece in pieces.tiles:
             area = piece.shrink(factor)
             index = (0, slice(None), *area.slices)
             encoded = host.encode(self.canvas.crop(piece)[None])
-            cut = self._mask([piece])
+            cut = self._mask([piece], [torch.zeros(1, 1, 1)])
             if latents is None:
                 latents = encoded.new_zeros(1, encoded.shape[1], whole.height, whole.width)
                 mask = None if cut is None else torch.zeros(1, 1, whole.height, whole.width)
@@ -204,7 +213,7 @@ class Run:
 
     def _decode(self, blend: Blend, tiles: Sequence[Rect], pieces: Grid, latents: Tensor) -> None:
         """Paint the canvas's latents, as far as they belong to these tiles."""
-        host, weights = self._host, Blend(pieces)
+        host, weights, shown = self._host, Blend(pieces, RIM), _Shown(blend, tiles)
         for piece in pieces.tiles:
             latent = latents[(slice(None), slice(None), *piece.shrink(host.factor).slices)]
             pixels = host.decode(latent)[0]
@@ -216,17 +225,26 @@ class Run:
                     continue
             weight = weights.weight(piece)
             if len(tiles) < len(self._plan):
-                weight = weight * _share(blend, tiles, piece)
+                weight = weight * shown.share(piece)
             self.canvas.paint(piece, self._finish(piece, pixels), weight)
 
 
-def _share(blend: Blend, tiles: Sequence[Rect], area: Rect) -> Tensor:
-    """(h, w): the sum of the weights of these tiles over an area."""
-    total = torch.zeros(area.height, area.width)
-    for tile in tiles:
-        left, right = max(tile.x, area.x), min(tile.right, area.right)
-        top, bottom = max(tile.y, area.y), min(tile.bottom, area.bottom)
-        if left < right and top < bottom:
-            seen = blend.weight(tile)[top - tile.y : bottom - tile.y, left - tile.x : right - tile.x]
-            total[top - area.y : bottom - area.y, left - area.x : right - area.x] += seen
-    return total.clamp(max=1)
+class _Shown:
+    """How much of the canvas some tiles show."""
+
+    def __init__(self, blend: Blend, tiles: Iterable[Rect] = ()) -> None:
+        self._blend, self._tiles = blend, list(tiles)
+
+    def add(self, tile: Rect) -> None:
+        self._tiles.append(tile)
+
+    def share(self, area: Rect) -> Tensor:
+        """(h, w): the sum of their weights over an area, in [0, 1]."""
+        total = torch.zeros(area.height, area.width)
+        for tile in self._tiles:
+            left, right = max(tile.x, area.x), min(tile.right, area.right)
+            top, bottom = max(tile.y, area.y), min(tile.bottom, area.bottom)
+            if left < right and top < bottom:
+                weight = self._blend.weight(tile)[top - tile.y : bottom - tile.y, left - tile.x : right - tile.x]
+                total[top - area.y : bottom - area.y, left - area.x : right - area.x] += weight
+        return total.clamp(max=1)

@@ -53,7 +53,7 @@ class Fused:
         """plan: the tiles in pixels; wanted: those that are sampled; make: gives the batch for some of them."""
         self._factor, self._make, self._size, self._team = factor, make, size, team
         self.limit = size.limit
-        self._blend = Blend(plan.shrink(factor))
+        self._blend = Blend(plan.shrink(factor), rim=1)
         self._batches = [make(tiles) for tiles in chunks(wanted, size.limit)]
         self.tile_size = plan.tile_size
         self.conditioned = any(batch.condition is not None for batch in self._batches)

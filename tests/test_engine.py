@@ -1,5 +1,7 @@
 """The flow, on a host that does what the test says."""
 
+import contextlib
+
 import numpy as np
 import pytest
 import torch
@@ -18,16 +20,35 @@ from tests.test_tiling import random_image
 
 
 class StubHost:
-    """Latents are pixels in blocks of `factor`; sampling is the function given."""
+    """Latents are pixels; sampling is the function given."""
 
     base, shape, device, dtype, channels = "stub", None, "cpu", torch.float32, 4
 
-    def __init__(self, sample=lambda latents, noise: latents, factor=8, stop_after=None):
-        self.factor, self._sample, self._stop_after = factor, sample, stop_after
-        self.sampled, self.seen = [], []
+    def __init__(self, sample=lambda latents, noise: latents, factor=8, stop_after=None, see=None):
+        """see: the model, where the sampler is to call it through the views."""
+        self.factor, self._sample, self._stop_after, self._see = factor, sample, stop_after, see
+        self.sampled, self.seen, self.denoised, self.batches = [], [], [], []
+        self.freed, self.precise = 0, False
+
+    prompt = "main"
 
     def upscalers(self):
         return ["Lanczos"]
+
+    def interrogators(self):
+        return ["Stub"]
+
+    def caption(self, images, interrogator):
+        return [f"caption of {image.width}" for image in images]
+
+    def free_memory(self):
+        self.freed += 1
+
+    @contextlib.contextmanager
+    def full_precision(self):
+        self.precise = True
+        yield
+        self.precise = False
 
     def upscale(self, image, size, upscaler):
         return image.resize(size, Image.Resampling.LANCZOS)
@@ -38,9 +59,18 @@ class StubHost:
     def decode(self, latents):
         return latents
 
-    def sample(self, latents, tiles, noise, condition):
+    def sample(self, latents, views, noise, canvas, denoise=None, mask=None):
         self.sampled.append(len(latents))
-        return self._sample(latents, noise)
+        self.denoised.append(denoise)
+
+        def see(tiles, batch):
+            self.batches.append(batch)
+            return self._see(tiles)
+
+        if self._see is not None:
+            latents = views(latents, see, lambda: latents)
+        result = self._sample(latents, noise)
+        return result if mask is None else torch.lerp(latents, result, mask.repeat_interleave(8, -1).repeat_interleave(8, -2))
 
     def interrupted(self):
         return self._stop_after is not None and len(self.sampled) >= self._stop_after
@@ -82,7 +112,8 @@ def test_every_tile_gets_the_noise_of_its_own_place():
     def paint(latents, noise):
         return (noise.next()[:, :3] * 0.1 + 0.5).repeat_interleave(8, -1).repeat_interleave(8, -2).clamp(0, 1)
 
-    result = upscale(StubHost(paint), random_image(80, 60), Settings(tile=64, overlap=16), NoiseField(3, 4))
+    settings = Settings(tile=64, overlap=16, colour="none")
+    result = upscale(StubHost(paint), random_image(80, 60), settings, NoiseField(3, 4))
     field = (NoiseField(3, 4).crop([Rect(0, 0, 20, 15)], 0)[0, :3] * 0.1 + 0.5).clamp(0, 1)
     wanted = (field * 255).round().permute(1, 2, 0).numpy().repeat(8, 0).repeat(8, 1)
     assert abs(np.asarray(result.image).astype(int) - wanted).max() <= 1
@@ -91,7 +122,8 @@ def test_every_tile_gets_the_noise_of_its_own_place():
 def test_a_later_wave_sees_what_earlier_ones_painted():
     means = []
     host = StubHost(lambda latents, noise: means.append(float(latents.mean())) or torch.ones_like(latents))
-    upscale(host, Image.new("RGB", (48, 32)), Settings(tile=64, overlap=32, batch=1), NoiseField(0, 4))
+    settings = Settings(tile=64, overlap=32, batch=1, colour="none")
+    upscale(host, Image.new("RGB", (48, 32)), settings, NoiseField(0, 4))
     assert means[0] == 0 and means[1] > 0.1
 
 
@@ -104,7 +136,7 @@ def test_progress_counts_tiles():
 def test_stopped_between_batches_the_painted_tiles_stay():
     source = Image.new("RGB", (96, 32))
     host = StubHost(lambda latents, noise: torch.ones_like(latents), stop_after=1)
-    result = upscale(host, source, Settings(tile=64, overlap=0, batch=1), NoiseField(0, 4))
+    result = upscale(host, source, Settings(tile=64, overlap=0, batch=1, colour="none"), NoiseField(0, 4))
     pixels = np.asarray(result.image)
     assert not result.complete and result.painted == 1
     assert (pixels[:, :64] == 255).all() and (pixels[:, 64:] == 0).all()
@@ -130,7 +162,7 @@ def test_broken_off_with_an_error_the_painted_tiles_stay(error):
             raise error
         return torch.ones_like(latents)
 
-    settings = Settings(tile=64, overlap=0, batch=1)
+    settings = Settings(tile=64, overlap=0, batch=1, colour="none")
     with pytest.raises(UnfinishedError) as caught:
         upscale(StubHost(third_time), Image.new("RGB", (128, 32)), settings, NoiseField(0, 4))
     result = caught.value.result
@@ -144,5 +176,5 @@ def test_what_cannot_be_done_is_refused_before_any_work():
     with pytest.raises(DinotileError, match="upscaler: 'ESRGAN' is not installed, give one of Lanczos"):
         upscale(host, random_image(8, 8), Settings(upscaler="ESRGAN"), NoiseField(0, 4))
     with pytest.raises(DinotileError, match="makes this image 80000x8"):
-        canvas_size((10000, 1), 8.0)
+        canvas_size((10000, 1), Settings(scale=8.0))
     assert host.sampled == [] and host.seen == []

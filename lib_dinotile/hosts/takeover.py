@@ -32,6 +32,14 @@ UNDO = "_dinotile_undo"
 """Where what gives a processing object back waits on it."""
 
 
+_last_prompts = ""
+
+
+def last_prompts() -> str:
+    """What the tiles of the last image were told of their own, one line each."""
+    return _last_prompts
+
+
 def make_host(p: Any) -> WebUIHost:
     """The host for the WebUI that this runs in."""
     if hasattr(p.sd_model, "forge_objects"):
@@ -189,6 +197,8 @@ class Takeover:
                 kept = [self._keep(image, seeds[n], prompts[n]) for n, image in enumerate(done)]
                 where = f" (kept in {', '.join(filter(None, kept))})" if any(kept) else ""
                 raise engine.UnfinishedError(error.__cause__, error.result, where) from error.__cause__
+            global _last_prompts
+            _last_prompts = result.report.prompts
             for line in result.report.lines:
                 p.comment(f"DINO Tile: {line}")
             told["DINO Tile painted"].append(None if result.complete else f"{result.painted} of {result.total}")

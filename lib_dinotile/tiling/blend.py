@@ -8,21 +8,29 @@ import torch
 
 from lib_dinotile.tiling.plan import Rect, Tiles
 
+RIM = 8
+"""Pixels of a tile's edge that are not painted where a neighbour paints them: the model saw nothing beyond it."""
 
-def _ramp(start: int, starts: Sequence[int], tile: int) -> torch.Tensor:
+
+def _ramp(start: int, starts: Sequence[int], tile: int, rim: int) -> torch.Tensor:
     """Weights (tile,) of the tile at `start` along one axis: they sum to one over all tiles at every pixel.
 
-    Where two tiles overlap, the weight goes over from one to the other linearly across the whole overlap; where border
-    tiles crowd and more than two overlap, the linear weights are normalised.
+    Where two tiles overlap, the weight goes over from one to the other linearly, but for the outer `rim` of each (at
+    most a quarter of the overlap), where a model that cannot look beyond a tile's edge paints worst. Where border tiles
+    crowd and more than two overlap, the linear weights are normalised.
     """
     pixels = torch.arange(start, start + tile, dtype=torch.float64) + 0.5
+
+    def rise(inward: torch.Tensor, overlap: int) -> torch.Tensor:
+        cut = min(rim, overlap // 4)
+        return (inward - cut) / ((overlap - 2 * cut) or 1)
 
     def tent(index: int) -> torch.Tensor:
         left, weight = starts[index], torch.ones_like(pixels)
         if index > 0:
-            weight = weight.minimum((pixels - left) / (starts[index - 1] + tile - left or 1))
+            weight = weight.minimum(rise(pixels - left, starts[index - 1] + tile - left))
         if index < len(starts) - 1:
-            weight = weight.minimum((left + tile - pixels) / (left + tile - starts[index + 1] or 1))
+            weight = weight.minimum(rise(left + tile - pixels, left + tile - starts[index + 1]))
         return weight.clamp(min=0)
 
     near = [i for i, other in enumerate(starts) if abs(other - start) < tile]
@@ -40,13 +48,15 @@ class Blend:
     def __init__(
         self,
         plan: Tiles,
+        rim: int = 0,
         across: Mapping[int, torch.Tensor] | None = None,
         down: Mapping[int, torch.Tensor] | None = None,
     ) -> None:
-        """across, down: other weights (width,) and (height,) for the tiles at these columns and rows."""
+        """rim: how much of a tile's edge has no weight where another tile is there to show it, a quarter of what they
+        share at most; across, down: other weights (width,) and (height,) for the tiles at these columns and rows."""
         width, height = plan.tile_size
-        self._across = across or {x: _ramp(x, plan.columns, width) for x in plan.columns}
-        self._down = down or {y: _ramp(y, plan.rows, height) for y in plan.rows}
+        self._across = across or {x: _ramp(x, plan.columns, width, rim) for x in plan.columns}
+        self._down = down or {y: _ramp(y, plan.rows, height, rim) for y in plan.rows}
 
     def weight(self, tile: Rect) -> torch.Tensor:
         """Weights (height, width) of a tile of the plan, in [0, 1]."""

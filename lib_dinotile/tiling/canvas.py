@@ -11,6 +11,7 @@ from torch import Tensor
 
 from lib_dinotile.tiling.plan import Rect, TilePlan
 
+HALF = 0.5
 BAND = 256
 """Rows that are handled at once where the whole canvas is: a large one is never held in floats."""
 
@@ -56,9 +57,16 @@ class Canvas:
         """The mask's pixels (1, h, w) in [0, 1], or None if all of the canvas is to be painted."""
         return None if self._mask is None else self._mask[(slice(None), *tile.slices)].float() / 255
 
-    def crop(self, tile: Rect) -> Tensor:
-        """The canvas's pixels (3, h, w) in [0, 1], with what is painted already."""
+    def crop(self, tile: Rect, share: Tensor | None = None) -> Tensor:
+        """The canvas's pixels (3, h, w) in [0, 1], with what is painted already.
+
+        share (1, h, w): the sum of the weights painted with so far. Then what is painted shows as if with full weight
+        where that is more than half, and not at all elsewhere.
+        """
         pixels = self._painted(tile)
+        if share is not None and share.any():
+            change = self._change[(slice(None), *tile.slices)].float() / share.clamp(min=HALF)
+            pixels = torch.where(share > HALF, (self.source(tile) + change).clamp(0, 1), self.source(tile))
         if self._mask is None:
             return pixels
         return torch.lerp(self._original[(slice(None), *tile.slices)].float() / 255, pixels, self.mask(tile))

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from lib_dinotile.tiling.blend import Blend
+from lib_dinotile.tiling.blend import RIM, Blend
 from lib_dinotile.tiling.plan import Grid, TilePlan, ceil_to
 
 SEAMS = ("none", "bands", "half tile", "half tile + crossings")
@@ -64,8 +64,11 @@ def seam_passes(plan: TilePlan, seams: str, width: int) -> list[tuple[Grid, Blen
     )
     vertical = Grid(across.starts, rows, (across.side, tile_height), order)
     horizontal = Grid(columns, down.starts, (tile_width, down.side), order)
-    passes = [(vertical, Blend(vertical, across=across.weights)), (horizontal, Blend(horizontal, down=down.weights))]
+    passes = [
+        (vertical, Blend(vertical, RIM, across=across.weights)),
+        (horizontal, Blend(horizontal, RIM, down=down.weights)),
+    ]
     if seams == "half tile + crossings":
         crossings = Grid(across.starts, down.starts, (across.side, down.side), order)
-        passes.append((crossings, Blend(crossings, across.weights, down.weights)))
+        passes.append((crossings, Blend(crossings, RIM, across.weights, down.weights)))
     return [entry for entry in passes if len(entry[0])]

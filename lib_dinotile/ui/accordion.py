@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -14,20 +15,29 @@ from lib_dinotile import DinotileError
 from lib_dinotile.condition.conditioner import installed_adapters
 from lib_dinotile.dino.encoder import KNOWN, installed
 from lib_dinotile.hosts import folders
+from lib_dinotile.hosts.interrogators import INTERROGATORS
+from lib_dinotile.hosts.takeover import last_prompts
 from lib_dinotile.settings import AUTOMATIC, NONE, Option, Settings
 
 TITLE = "DINO Tile"
-ROWS = (
-    ("scale", "upscaler"),
-    ("tile", "overlap"),
-    ("batch", "order"),
-    ("adapter",),
-    ("strength",),
-    ("start", "end"),
-    ("encoder",),
-    ("patches", "windows"),
+GROUPS: tuple[tuple[str | None, tuple[tuple[str, ...], ...]], ...] = (
+    (
+        None,
+        (
+            ("target", "scale", "longest"),
+            ("upscaler", "colour"),
+            ("tile", "overlap"),
+            ("batch", "order"),
+        ),
+    ),
+    ("Seam pass", (("seams", "seam_denoise", "seam_width"),)),
+    (
+        "Tiles to pass over, prompts by tile",
+        (("flat",), ("tile_prompt", "tile_prompt_mode"), ("captions",), ("tile_prompts",)),
+    ),
+    ("DINO adapter", (("adapter",), ("strength",), ("start", "end"), ("encoder",), ("patches", "windows"))),
 )
-"""Which options stand side by side; `enabled` is the accordion's own switch, others get a row of their own."""
+"""Titles of foldable groups, and which options stand side by side in them; `enabled` is the accordion's own switch."""
 
 
 def adapter_choices() -> list[str]:
@@ -49,6 +59,7 @@ CHOICES: dict[str, Callable[[], list[str]]] = {
     "adapter": adapter_choices,
     "encoder": encoder_choices,
     "upscaler": upscaler_choices,
+    "captions": lambda: [NONE, *INTERROGATORS],
 }
 """Lists that depend on what is installed."""
 
@@ -58,25 +69,33 @@ def _component(option: Option) -> Any:
     choices = CHOICES[option.name]() if option.name in CHOICES else option.choices
     if choices is not None:
         return gr.Dropdown(choices=list(choices), **common)
+    if option.type is str:
+        return gr.Textbox(lines=option.lines, **common)
     return gr.Slider(minimum=option.minimum, maximum=option.maximum, step=option.step, **common)
 
 
 def build() -> dict[str, Any]:
     """The accordion; its components by option name, in the order of the table."""
     options = {option.name: option for option in Settings.table()}
-    components = {}
+    components: dict[str, Any] = {}
     enabled = options["enabled"]
     with InputAccordion(enabled.default, label=TITLE, elem_id="dinotile_enabled") as components["enabled"]:
-        unlisted = options.keys() - {"enabled"} - {name for row in ROWS for name in row}
-        for row in (*ROWS, *((name,) for name in sorted(unlisted))):
-            with gr.Row(elem_classes="dinotile-row"):
-                for name in row:
-                    components[name] = _component(options[name])
-                if "adapter" in row:
-                    create_refresh_button(
-                        components["adapter"], lambda: None, lambda: {"choices": adapter_choices()}, "dinotile_refresh"
-                    )
+        for title, rows in GROUPS:
+            with gr.Accordion(title, open=False) if title else contextlib.nullcontext():
+                for row in rows:
+                    with gr.Row(elem_classes="dinotile-row"):
+                        for name in row:
+                            components[name] = _component(options[name])
+                        if "adapter" in row:
+                            _add_refresh(components["adapter"])
+                        if "captions" in row:
+                            take = gr.Button("Edit the captions of the last image", elem_id="dinotile_take_captions")
+        take.click(fn=last_prompts, inputs=[], outputs=[components["tile_prompts"]], show_progress=False)
     return {name: components[name] for name in options}
+
+
+def _add_refresh(adapter: Any) -> None:
+    create_refresh_button(adapter, lambda: None, lambda: {"choices": adapter_choices()}, "dinotile_refresh")
 
 
 def infotext_fields(components: Mapping[str, Any]) -> list[tuple[Any, Any]]:

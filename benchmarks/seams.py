@@ -1,0 +1,251 @@
+"""Whether the borders of tiles can be seen in the result: python benchmarks/seams.py [--webui URL] [--json]
+
+A seam is gradient energy across the borders of tiles over that elsewhere in the same image; 1.0 is no seam.
+
+Energy: squared difference of neighbouring pixels, mean of the colours. Photographs have edges of their own, which differ
+by many percent from column to column, so everything is held against a reference: the same canvas as one single tile, with
+the same model, seed and noise. Both images' energies are divided by what is common around that place (the mean of both
+over 17 x 17 pixels, plus one level), or a few hard edges would outweigh all of a sky. Then
+
+    seam = (energy at the lines / energy elsewhere) / (the same of the reference)
+
+as sums over all lines, both directions and all canvases of a group. Lines are where tiles begin, where they end, and the
+middles of their overlaps (with a seam pass also where its bands begin, end and peak): each of the three kinds counts alone,
+and each twice, as the one difference right across the line and as the eight around it, for soft seams. A cell of the table
+is the largest of the six, with its standard error (jackknife over the canvases). Elsewhere is in no overlap and no band,
+at least 8 pixels away; a column is compared with columns of its own place in the 8 x 8 pixels of a latent cell.
+So two things count as a seam: a step at a line, and an overlap that has more detail than the tiles' inside.
+
+Checked on every run, with the same images (the rows in brackets): "no border" takes lines inside tiles, where there are
+none, and has to be 1.00; "cut" is the reference with each tile's colours shifted by 2 levels up or down, cut hard.
+
+--json: one last line, "worst" is the largest cell for dinotile without a seam pass. Target: at most 1.02.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import importlib.util
+import json
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from lib_dinotile.engine import make_plan, upscale
+from lib_dinotile.hosts.diffusers import load_host
+from lib_dinotile.settings import Generation, Settings
+from lib_dinotile.tiling.noise import NoiseField
+from lib_dinotile.tiling.plan import TilePlan
+from lib_dinotile.tiling.seams import SEAMS, seam_passes
+
+ROOT = Path(__file__).parents[1]
+TARGET = 1.02
+SIDE, SCALE = 256, 2
+"""Of the sources, and how much larger the canvases are."""
+GENERATION = Generation(steps=6, denoise=0.35)  # two UNet steps a tile
+TILES = Settings(scale=SCALE, tile=128, overlap=32, batch=4)
+ORDERS = ("chess", "linear", "fused")
+WITH_PASS = 3
+"""Canvases of each group that the seam passes are run on."""
+
+KINDS = ("begin", "middle", "end")
+PERIOD = 8
+"""Pixels of a latent cell."""
+MARGIN = 8
+"""Pixels between a line and what counts as elsewhere."""
+BESIDE = 6
+"""Columns elsewhere that a column is held against on either side."""
+WINDOWS = {"step": range(1), "strip": range(-4, 4)}
+PHOTOS = {
+    "skimage": "astronaut.png coffee.png rocket.jpg motorcycle_left.png retina.jpg hubble_deep_field.jpg brick.png "
+    "grass.png gravel.png camera.png coins.png moon.png",
+    "sklearn": "china.jpg flower.jpg",
+}
+
+
+@dataclass
+class Lines:
+    """The lines along one axis of a canvas: line n lies between the pixels n - 1 and n."""
+
+    length: int
+    kinds: dict[str, list[int]] = field(default_factory=lambda: {kind: [] for kind in KINDS})
+    covered: set[int] = field(default_factory=set)
+    """Pixels that more than one tile has painted."""
+
+    def add(self, begin: int, end: int) -> None:
+        """An overlap or a band."""
+        for kind, line in zip(KINDS, (begin, (begin + end) // 2, end)):
+            if 0 < line < self.length:
+                self.kinds[kind].append(line)
+        self.covered.update(range(begin, end))
+
+    @classmethod
+    def of(cls, starts: Sequence[int], tile: int, length: int) -> Lines:
+        """The lines of tiles of this size."""
+        lines = cls(length)
+        for left, right in zip(starts, starts[1:]):
+            lines.add(right, left + tile)
+        return lines
+
+    @functools.cached_property
+    def elsewhere(self) -> np.ndarray:
+        """Columns that no seam can be at."""
+        near = {line + i for kind in self.kinds.values() for line in kind for i in range(-MARGIN, MARGIN)}
+        covered = {pixel + i for pixel in self.covered for i in range(-MARGIN, MARGIN + 1)}
+        inner = set(range(MARGIN, self.length - MARGIN))
+        return np.array(sorted(inner - near - covered or inner - near))
+
+    def beside(self, place: int) -> tuple[np.ndarray, np.ndarray]:
+        """The nearest columns elsewhere, left and right, that lie in a latent cell as this one does."""
+        same = self.elsewhere[self.elsewhere % PERIOD == place % PERIOD]
+        return same[same < place][-BESIDE:], same[same > place][:BESIDE]
+
+    @property
+    def nowhere(self) -> Lines:
+        """A line in the middle of everything that lies between these, where there is none."""
+        lines, free = Lines(self.length, covered=self.covered), self.elsewhere
+        for run in np.split(free, np.flatnonzero(np.diff(free) > 1) + 1):
+            if len(run) > 4 * MARGIN:
+                lines.kinds["middle"].append(int(run.mean()) // PERIOD * PERIOD)
+        return lines
+
+
+def plan_lines(plan: TilePlan, settings: Settings) -> tuple[Lines, Lines]:
+    """Vertical and horizontal lines of dinotile's tiles and of the bands of its seam pass."""
+    sides = plan.tile_size
+    both = tuple(Lines.of(*axis) for axis in zip((plan.columns, plan.rows), sides, plan.padded))
+    for grid, blend in seam_passes(plan, settings.seams, settings.seam_width):
+        axes = ((grid.columns, plan.columns), (grid.rows, plan.rows))
+        for axis, (lines, (starts, own)) in enumerate(zip(both, axes)):
+            for start, tile in zip(starts, grid.tiles[:: 1 if axis == 0 else len(grid.columns)]):
+                painted = np.flatnonzero(blend.weight(tile).amax(axis).numpy())
+                if list(starts) != list(own):
+                    lines.add(start + int(painted[0]), start + int(painted[-1]) + 1)
+    return both
+
+
+def mean_around(energy: np.ndarray, radius: int = 8) -> np.ndarray:
+    """The mean over squares of 2 * radius + 1 pixels."""
+    width = 2 * radius + 1
+    for axis in (0, 1):
+        pad = [(radius + 1, radius) if i == axis else (0, 0) for i in (0, 1)]
+        total = np.pad(energy, pad, mode="edge").cumsum(axis)
+        high, low = (np.take(total, range(start, start + energy.shape[axis]), axis) for start in (width, 0))
+        energy = (high - low) / width
+    return energy
+
+
+def columns(image: np.ndarray, reference: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Energies (W,) from each column's left neighbour to it, of both images, relative to what is around."""
+    energies = []
+    for pixels in (image.astype(float), reference.astype(float)):
+        energy = np.zeros(pixels.shape[:2])
+        energy[:, 1:] = (np.diff(pixels, axis=1) ** 2).mean(2)
+        energies.append(energy)
+    around = mean_around(sum(energies) / 2) + 1
+    return tuple((energy / around).mean(0) for energy in energies)
+
+
+class Pool:
+    """Canvases of one group whose lines are looked at together."""
+
+    def __init__(self) -> None:
+        self._sums: dict[tuple[str, str], list[np.ndarray]] = {}
+
+    def add(self, image: Image.Image, reference: Image.Image, lines: tuple[Lines, Lines]) -> None:
+        """lines: vertical, horizontal."""
+        pixels = [np.asarray(entry.convert("RGB")) for entry in (image, reference)]
+        turned = [entry.transpose(1, 0, 2) for entry in pixels]
+        rows = [(columns(*pixels), lines[0]), (columns(*turned), lines[1])]
+        for kind in KINDS:
+            for name, window in WINDOWS.items():
+                sums = np.zeros((2, 2))
+                for energies, axis in rows:
+                    for place in (line + i for line in axis.kinds[kind] for i in window if 0 < line + i < axis.length):
+                        left, right = axis.beside(place)
+                        sums += [[one[place], (one[left].mean() + one[right].mean()) / 2] for one in energies]
+                if sums.any():
+                    self._sums.setdefault((kind, name), []).append(sums)
+
+    def seam(self) -> tuple[float, float, str]:
+        """The largest of the kinds and windows, its standard error, and which one it is."""
+        return max((*self._estimate(np.array(sums)), " ".join(key)) for key, sums in self._sums.items())
+
+    @staticmethod
+    def _estimate(sums: np.ndarray) -> tuple[float, float]:
+        """sums: canvas, image or reference, line or elsewhere."""
+
+        def ratio(total: np.ndarray) -> float:
+            (line, elsewhere), (same_line, same_elsewhere) = total
+            return line / elsewhere / (same_line / same_elsewhere)
+
+        whole, count = sums.sum(0), len(sums)
+        without = np.array([ratio(whole - one) for one in sums]) if count > 1 else np.array([np.nan])
+        return ratio(whole), float(np.sqrt((count - 1) * without.var()))
+
+
+def gradients() -> dict[str, Image.Image]:
+    """Synthetic sources that are smooth everywhere."""
+    y, x = np.mgrid[0:SIDE, 0:SIDE] / (SIDE - 1)
+    r, one = np.hypot(x - 0.5, y - 0.5), np.ones_like(x)
+    made = {
+        "across": (40 + 170 * x, 60 + 150 * x, 90 + 120 * x),
+        "diagonal": (30 + 90 * (x + y), 200 - 60 * (x + y), 80 + 50 * (x + y)),
+        "radial": (230 - 200 * r, 210 - 220 * r, 190 - 240 * r),
+        "sky": (90 + 130 * y**1.5, 140 + 90 * y, 200 + 40 * y),
+        "waves": (128 + 60 * np.sin(5 * x + 3 * y), 128 + 60 * np.sin(4 * y + 1), 128 + 60 * np.cos(3 * x - 4 * y)),
+        "dark": (10 + 25 * x, 8 + 20 * y, 15 + 20 * x * y),
+        "bright": (250 - 25 * y, 245 - 30 * x * y, 235 - 20 * x),
+        "skin": (225 - 60 * r, 180 - 70 * r + 10 * x, 150 - 60 * r + 10 * y),
+        "grey": (128 * one, 128 * one, 128 * one),
+    }
+    return {name: Image.fromarray(np.stack(bands, 2).round().astype(np.uint8)) for name, bands in made.items()}
+
+
+def photos() -> dict[str, Image.Image]:
+    """The middles of photographs that the repository and installed packages have."""
+    files = [ROOT / "examples" / "photo.png"]
+    for package, names in PHOTOS.items():
+        spec = importlib.util.find_spec(package)
+        folder = Path(spec.origin).parent / ("data" if package == "skimage" else "datasets/images") if spec else None
+        files += [folder / name for name in names.split()] if folder else []
+    found = {}
+    for file in filter(Path.is_file, files):
+        image = Image.open(file).convert("RGB")
+        left, top = (image.width - SIDE) // 2, (image.height - SIDE) // 2
+        found[file.stem] = image.crop((left, top, left + SIDE, top + SIDE))
+    return found
+
+
+def cut(reference: Image.Image, tile: int, levels: int, seed: int) -> Image.Image:
+    """The image in squares, each of their colours up or down by some levels."""
+    draw, pixels = np.random.default_rng(seed), np.array(reference, dtype=int)
+    for top in range(0, pixels.shape[0], tile):
+        for left in range(0, pixels.shape[1], tile):
+            pixels[top : top + tile, left : left + tile] += draw.choice([-levels, levels], 3)
+    return Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
+
+
+class Table:
+    """Rows of seam figures, one column for each group of images."""
+
+    def __init__(self, groups: Iterable[str]) -> None:
+        self._groups, self.pools = list(groups), {}
+
+    def pool(self, row: str, group: str) -> Pool:
+        return self.pools.setdefault((row, group), Pool())
+
+    def __str__(self) -> str:
+        rows = list(dict.fromkeys(row for row, _ in self.pools))
+        lines = [" " * 40 + "".join(f"{group:<32}" for group in self._groups)]
+        for row in rows:
+            cells = [self.pools[row, group].seam() for group in self._groups if (row, group) in self.pools]
+            lines.append(f"{row:<40}" + "".join(f"{v:.3f} +-{e:.3f}  {where:<16}" for v, e, where in cells))
+        return "\n".join(line.rstrip() for line in lines)
