@@ -135,7 +135,9 @@ def test_what_is_painted_is_kept_when_a_run_breaks_off(photo, tmp_path, capsys, 
     monkeypatch.setattr(DiffusersHost, "sample", breaks)
     assert run(photo, tmp_path / "out.png", *QUICK, "--batch", 1) == code
     err = capsys.readouterr().err
-    assert re.fullmatch(r"dinotile: stopped after 2 of \d tiles \(kept in .*out-unfinished.png; --resume goes on with it\): .+\n", err)
+    assert re.fullmatch(
+        r"dinotile: stopped after 2 of \d tiles \(kept in .*out-unfinished.png; --resume goes on with it\): .+\n", err
+    )
     kept = pixels(tmp_path / "out-unfinished.png")
     plain = np.asarray(Image.open(photo).resize((100, 74), Image.Resampling.LANCZOS)).astype(int)
     assert kept.shape == plain.shape and abs(kept - plain).max() > 1

@@ -121,7 +121,7 @@ def test_every_row_gets_its_own_tiles_residuals(unet, inputs, mode):
     rows += [(tile, uncond) for tile in range(TILES)] * with_uncond
 
     with LdmResiduals(unet, condition(unet, inputs["features"]), sigma) as residuals:
-        residuals.step(cfg_rows(TILES, announced, TILES * parts), 0.0)
+        residuals.step(cfg_rows([parts] * TILES, announced), 0.0)
         outputs, start = [], 0
         for count in counts:
             batch = rows[start : start + count]
@@ -185,9 +185,10 @@ def test_more_rows_than_announced_are_an_error_not_a_guess(unet, inputs):
 
 
 def test_rows_that_cannot_be_told_apart_are_an_error():
-    assert cfg_rows(2, 4, 2) == [0, 1, 0, 1]
-    assert cfg_rows(2, 6, 4) == [0, 0, 1, 1, 0, 1]
-    assert cfg_rows(2, 6, 2) == [0, 1, 0, 1, 0, 1]
-    for rows, cond_rows in ((5, 2), (4, 3)):
+    assert cfg_rows([1, 1], 4) == [0, 1, 0, 1]
+    assert cfg_rows([2, 2], 6) == [0, 0, 1, 1, 0, 1]
+    assert cfg_rows([1, 2], 5) == [0, 1, 1, 0, 1]
+    assert cfg_rows([1, 1], 6) == [0, 1, 0, 1, 0, 1]
+    for parts, rows in (([1, 1], 5), ([2, 1], 4), ([2, 2], 3)):
         with pytest.raises(DinotileError):
-            cfg_rows(2, rows, cond_rows)
+            cfg_rows(parts, rows)

@@ -41,7 +41,7 @@ def test_infotext_keys_are_unique_and_name_the_extension():
         ({"scale": math.nan}, "scale: nan is not allowed, give a number from 1 to 8"),
         ({"tile": 500}, "tile: 500 is not allowed, give a whole number from 64 to 2048, a multiple of 8"),
         ({"tile": 512.5}, "tile: 512.5 is not allowed, give a whole number from 64 to 2048, a multiple of 8"),
-        ({"order": "spiral"}, "order: 'spiral' is not allowed, give one of chess, linear"),
+        ({"order": "spiral"}, "order: 'spiral' is not allowed, give one of chess, linear, fused, none"),
         ({"adapter": 3}, "adapter: 3 is not allowed, give text"),
         ({"enabled": 1}, "enabled: 1 is not allowed, give true or false"),
         ({"tile": 64, "overlap": 40}, "overlap: 40 is not allowed with tile 64, give at most 32"),
@@ -87,4 +87,8 @@ def test_png_info_names_the_options_that_had_a_part_in_the_image():
     plain, adapted = Settings().infotext, Settings(adapter="fur").infotext
     assert "DINO Tile scale" in plain and "DINO Tile strength" not in plain
     assert adapted["DINO Tile strength"] == 1.0
-    assert set(adapted) == {option.infotext for option in Settings.table() if option.infotext}
+    full = Settings(
+        adapter="fur", target="longest side", seams="bands", captions="CLIP", tile_prompt="fur", tile_prompts="1: ear"
+    )
+    keys = {option.infotext for option in Settings.table() if option.infotext}
+    assert set(adapted) < keys and set(full.infotext) == keys - {"DINO Tile scale"}

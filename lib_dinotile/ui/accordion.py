@@ -17,7 +17,8 @@ from lib_dinotile.dino.encoder import KNOWN, installed
 from lib_dinotile.hosts import folders
 from lib_dinotile.hosts.interrogators import INTERROGATORS
 from lib_dinotile.hosts.takeover import last_prompts
-from lib_dinotile.settings import AUTOMATIC, NONE, Option, Settings
+from lib_dinotile.options import Option
+from lib_dinotile.settings import AUTOMATIC, NONE, Settings
 
 TITLE = "DINO Tile"
 GROUPS: tuple[tuple[str | None, tuple[tuple[str, ...], ...]], ...] = (

@@ -9,7 +9,8 @@ from typing import Any
 from modules import scripts
 
 from lib_dinotile import DinotileError
-from lib_dinotile.settings import Option, Settings
+from lib_dinotile.options import Option
+from lib_dinotile.settings import Settings
 from lib_dinotile.ui.accordion import CHOICES, TITLE
 
 ATTRIBUTE = "dinotile_axes"
