@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -147,7 +147,10 @@ class Run:
         self.report.note(f"{name} {outcome}: the model gave what is not a number")
 
     def _finish(self, tile: Rect, pixels: Tensor) -> Tensor:
-        return to_bytes(correct(pixels.clamp(0, 1), self.canvas.source(tile), self._settings.colour))
+        """Pixels (3, h, w) as 8 bit, in the source's colours; what was painted already comes as it is."""
+        share = self._shown.share(tile)
+        corrected = correct(pixels.clamp(0, 1), self.canvas.source(tile), self._settings.colour, share <= HALF)
+        return to_bytes(torch.where(share > HALF, self.canvas.crop(tile, share), corrected))
 
     def _make(self, tiles: Sequence[Rect]) -> Batch:
         latent = tiles[0].height // self._host.factor, tiles[0].width // self._host.factor
@@ -199,21 +202,25 @@ class Run:
             views = Fused(plan, wanted, factor, self._make, self._size, self._team)
             return host.sample(latents, views, TileNoise(self._noise, [whole]), (plan.width, plan.height), None, mask)
 
-        sampled = sample()
+        def broken(sampled: Tensor) -> list[Rect]:
+            """A tile is lost as a whole, and only what it shares with others beside it."""
+            return [t for t in wanted if not sampled[(0, slice(None), *t.shrink(factor).slices)].isfinite().any()]
+
+        sampled, lost = sample(), []
         if not sampled.isfinite().all():
+            first = broken(sampled)
             with host.full_precision():
                 sampled = sample()
-            good = [t for t in wanted if sampled[(0, slice(None), *t.shrink(factor).slices)].isfinite().all()]
-            for tile in wanted:
-                self._not_a_number(tile, mended=tile in good)
-        else:
-            good = wanted
+            lost = broken(sampled)
+            for tile in first:
+                self._not_a_number(tile, mended=tile not in lost)
+        good = [tile for tile in wanted if tile not in lost]
         self._decode(blend, good, pieces, torch.where(sampled.isfinite(), sampled, latents))
         self._progress(wanted)
 
     def _decode(self, blend: Blend, tiles: Sequence[Rect], pieces: Grid, latents: Tensor) -> None:
         """Paint the canvas's latents, as far as they belong to these tiles."""
-        host, weights, shown = self._host, Blend(pieces, RIM), _Shown(blend, tiles)
+        host, weights = self._host, Blend(pieces, RIM)
         for piece in pieces.tiles:
             latent = latents[(slice(None), slice(None), *piece.shrink(host.factor).slices)]
             pixels = host.decode(latent)[0]
@@ -223,17 +230,26 @@ class Run:
                 if not pixels.isfinite().all():
                     self._not_a_number(piece, mended=False)
                     continue
-            weight = weights.weight(piece)
-            if len(tiles) < len(self._plan):
-                weight = weight * shown.share(piece)
-            self.canvas.paint(piece, self._finish(piece, pixels), weight)
+            self.canvas.paint(piece, self._corrected(blend, tiles, piece, pixels), weights.weight(piece))
+
+    def _corrected(self, blend: Blend, tiles: Sequence[Rect], piece: Rect, pixels: Tensor) -> Tensor:
+        """A piece (3, h, w) of the canvas in the source's colours, tile by tile; where there are none, the source."""
+        source = self.canvas.source(piece)
+        finished = source.clone()
+        for tile in tiles:
+            part = tile.intersection(piece)
+            if part is not None:
+                index = (slice(None), *part.within(piece).slices)
+                corrected = correct(pixels[index].clamp(0, 1), source[index], self._settings.colour)
+                finished[index] += (corrected - source[index]) * blend.weight(tile)[part.within(tile).slices]
+        return to_bytes(finished.clamp(0, 1))
 
 
 class _Shown:
     """How much of the canvas some tiles show."""
 
-    def __init__(self, blend: Blend, tiles: Iterable[Rect] = ()) -> None:
-        self._blend, self._tiles = blend, list(tiles)
+    def __init__(self, blend: Blend) -> None:
+        self._blend, self._tiles = blend, []
 
     def add(self, tile: Rect) -> None:
         self._tiles.append(tile)
@@ -242,9 +258,7 @@ class _Shown:
         """(h, w): the sum of their weights over an area, in [0, 1]."""
         total = torch.zeros(area.height, area.width)
         for tile in self._tiles:
-            left, right = max(tile.x, area.x), min(tile.right, area.right)
-            top, bottom = max(tile.y, area.y), min(tile.bottom, area.bottom)
-            if left < right and top < bottom:
-                weight = self._blend.weight(tile)[top - tile.y : bottom - tile.y, left - tile.x : right - tile.x]
-                total[top - area.y : bottom - area.y, left - area.x : right - area.x] += weight
+            part = tile.intersection(area)
+            if part is not None:
+                total[part.within(area).slices] += self._blend.weight(tile)[part.within(tile).slices]
         return total.clamp(max=1)

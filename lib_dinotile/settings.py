@@ -155,10 +155,10 @@ class Settings(Options):
     flat: float = option(
         0.0,
         "Pass over flat tiles",
-        "Tiles with less detail than this (of 255 levels) keep the upscaled source; 0: paint them all.",
+        "Tiles with less detail than this, in levels of 255, stay as they are: 0.9 is bare sky. 0: paint them all.",
         minimum=0.0,
-        maximum=64.0,
-        step=0.5,
+        maximum=16.0,
+        step=0.1,
         infotext="DINO Tile flat",
     )
     tile_prompt: str = option(

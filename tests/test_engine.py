@@ -5,6 +5,7 @@ import contextlib
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import settings as profile
 from hypothesis import strategies as st
@@ -20,7 +21,7 @@ from tests.test_tiling import random_image
 
 
 class StubHost:
-    """Latents are pixels; sampling is the function given."""
+    """Latents are blocks of pixels; sampling is the function given, of pixels."""
 
     base, shape, device, dtype, channels = "stub", None, "cpu", torch.float32, 4
 
@@ -54,10 +55,10 @@ class StubHost:
         return image.resize(size, Image.Resampling.LANCZOS)
 
     def encode(self, pixels):
-        return pixels
+        return F.pixel_unshuffle(pixels, self.factor)
 
     def decode(self, latents):
-        return latents
+        return F.pixel_shuffle(latents, self.factor)
 
     def sample(self, latents, views, noise, canvas, denoise=None, mask=None):
         self.sampled.append(len(latents))
@@ -65,16 +66,11 @@ class StubHost:
 
         def see(tiles, batch):
             self.batches.append(batch)
-            return self._see(tiles)
+            return self.encode(self._see(self.decode(tiles)))
 
-        if self._see is not None:
-            latents = views(latents, see, lambda: latents)
-        result = self._sample(latents, noise)
-        return (
-            result
-            if mask is None
-            else torch.lerp(latents, result, mask.repeat_interleave(8, -1).repeat_interleave(8, -2))
-        )
+        result = latents if self._see is None else views(latents, see, lambda: latents)
+        result = self.encode(self._sample(self.decode(result), noise))
+        return result if mask is None else torch.lerp(latents, result, mask)
 
     def interrupted(self):
         return self._stop_after is not None and len(self.sampled) >= self._stop_after

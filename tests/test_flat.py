@@ -38,8 +38,9 @@ def test_a_gradient_is_flat(factor):
 
 @pytest.mark.parametrize("factor", [2, 4])
 def test_ordinary_camera_noise_is_flat(factor):
+    """A level in each channel; with two it is no more than the faintest texture."""
     assert detail(enlarged(sky(128) + noise(1, 128, 128, 3), factor)) < RECOMMENDED
-    assert detail(enlarged(sky(128) + noise(2, 128, 128, 3), factor)) < 1.5 * RECOMMENDED
+    assert detail(enlarged(sky(128) + noise(2, 128, 128, 3), factor)) < 1.7 * RECOMMENDED
 
 
 @pytest.mark.parametrize("factor", [2, 4])
@@ -57,9 +58,9 @@ def test_a_thin_line_on_a_sky_is_detail(factor, line):
 @pytest.mark.parametrize("side", [60, 63, 128, 250])
 def test_texture_in_a_corner_is_detail(factor, corner, side):
     source = sky(side)
-    down, across = (slice(-6, None) if end else slice(6) for end in corner)
-    source[down, across] += noise(10, 6, 6, 1)
-    assert detail(enlarged(source, factor)) > 2 * RECOMMENDED
+    down, across = (slice(-8, None) if end else slice(8) for end in corner)
+    source[down, across] += noise(10, 8, 8, 1)
+    assert detail(enlarged(source, factor)) > 1.5 * RECOMMENDED
 
 
 @given(st.sampled_from([128, 200, 256, 504]), st.sampled_from([128, 200, 256, 504]), st.integers(0, 2**16))
@@ -77,10 +78,9 @@ def test_a_tile_of_one_colour_has_none_whatever_its_size(height, width, value):
     assert detail(torch.full((3, height, width), value)) == pytest.approx(0, abs=0.01)
 
 
-def test_contrast_is_in_levels_of_255():
-    source = np.full((64, 64, 3), 100.0)
-    source[:, ::8] = source[:, 1::8] = source[:, 2::8] = source[:, 3::8] = 120
-    assert detail(enlarged(source, 4)) == pytest.approx(10, rel=0.2)
+def test_contrast_is_a_standard_deviation_in_levels_of_255():
+    stripes = np.full((64, 64, 3), 110.0) + 10 * np.sign(np.sin(np.arange(64) * np.pi / 2 + 0.1))[:, None]
+    assert detail(enlarged(stripes, 4)) == pytest.approx(10, rel=0.15)
 
 
 @pytest.mark.parametrize("factor", [2, 4])
@@ -93,16 +93,16 @@ def test_no_tile_of_a_cat_is_flat(factor, tile):
 
 
 @pytest.mark.parametrize("factor", [2, 4])
-def test_the_clear_sky_of_a_photo_is_flat_and_what_stands_before_it_is_not(factor):
+def test_clear_skies_are_flat_and_what_stands_before_them_is_not(factor):
     china = pytest.importorskip("sklearn.datasets").load_sample_image("china.jpg")
-    for x in (0, 64, 128):
-        assert detail(enlarged(china[:64, x : x + 64], factor)) < 1.1 * RECOMMENDED
-    assert detail(enlarged(china[:128, :128], factor)) < 1.1 * RECOMMENDED
-    assert detail(enlarged(china[100:228, :128], factor)) > 5 * RECOMMENDED
-
-
-def test_wires_on_an_evening_sky_are_detail():
-    """The faintest that were found in a photo: two or three levels darker than the sky."""
     rocket = pytest.importorskip("skimage.data").rocket()
-    assert detail(enlarged(rocket[:64, :64], 4)) < RECOMMENDED
-    assert detail(enlarged(rocket[121:185, 128:192], 4)) > RECOMMENDED
+    for clear in (china[:64, 256:320], china[:64, 320:384], rocket[:64, 192:256], rocket[:64, 256:320]):
+        assert detail(enlarged(clear, factor)) < RECOMMENDED
+    for busy in (china[:128, 200:328], china[200:264, 256:320], rocket[60:124, 192:256]):
+        assert detail(enlarged(busy, factor)) > 2 * RECOMMENDED
+
+
+@pytest.mark.parametrize("factor", [2, 4])
+def test_wires_that_hardly_show_on_an_evening_sky_are_detail(factor):
+    rocket = pytest.importorskip("skimage.data").rocket()
+    assert detail(enlarged(rocket[121:185, 128:192], factor)) > RECOMMENDED

@@ -16,21 +16,30 @@ HALVINGS = 20
 """Of the bracket that the offset is searched in: an error below 1e-6 on an ordinary tile, 1e-4 at the very worst."""
 
 
-def correct(pixels: Tensor, source: Tensor, method: str) -> Tensor:
+def correct(pixels: Tensor, source: Tensor, method: str, within: Tensor | None = None) -> Tensor:
     """A painted tile with the colours of its source.
 
     pixels, source: (3, h, w) in [0, 1], float32, finite, of any size; so is what is returned. Its mean colour is that
     of the source to well below 1/255 in every channel, except with the method "none", which returns `pixels`.
+    within: (h, w), true for the pixels that this is about, if not all; what the others become is of no account.
     ValueError for a method that is not in `CORRECTIONS`.
     """
-    if method == "none":
+    if method not in CORRECTIONS:
+        raise ValueError(f"colour correction {method!r}, not one of {CORRECTIONS}")
+    if within is None:
+        within = torch.ones(pixels.shape[1:], dtype=torch.bool)
+    if method == "none" or not within.any():
         return pixels
+    painted, wanted = pixels[:, within, None], source[:, within, None]  # (3, n, 1)
     if method == "AdaIN":
-        return _with_mean(_adain(pixels, source), source)
-    if method == "wavelet":
+        painted = _adain(painted, wanted)
+    else:
         # Linear, so the detail of one plus the colour of the other takes one decomposition, of what lies between them.
-        return _with_mean(pixels + _coarse(source - pixels), source)
-    raise ValueError(f"colour correction {method!r}, not one of {CORRECTIONS}")
+        coarse = _coarse(torch.cat([(source - pixels) * within, within[None].float()]))
+        painted = painted + (coarse[:3] / coarse[3:].clamp(min=1e-3))[:, within, None]
+    corrected = pixels.clone()
+    corrected[:, within] = _with_mean(painted, wanted)[..., 0]
+    return corrected
 
 
 def _adain(pixels: Tensor, source: Tensor) -> Tensor:

@@ -38,6 +38,16 @@ class Rect:
             raise ValueError(f"{self} does not lie on a grid of {factor} pixels")
         return Rect(self.x // factor, self.y // factor, self.width // factor, self.height // factor)
 
+    def intersection(self, other: Rect) -> Rect | None:
+        """What both cover, if anything."""
+        left, top = max(self.x, other.x), max(self.y, other.y)
+        width, height = min(self.right, other.right) - left, min(self.bottom, other.bottom) - top
+        return Rect(left, top, width, height) if width > 0 and height > 0 else None
+
+    def within(self, other: Rect) -> Rect:
+        """The same rectangle, counted from the corner of the other."""
+        return Rect(self.x - other.x, self.y - other.y, self.width, self.height)
+
 
 def ceil_to(value: int, multiple: int) -> int:
     """The smallest multiple of `multiple` that is at least `value`."""

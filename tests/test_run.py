@@ -1,0 +1,284 @@
+"""Passes, masks, fused sampling, prompts by tile, and what goes wrong on the way."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image, ImageDraw
+
+from lib_dinotile import DinotileError
+from lib_dinotile.engine import UnfinishedError, canvas_size, make_plan, upscale
+from lib_dinotile.settings import Settings
+from lib_dinotile.tiling.noise import NoiseField
+from lib_dinotile.tiling.seams import seam_passes
+from tests.test_engine import StubHost, noisy
+from tests.test_tiling import random_image
+
+PLAIN = {"tile": 64, "overlap": 16, "colour": "none"}
+SOURCE, EVEN = random_image(100, 70), random_image(128, 96)
+PHOTO = Path(__file__).parents[1] / "examples" / "photo.png"
+
+
+def run(host, source=SOURCE, noise=5, **more):
+    keywords = {name: more.pop(name) for name in ("size", "mask", "fill", "journal", "team") if name in more}
+    return upscale(host, source, Settings(**{**PLAIN, **more}), NoiseField(noise, 4), **keywords)
+
+
+def pixels(image):
+    return np.asarray(image).astype(int)
+
+
+def upscaled(source=SOURCE, size=(200, 140)):
+    return source.resize(size, Image.Resampling.LANCZOS)
+
+
+def white(latents, noise):
+    return torch.ones_like(latents)
+
+
+@pytest.mark.parametrize(
+    "settings, given, expected",
+    [
+        ({"scale": 2.0}, None, (2560, 1440)),
+        ({"scale": 1.7}, None, (2176, 1224)),
+        ({"target": "longest side", "longest": 1999}, None, (1999, 1124)),
+        ({"target": "longest side", "longest": 640}, None, (640, 360)),
+        ({"target": "img2img size"}, (1921, 1081), (1921, 1081)),
+        ({"target": "img2img size"}, (1000, 0), (1000, 562)),
+        ({"target": "img2img size"}, (0, 1000), (1778, 1000)),
+    ],
+)
+def test_the_target_size_is_exact(settings, given, expected):
+    assert canvas_size((1280, 720), Settings(**settings), given) == expected
+
+
+def test_a_size_that_is_not_given_is_asked_for():
+    for given in (None, (0, 0)):
+        with pytest.raises(DinotileError, match="target: no size is given"):
+            canvas_size((8, 8), Settings(target="img2img size"), given)
+
+
+def test_none_of_the_tiles_is_only_the_upscaler():
+    host = StubHost(white)
+    result = run(host, order="none")
+    assert host.sampled == [] and result.complete and result.total == 0
+    assert result.image.tobytes() == upscaled().tobytes()
+
+
+@pytest.mark.parametrize("seams", ["bands", "half tile", "half tile + crossings"])
+@pytest.mark.parametrize("order", ["none", "chess", "fused"])
+def test_the_seam_pass_paints_its_bands_with_its_own_denoising_strength(seams, order):
+    plain, host = run(StubHost(), order=order), StubHost(white)
+    host._sample = lambda latents, noise: torch.ones_like(latents) if host.denoised[-1] == 0.15 else latents
+    result = run(host, order=order, seams=seams, seam_width=16, seam_denoise=0.15)
+    assert result.complete and set(host.denoised) <= {None, 0.15}
+    plan = make_plan(host, (200, 140), Settings(**PLAIN))
+    bands = np.zeros((144, 200))
+    for grid, blend in seam_passes(plan, seams, 16):
+        for tile in grid.tiles:
+            assert tile.x % 8 == tile.y % 8 == 0 and tile.right <= 200 and tile.bottom <= 144
+            bands[tile.slices] = np.maximum(bands[tile.slices], blend.weight(tile).numpy())
+    changed = (pixels(result.image) != pixels(plain.image)).any(2)
+    assert changed.any() and not changed[bands[:140] == 0].any()
+    # On the borders themselves, the middles of what tiles share, nothing of before is left.
+    left, right = plan.columns[:2]
+    assert (pixels(result.image)[:, (right + left + 64) // 2 - 1] > 230).all()
+
+
+def test_the_weights_of_bands_sum_to_one_at_most():
+    for width, tile in ((8, 64), (64, 64), (1024, 128)):
+        plan = make_plan(StubHost(), (300, 220), Settings(tile=tile, overlap=24))
+        for seams in ("bands", "half tile + crossings"):
+            for grid, blend in seam_passes(plan, seams, width):
+                total = torch.zeros(plan.padded[::-1])
+                for tile_ in grid.tiles:
+                    total[tile_.slices] += blend.weight(tile_)
+                assert total.max() <= 1 + 1e-5
+
+
+@pytest.mark.parametrize("batch", [1, 2, 16])
+def test_fused_a_pixelwise_model_gives_what_it_gives_for_the_whole(batch):
+    """Every tile sees its own part of one noisy canvas, and outputs that agree are blended to the same."""
+    host = StubHost(see=lambda x: x * 0.5 + 0.25)
+    result = run(host, order="fused", batch=batch)
+    wanted = (pixels(upscaled()) / 255 * 0.5 + 0.25) * 255
+    assert abs(pixels(result.image) - wanted).max() <= 1 and result.painted == 12
+    assert max(len(seen.tiles) for seen in host.batches) == min(batch, 12)
+    assert sum(len(seen.tiles) for seen in host.batches) == 12
+
+
+def test_fused_tiles_that_disagree_are_blended_with_weights_that_sum_to_one():
+    calls = []
+
+    def see(x):
+        calls.append(len(x))
+        return torch.full_like(x, len(calls) / 20)
+
+    # Neighbours differ by 1/20, and share two cells: a quarter and three quarters of it.
+    image = pixels(run(StubHost(see=see), order="fused", batch=1).image)
+    assert calls == [1] * 12 and image.min() >= 12 and image.max() <= 192
+    assert abs(np.diff(image[20, :, 0])).max() <= 255 / 20 / 2 + 1
+
+
+def mask_over(size, box):
+    mask = Image.new("L", size)
+    ImageDraw.Draw(mask).rectangle(box, fill=255)
+    return mask
+
+
+@pytest.mark.parametrize("order", ["chess", "linear", "fused"])
+@pytest.mark.parametrize("seams", ["none", "bands"])
+def test_outside_the_mask_not_a_bit_changes_and_tiles_that_miss_it_are_not_run(order, seams):
+    host = StubHost(white, see=lambda x: torch.ones_like(x))
+    mask = mask_over((100, 70), (10, 10, 30, 30))
+    result = run(host, order=order, seams=seams, mask=mask)
+    outside = np.asarray(mask.resize((200, 140), Image.Resampling.BILINEAR)) == 0
+    assert (pixels(result.image)[outside] == pixels(upscaled())[outside]).all()
+    assert (pixels(result.image)[24:58, 24:58] == 255).all()
+    numbers = result.report.numbers("painted")
+    assert 1 in numbers and 12 not in numbers and len(numbers) < 8 and result.complete
+    assert set(result.report.numbers("outside the mask")) == set(range(1, 13)) - set(numbers)
+
+
+def test_within_the_mask_tiles_may_start_from_something_else():
+    def fill(image, mask):
+        assert image.size == mask.size == (200, 140)
+        return Image.new("RGB", image.size, "red")
+
+    mask = mask_over((100, 70), (20, 20, 60, 50))
+    result = run(StubHost(), mask=mask, fill=fill)
+    changed = np.asarray(mask.resize((200, 140), Image.Resampling.BILINEAR))
+    assert (pixels(result.image)[changed == 255] == [255, 0, 0]).all()
+    assert (pixels(result.image)[changed == 0] == pixels(upscaled())[changed == 0]).all()
+
+
+@pytest.mark.parametrize("order", ["chess", "fused"])
+def test_flat_tiles_keep_the_source_and_are_named(order):
+    source = Image.new("RGB", (100, 70), (90, 120, 200))
+    source.paste(random_image(30, 70), (0, 0))
+    result = run(StubHost(white, see=lambda x: torch.ones_like(x)), source, flat=1.5, order=order)
+    assert result.report.numbers("flat") and result.report.numbers("painted")
+    assert result.report.lines == ["tiles passed over as flat: 3-4, 7-8, 11-12"]
+    assert (pixels(result.image)[:, 150:] == pixels(upscaled(source))[:, 150:]).all()
+    assert run(StubHost(white), source).report.numbers("flat") == []
+
+
+@pytest.mark.parametrize("colour", ["AdaIN", "wavelet"])
+@pytest.mark.parametrize("order", ["chess", "fused"])
+def test_colours_stay_those_of_the_source(colour, order):
+    source = Image.open(PHOTO).convert("RGB").resize((100, 70))
+
+    def tint(x):
+        return (x * 0.8 + torch.tensor([0.15, 0.0, 0.05])[:, None, None]).clamp(0, 1)
+
+    def shift(**more):
+        host = StubHost(lambda latents, noise: tint(latents))
+        result, plan = run(host, source, order=order, **more), make_plan(host, (200, 140), Settings(**PLAIN))
+        change = pixels(result.image) - pixels(upscaled(source))
+        return max(abs(change[tile.slices].mean((0, 1))).max() for tile in plan.tiles)
+
+    assert shift() > 10
+    assert shift(colour=colour) < 1
+
+
+def test_prompts_by_tile():
+    def told(**more):
+        host = StubHost(see=lambda x: x)
+        report = run(host, batch=2, **more).report
+        return {
+            f"{tile.x},{tile.y}": prompt for batch in host.batches for tile, prompt in zip(batch.tiles, batch.prompts)
+        }, report
+
+    assert set(told()[0].values()) == {None}
+    assert set(told(tile_prompt="fur")[0].values()) == {"main, fur"}
+    assert set(told(tile_prompt="fur", tile_prompt_mode="replace", order="fused")[0].values()) == {"fur"}
+    prompts, report = told(tile_prompts="1: ear\n\n 12 : tail ")
+    assert prompts["0,0"] == "main, ear" and prompts["136,80"] == "main, tail"
+    assert sorted(filter(None, prompts.values())) == ["main, ear", "main, tail"]
+    assert report.prompts == "1: ear\n12: tail"
+    prompts, report = told(captions="Stub", tile_prompt="sharp", tile_prompts="2: whiskers", tile_prompt_mode="replace")
+    assert prompts["0,0"] == "sharp, caption of 64" and prompts["40,0"] == "sharp, whiskers"
+    assert report.prompts.split("\n")[:2] == ["1: caption of 64", "2: whiskers"]
+    again, _ = told(tile_prompts=report.prompts, tile_prompt="sharp", tile_prompt_mode="replace")
+    assert again == prompts
+    seams, _ = told(tile_prompts="1: ear", order="none", seams="bands")
+    assert set(seams.values()) == {None, "main, ear"}
+
+
+@pytest.mark.parametrize(
+    "more, line",
+    [
+        ({"tile_prompts": "whiskers"}, "tile_prompts: 'whiskers' is not a line like \"3: whiskers\""),
+        ({"tile_prompts": "0: whiskers"}, "tile_prompts: '0: whiskers' is not a line like \"3: whiskers\""),
+        ({"tile_prompts": "1: a\n1: b"}, "tile_prompts: tile 1 has two lines, give it one"),
+        ({"tile_prompts": "13: a"}, "tile_prompts: there is no tile 13, this image has 12"),
+        ({"captions": "BLIP"}, "captions: 'BLIP' is not installed, give one of None, Stub"),
+    ],
+)
+def test_prompts_that_cannot_be_are_refused_before_any_work(more, line):
+    host = StubHost()
+    with pytest.raises(DinotileError) as error:
+        run(host, **more)
+    assert str(error.value) == line and host.sampled == []
+
+
+def out_of_memory_above(limit):
+    def see(x):
+        if len(x) > limit:
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+        return x * 0.5 + 0.25
+
+    return see
+
+
+@pytest.mark.parametrize("order", ["chess", "fused"])
+@pytest.mark.parametrize("limit", [1, 3])
+def test_out_of_memory_halves_the_batch_and_loses_nothing(order, limit):
+    host = StubHost(see=out_of_memory_above(limit))
+    settings = {"order": order, "overlap": 0, "tile": 64, "batch": 16}  # one wave of 12 tiles
+    result = run(host, EVEN, **settings)
+    assert result.complete and host.freed
+    assert result.report.lines[0] == "out of memory with 12 tiles at once, went on with 6"
+    assert result.report.lines[-1].endswith(f"went on with {limit}")
+    whole = run(StubHost(see=lambda x: x * 0.5 + 0.25), EVEN, **settings)
+    assert result.image.tobytes() == whole.image.tobytes()
+
+
+def test_out_of_memory_with_one_tile_says_what_to_do():
+    with pytest.raises(UnfinishedError, match="out of memory with a single tile: give a smaller tile size"):
+        run(StubHost(see=out_of_memory_above(0)))
+
+
+def broken_at(x, mended=lambda: False):
+    """A model that gives NaN for red tiles, unless it is mended."""
+    bad = x[:, 0].mean((1, 2)) > 0.8
+    return torch.where(bad[:, None, None, None], torch.nan if not mended() else x, x)
+
+
+@pytest.mark.parametrize("order", ["chess", "fused"])
+@pytest.mark.parametrize("mended", [False, True])
+def test_a_tile_that_is_not_a_number_is_done_again_then_kept_from_the_source(order, mended):
+    source = Image.new("RGB", (96, 32), "blue")
+    source.paste((255, 0, 0), (32, 0, 64, 32))
+    host = StubHost(see=lambda x: 1 - broken_at(x, lambda: mended and host.precise))
+    result = run(host, source, overlap=0, order=order)
+    outcome = "was done again in full precision" if mended else "is kept from the source"
+    assert result.complete and result.report.lines == [f"tile 2 {outcome}: the model gave what is not a number"]
+    middle = (0, 255, 255) if mended else (255, 0, 0)
+    assert result.image.getpixel((96, 30)) == middle and result.image.getpixel((10, 10)) == (255, 255, 0)
+    assert not host.precise
+
+
+def test_a_later_tile_holds_on_to_what_is_painted_and_starts_from_the_source_elsewhere():
+    """So that what two tiles share is denoised once: a model that adds to what it sees adds it once."""
+    source = Image.new("RGB", (80, 60), (100, 100, 100))
+    host = StubHost(lambda latents, noise: latents + 0.1)
+    for order in ("chess", "linear"):
+        image = pixels(run(host, source, order=order, overlap=32).image)
+        assert abs(image - 125.5).max() <= 1
+
+
+def test_the_noise_of_a_run_that_is_fused_is_the_same_field():
+    chess, fused = (run(StubHost(noisy), order=order, overlap=0) for order in ("chess", "fused"))
+    assert abs(pixels(chess.image) - pixels(fused.image)).max() <= 1
