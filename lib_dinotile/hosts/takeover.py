@@ -192,6 +192,8 @@ class Takeover:
             try:
                 result = self._upscale(self._sources[number % len(self._sources)], noise)
             except engine.UnfinishedError as error:
+                if isinstance(error.__cause__, DinotileError) and not results and not error.result.painted:
+                    raise error.__cause__ from None  # there is nothing to tell but what stands against it
                 # What is done of the batch is kept, too.
                 done = results + ([error.result.image] if error.result.painted else [])
                 kept = [self._keep(image, seeds[n], prompts[n]) for n, image in enumerate(done)]

@@ -30,13 +30,13 @@ def correct(pixels: Tensor, source: Tensor, method: str, within: Tensor | None =
         within = torch.ones(pixels.shape[1:], dtype=torch.bool)
     if method == "none" or not within.any():
         return pixels
-    painted, wanted = pixels[:, within, None], source[:, within, None]  # (3, n, 1)
+    painted, wanted = pixels[:, within].unsqueeze(2), source[:, within].unsqueeze(2)  # (3, n, 1)
     if method == "AdaIN":
         painted = _adain(painted, wanted)
     else:
         # Linear, so the detail of one plus the colour of the other takes one decomposition, of what lies between them.
         coarse = _coarse(torch.cat([(source - pixels) * within, within[None].float()]))
-        painted = painted + (coarse[:3] / coarse[3:].clamp(min=1e-3))[:, within, None]
+        painted = painted + (coarse[:3] / coarse[3:].clamp(min=1e-3))[:, within].unsqueeze(2)
     corrected = pixels.clone()
     corrected[:, within] = _with_mean(painted, wanted)[..., 0]
     return corrected
