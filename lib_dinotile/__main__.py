@@ -36,7 +36,7 @@ def _add_options(parser: argparse.ArgumentParser, table: type[Options]) -> None:
         if option.name == "enabled":
             continue
         default = f" (default: {option.default})" if option.default != "" else ""
-        flags = [f"--{option.flag or option.name}"]
+        flags = [f"--{option.flag or option.name.replace('_', '-')}"]
         text = f"{option.help} {option.allowed.capitalize()}{default}".replace("%", "%%")
         parser.add_argument(*flags, dest=option.name, metavar=option.type.__name__.upper(), help=text)
 
@@ -172,6 +172,8 @@ def _upscale(arguments: argparse.Namespace) -> None:
                     bar.write(f"{source.name}: {line}")
                 bar.write(f"{target}: {result.image.width}x{result.image.height}, tiles: {result.painted}")
         except UnfinishedError as error:
+            if not error.result.painted:
+                journal.close()
             if not error.result.painted or sharing.rank > 0:
                 raise
             kept = target.with_stem(target.stem + "-unfinished")

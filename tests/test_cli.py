@@ -1,6 +1,11 @@
 """python -m lib_dinotile, on the built-in model."""
 
+import json
+import os
 import re
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -144,13 +149,129 @@ def test_what_is_painted_is_kept_when_a_run_breaks_off(photo, tmp_path, capsys, 
     assert not (tmp_path / "out.png").exists()
 
 
+@pytest.fixture
+def sampled(monkeypatch):
+    """What each call of the sampler was given to sample; `stop` says before which of them the machine goes down."""
+    sample = DiffusersHost.sample
+
+    class Calls(list):
+        stop = None
+
+    calls = Calls()
+
+    def watched(self, latents, *arguments):
+        if len(calls) == calls.stop:
+            raise SystemExit("the machine went down")  # nothing in the command line catches this
+        calls.append(len(latents))
+        return sample(self, latents, *arguments)
+
+    monkeypatch.setattr(DiffusersHost, "sample", watched)
+    return calls
+
+
+@pytest.mark.parametrize("more", [(), ("--order", "linear", "--seams", "half tile")])
+def test_a_run_that_broke_off_is_resumed_to_the_same_image(photo, tmp_path, sampled, more):
+    whole, broken = tmp_path / "whole.png", tmp_path / "broken.png"
+    arguments = [*QUICK, "--batch", 2, *more]
+    assert run(photo, whole, *arguments) == 0
+    total, sampled[:], sampled.stop = len(sampled), [], 3
+    with pytest.raises(SystemExit):
+        run(photo, broken, *arguments)
+    kept = sorted((tmp_path / "broken.png.tiles").glob("*.png"))
+    assert kept and not broken.exists()
+    kept[-1].write_bytes(kept[-1].read_bytes()[:100])  # cut off when it went down
+    sampled[:], sampled.stop = [], None
+    assert run(photo, broken, *arguments, "--resume") == 0
+    assert len(sampled) == total - 2
+    assert broken.read_bytes() == whole.read_bytes()
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["broken.png", "in.png", "whole.png"]
+
+
+def test_resuming_with_other_settings_is_refused_and_starting_anew_is_not(photo, tmp_path, sampled, capsys):
+    sampled.stop = 1
+    with pytest.raises(SystemExit):
+        run(photo, tmp_path / "out.png", *QUICK, "--batch", 1)
+    sampled.stop = None
+    assert run(photo, tmp_path / "out.png", *QUICK, "--batch", 1, "--overlap", 8, "--resume") == 2
+    assert "was painted with another overlap (16, now 8): give the same, or start anew" in capsys.readouterr().err
+    assert run(photo, tmp_path / "out.png", *QUICK, "--batch", 1, "--overlap", 8) == 0
+
+
+def test_resuming_a_folder_leaves_what_is_finished(tmp_path, sampled):
+    (tmp_path / "in").mkdir()
+    for name in ("a.png", "b.png"):
+        random_image(20, 20).save(tmp_path / "in" / name)
+    sampled.stop = 1
+    with pytest.raises(SystemExit):
+        run(tmp_path / "in", tmp_path / "out", *QUICK)
+    before = (tmp_path / "out" / "a.png").stat().st_mtime_ns
+    sampled[:], sampled.stop = [], None
+    assert run(tmp_path / "in", tmp_path / "out", *QUICK, "--resume") == 0
+    assert len(sampled) == 1 and (tmp_path / "out" / "a.png").stat().st_mtime_ns == before
+    assert sorted(file.name for file in (tmp_path / "out").iterdir()) == ["a.png", "b.png"]
+
+
+def test_a_mask_a_size_and_a_report(photo, tmp_path):
+    mask = Image.new("L", (50, 37))
+    mask.paste(255, (5, 5, 20, 20))
+    mask.save(tmp_path / "mask.png")
+    report = tmp_path / "report.jsonl"
+    more = ["--mask", tmp_path / "mask.png", "--target", "img2img size", "--width", 151, "--height", 111]
+    assert run(photo, tmp_path / "out.png", *QUICK, *more, "--report", report) == 0
+    plain = np.asarray(Image.open(photo).resize((151, 111), Image.Resampling.LANCZOS)).astype(int)
+    outside = np.asarray(mask.resize((151, 111), Image.Resampling.BILINEAR)) == 0
+    changed = (pixels(tmp_path / "out.png") != plain).any(2)
+    assert changed.any() and not changed[outside].any()
+    told = json.loads(report.read_text())
+    assert {tile["state"] for tile in told["tiles"]} == {"painted", "outside the mask"}
+    assert told["image"] == str(photo) and told["notes"] == []
+
+
+def test_a_mask_that_does_not_fit_is_refused(photo, tmp_path, capsys):
+    for image, says in (
+        (Image.new("L", (8, 8), 255), "is 8x8, the image is 50x37"),
+        (Image.new("L", (50, 37)), "black"),
+    ):
+        image.save(tmp_path / "mask.png")
+        assert run(photo, tmp_path / "out.png", *QUICK, "--mask", tmp_path / "mask.png") == 2
+        assert says in capsys.readouterr().err
+
+
+def test_two_processes_give_the_image_of_one(photo, tmp_path):
+    """`accelerate launch`, over gloo: a wave of one image is shared out, and so are the images of a folder."""
+    (tmp_path / "in").mkdir()
+    for name in ("a.png", "b.png", "c.png"):
+        random_image(30, 20, seed=ord(name[0])).save(tmp_path / "in" / name)
+    launch = [
+        sys.executable,
+        "-m",
+        "accelerate.commands.launch",
+        "--cpu",
+        "--num_processes",
+        "2",
+        "--num_machines",
+        "1",
+    ]
+    launch += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0", "-m", "lib_dinotile"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(cli.__file__).parents[1])}
+    for source, out in ((photo, "two.png"), (tmp_path / "in", "two")):
+        arguments = ["upscale", source, tmp_path / out, *QUICK, "--batch", "1", "--seams", "bands"]
+        done = subprocess.run([*launch, *map(str, arguments)], env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-2000:]
+        assert run(source, tmp_path / out.replace("two", "one"), *arguments[3:]) == 0
+    assert abs(pixels(tmp_path / "two.png") - pixels(tmp_path / "one.png")).max() == 0
+    for name in ("a.png", "b.png", "c.png"):
+        assert abs(pixels(tmp_path / "two" / name) - pixels(tmp_path / "one" / name)).max() == 0
+
+
 def test_every_option_is_a_flag(capsys):
     with pytest.raises(SystemExit) as stopped:
         cli.main(["upscale", "--help"])
     shown = capsys.readouterr().out
     assert stopped.value.code == 0
     for option in (*Settings.table(), *Generation.table()):
-        assert (f"--{option.flag or option.name} " in shown) == (option.name != "enabled")
+        flag = option.flag or option.name.replace("_", "-")
+        assert (f"--{flag} " in shown) == (option.name != "enabled")
 
 
 def test_images_of_every_kind_are_read_as_rgb(tmp_path):
