@@ -24,6 +24,9 @@ class Canvas:
     without a border. What a crop or a painted tile costs does not depend on the size of the canvas.
     """
 
+    filled: bool
+    """Whether tiles begin with anything but the image."""
+
     def __init__(
         self, image: Image.Image, plan: TilePlan, mask: Image.Image | None = None, start: Image.Image | None = None
     ) -> None:
@@ -34,7 +37,7 @@ class Canvas:
         """
         if image.size != (plan.width, plan.height):
             raise ValueError(f"image of {image.size} on a canvas of {(plan.width, plan.height)}")
-        self._size, self._padded = image.size, plan.padded
+        self._size, self._padded, self.filled = image.size, plan.padded, start is not None
         self._base = self._pad(np.asarray(start or image))
         self._change = torch.zeros(self._base.shape, dtype=torch.float16)
         self._mask = None if mask is None else self._pad(np.asarray(mask)[:, :, None])

@@ -19,7 +19,7 @@ OPTIONS = {
     "nothing for a number": ({"scale": None}, "scale: None is not allowed, give a number from 1 to 8"),
     "number for a switch": ({"enabled": 1}, "enabled: 1 is not allowed, give true or false"),
     "number for a name": ({"adapter": 3}, "adapter: 3 is not allowed, give text"),
-    "unknown choice": ({"order": "spiral"}, "order: 'spiral' is not allowed, give one of chess, linear"),
+    "unknown choice": ({"order": "spiral"}, "order: 'spiral' is not allowed, give one of chess, linear, fused, none"),
     "too much overlap": ({"overlap": 64}, "overlap: 64 is not allowed with tile 96, give at most 48"),
     "end before start": ({"start": 0.5, "end": 0.25}, "start: 0.5 is not allowed with end 0.25, give at most 0.25"),
     "unknown upscaler": ({"upscaler": "Magic"}, "upscaler: 'Magic' is not installed, give one of .*Lanczos.*"),
@@ -59,13 +59,8 @@ def test_an_encoder_that_is_not_there(webui: WebUI, small: Image.Image, adapters
         assert refusal.startswith(f"encoder: '{encoder}' is not installed in "), refusal
 
 
-def test_a_mask(webui: WebUI, small: Image.Image):
-    mask = encode(Image.linear_gradient("L").resize(small.size))
-    assert "does not paint inpaint masks" in webui.refusal(small, TILES, mask=mask)
-
-
 def test_a_canvas_that_is_too_large(webui: WebUI, small: Image.Image):
-    assert "give a scale for at most" in webui.refusal(small.resize((9000, 8)), {**TILES, "scale": 8})
+    assert "give one of at most 65536 a side" in webui.refusal(small.resize((9000, 8)), {**TILES, "scale": 8})
 
 
 def test_sources_of_different_sizes(webui: WebUI, small: Image.Image):
@@ -77,7 +72,7 @@ def test_more_sources_than_the_batch_has_places(webui: WebUI, small: Image.Image
     assert "batch" in webui.refusal(small, TILES, init_images=[encode(small)] * 2, batch_size=1)
 
 
-@pytest.mark.parametrize("args", [["yes"], [True, 9.0], [True, 2.0, "Lanczos", 100]])
+@pytest.mark.parametrize("args", [["yes"], [True, "scale", 9.0], [True, "scale", 2.0, 2048, "Lanczos", 100]])
 def test_arguments_by_position_that_are_not_allowed(webui: WebUI, small: Image.Image, args):
     assert "is not allowed, give" in webui.refusal(small, alwayson_scripts={"dino tile": {"args": args}})
 

@@ -85,7 +85,7 @@ def encode_with_info(reply: Reply) -> str:
 
 def test_arguments_by_position_are_those_by_name(webui: WebUI, small: Image.Image):
     named = webui.img2img(small, {**TILES, "order": "linear"})
-    row = [True, 2, "Lanczos", 96, 16, 4, "linear"]
+    row = [True, "scale", 2, 2048, "Lanczos", 96, 16, 4, "linear"]
     placed = webui.img2img(small, alwayson_scripts={"DINO Tile": {"args": row}})
     assert difference(named.image, placed.image) == 0
     assert named.infotexts == placed.infotexts

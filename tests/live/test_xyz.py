@@ -95,7 +95,7 @@ def test_progress_grows_over_all_cells(webui: WebUI, plot: Plot, small: Image.Im
     [
         ("Tile size", [96, 100], "tile: '?100'? is not allowed, give a whole number"),
         ("Scale", [2, 9], "scale: '?9.0'? is not allowed, give a number from 1 to 8"),
-        ("Order", ["chess", "spiral"], "order: 'spiral' is not allowed, give one of chess, linear"),
+        ("Order", ["chess", "spiral"], "order: 'spiral' is not allowed, give one of chess, linear, fused, none"),
         ("Adapter", ["None", "nope"], "adapter: 'nope' is not"),
         ("Upscaler", ["Lanczos", "Magic"], "upscaler: 'Magic' is not"),
         ("DINO encoder", ["Automatic", "nope"], "encoder: 'nope' is not"),
