@@ -189,13 +189,14 @@ class Takeover:
             uncond = None if unconditional_conditioning is None else unconditional_conditioning[number]
             host.bind(prompts[number], p.negative_prompts[number], conditioning.batch[number], uncond)
             noise = NoiseField(seeds[number], host.channels, subseeds[number], subseed_strength)
+            source = self._sources[number % len(self._sources)]
             try:
-                result = self._upscale(self._sources[number % len(self._sources)], noise)
+                result = self._upscale(source, noise)
             except engine.UnfinishedError as error:
                 if isinstance(error.__cause__, DinotileError) and not results and not error.result.painted:
                     raise error.__cause__ from None  # there is nothing to tell but what stands against it
                 # What is done of the batch is kept, too.
-                done = results + ([error.result.image] if error.result.painted else [])
+                done = results + ([self._area.finish(error.result.image, source)] if error.result.painted else [])
                 kept = [self._keep(image, seeds[n], prompts[n]) for n, image in enumerate(done)]
                 where = f" (kept in {', '.join(filter(None, kept))})" if any(kept) else ""
                 raise engine.UnfinishedError(error.__cause__, error.result, where) from error.__cause__
@@ -207,7 +208,7 @@ class Takeover:
             told["DINO Tile notes"].append("; ".join(result.report.lines) or None)
             if self._settings.captions != NONE:
                 told["DINO Tile tile prompts"].append(result.report.prompts or None)
-            results.append(self._area.finish(result.image, self._sources[number % len(self._sources)]))
+            results.append(self._area.finish(result.image, source))
         # One entry per image of the batch; the WebUI leaves out what is None.
         p.extra_generation_params.update(told)
         samples = processing.DecodedSamples()
