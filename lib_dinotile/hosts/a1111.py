@@ -54,7 +54,7 @@ class A1111Host(WebUIHost):
             )
 
     @contextlib.contextmanager
-    def seeing(self, batch: Batch, parts: Sequence[int]) -> Iterator[None]:
+    def seeing(self, batch: Batch, chosen: Sequence[int], parts: int) -> Iterator[None]:
         hints = self._hints(batch)
         if batch.condition is None and not hints:
             yield
@@ -69,7 +69,8 @@ class A1111Host(WebUIHost):
 
             def on_step(params: script_callbacks.CFGDenoiserParams) -> None:
                 denoiser = params.denoiser
-                residuals.step(cfg_rows(parts, len(params.x)), denoiser.step / max(denoiser.total_steps, 1))
+                rows = [chosen[row] for row in cfg_rows([parts] * len(chosen), len(params.x))]
+                residuals.step(rows, denoiser.step / max(denoiser.total_steps, 1))
 
             script_callbacks.on_cfg_denoiser(on_step)
             try:

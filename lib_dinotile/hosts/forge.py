@@ -12,7 +12,6 @@ from backend.sampling.sampling_function import sampling_prepare
 from modules import processing, sd_samplers_kdiffusion, sd_samplers_timesteps
 from torch import Tensor
 
-from lib_dinotile import DinotileError
 from lib_dinotile.condition.shape import UNetShape
 from lib_dinotile.hosts.base import Batch, Views
 from lib_dinotile.hosts.hints import crop_hint, is_spatial
@@ -30,22 +29,22 @@ class ResidualControl(ControlBase):
     def get_control(self, x: Tensor, t: Tensor, cond: Any, batched_number: int) -> Any:
         """Residuals for the rows x (n, C, h, w) at noise level t, merged with those of the links before.
 
-        The rows are whole copies of the batch, one for each conditioning: row i is tile i modulo the number of tiles.
+        The rows are whole copies of the tiles, one for each conditioning: row i is tile i modulo their number.
         """
         previous = self.previous_controlnet
         control = previous.get_control(x, t, cond, batched_number) if previous is not None else None
-        denoiser, batch = self._sampler.model_wrap_cfg, self._host.batch
+        denoiser, (batch, chosen) = self._sampler.model_wrap_cfg, self._host.seen
         found = batch.condition.residuals(float(t[0]), denoiser.step / max(denoiser.total_steps, 1))
         if found is None:
             return control
-        rows = torch.arange(len(x), device=x.device) % len(batch.tiles)
+        rows = torch.tensor(chosen, device=x.device)[torch.arange(len(x), device=x.device) % len(chosen)]
         own = [residual.to(x.device).index_select(0, rows) for residual in found]
         return self.control_merge(None, own, control, x.dtype)
 
 
 class ForgeHost(WebUIHost):
-    batch: Batch
-    """What the UNet looks at."""
+    seen: tuple[Batch, list[int]]
+    """What the UNet looks at: these tiles of the batch."""
 
     def __init__(self, p: Any) -> None:
         super().__init__(p)
@@ -56,21 +55,21 @@ class ForgeHost(WebUIHost):
         self._views: Views | None = None
         self._canvas = (0, 0)
         self._hints: list[tuple[Any, str, Tensor]] = []
-        self._shown: Batch | None = None
+        self._shown: tuple[Batch | None, list[int]] = (None, [])
 
     @property
     def channels(self) -> int:
         return self._p.sd_model.forge_objects.vae.latent_channels
 
     @contextlib.contextmanager
-    def seeing(self, batch: Batch, parts: Sequence[int]) -> Iterator[None]:
-        if len(set(parts)) > 1:
-            raise DinotileError("tile prompts: Forge takes tiles together only if AND cuts their prompts alike")
-        if self._shown is not batch:
+    def seeing(self, batch: Batch, chosen: Sequence[int], parts: int) -> Iterator[None]:
+        self.seen = batch, list(chosen)
+        if self._shown[0] is not batch or self._shown[1] != self.seen[1]:
+            tiles = [batch.tiles[number] for number in chosen]
             for control, name, hint in self._hints:
-                setattr(control, name, crop_hint(hint, batch.tiles, self._canvas))
+                setattr(control, name, crop_hint(hint, tiles, self._canvas))
                 control.cond_hint = None  # what it has made of the last one
-        self.batch = self._shown = batch
+            self._shown = self.seen
         yield
 
     @contextlib.contextmanager
@@ -84,7 +83,7 @@ class ForgeHost(WebUIHost):
                         stack.enter_context(overridden(module, sampling_prepare=self._prepare))
                 yield
         finally:
-            self._views, self._hints, self._shown = None, [], None
+            self._views, self._hints, self._shown = None, [], (None, [])
             model.forge_objects = model.forge_objects_after_applying_lora.shallow_copy()
 
     def _prepare(self, unet: Any, x: Tensor) -> None:

@@ -28,6 +28,23 @@ LATENT_NOISE, LATENT_NOTHING = 2, 3
 """What inpainting can start from besides the picture itself, or what fills it."""
 
 
+def _stacked(entries: Sequence[tuple[Any, Any]]) -> tuple[Any, Any]:
+    """Conditionings of tiles as the sampler takes them, from entries (cond, uncond) of the batches."""
+    batch = [cond for cond, _ in entries]
+    uncond = None if entries[0][1] is None else [uncond for _, uncond in entries]
+    return prompt_parser.MulticondLearnedConditioning(shape=(len(batch),), batch=batch), uncond
+
+
+def _form(cond: Any) -> Any:
+    """What conditionings have in common that the WebUI stacks as they are: it pads short ones to the length of long
+    ones, which changes what they say, and Forge weighs the parts of all prompts alike."""
+
+    def length(entry: Any) -> int:
+        return (entry["crossattn"] if isinstance(entry, dict) else entry).shape[0]
+
+    return tuple((part.weight, tuple((at.end_at_step, length(at.cond)) for at in part.schedules)) for part in cond)
+
+
 class SamplerNoise:
     """A batch's noise, as the samplers draw it: `next()` in place of `p.rng`, on the sampler's device."""
 
@@ -61,10 +78,11 @@ class WebUIHost:
         """Channels of a latent."""
 
     @abstractmethod
-    def seeing(self, batch: Batch, parts: Sequence[int]) -> contextlib.AbstractContextManager[None]:
+    def seeing(self, batch: Batch, chosen: Sequence[int], parts: int) -> contextlib.AbstractContextManager[None]:
         """While open, the UNet's rows of these tiles get their residuals, and ControlNets their hints.
 
-        parts: into how many parts AND cuts each tile's prompt.
+        chosen: the numbers, in the batch, of the tiles that the UNet looks at; parts: into how many parts AND cuts the
+        prompt of each of them.
         """
 
     @abstractmethod
@@ -169,7 +187,7 @@ class WebUIHost:
         def noise_sampler(*_: Any) -> Any:
             return lambda sigma, sigma_next: rng.next()
 
-        cond, uncond = self._batch([None] * count, views.tile_size)
+        cond, uncond = _stacked([self._conditioning(None, views.tile_size)] * count)
         image_conditioning = self._image_conditioning(latents, views, mask)
         denoiser = p.sampler.model_wrap_cfg
         forward = self._looking(denoiser, views, latents, free)
@@ -189,13 +207,6 @@ class WebUIHost:
             raise Interrupted
         return samples if free is None else torch.lerp(latents.to(samples), samples, free.to(samples))
 
-    def _batch(self, prompts: Sequence[str | None], size: tuple[int, int]) -> tuple[Any, Any]:
-        """Conditionings of tiles of that size, as the sampler takes them."""
-        conds = [self._conditioning(prompt, size) for prompt in prompts]
-        batch = [cond for cond, _ in conds]
-        uncond = None if conds[0][1] is None else [uncond for _, uncond in conds]
-        return prompt_parser.MulticondLearnedConditioning(shape=(len(batch),), batch=batch), uncond
-
     def _looking(self, denoiser: Any, views: Views, latents: Tensor, free: Tensor | None) -> Any:
         """In place of the `forward` of the WebUI's CFGDenoiser: it looks through the views."""
         whole = denoiser.forward
@@ -207,14 +218,28 @@ class WebUIHost:
                 )
             step = denoiser.step
 
-            def see(tiles: Tensor, batch: Batch) -> Tensor:
+            def look(tiles: Tensor, batch: Batch, chosen: list[int], entries: Sequence[tuple[Any, Any]]) -> Tensor:
                 denoiser.step = step  # it counts its calls
-                cond, uncond = self._batch(batch.prompts, views.tile_size)
-                own = {"cond": cond, "uncond": uncond}
-                if not views.whole:
-                    own["image_cond"] = tiles.new_zeros(len(tiles), *extra["image_cond"].shape[1:])
-                with self.seeing(batch, [len(parts) for parts in cond.batch]):
-                    return whole(tiles, sigma[:1].expand(len(tiles)), **{**extra, **own})
+                cond, uncond = _stacked([entries[number] for number in chosen])
+                seen = extra["image_cond"]
+                seen = seen[chosen] if views.whole else tiles.new_zeros(len(chosen), *seen.shape[1:])
+                own = {"cond": cond, "uncond": uncond, "image_cond": seen}
+                with self.seeing(batch, chosen, len(cond.batch[0])):
+                    return whole(tiles[chosen], sigma[:1].expand(len(chosen)), **{**extra, **own})
+
+            def see(tiles: Tensor, batch: Batch) -> Tensor:
+                entries = [self._conditioning(prompt, views.tile_size) for prompt in batch.prompts]
+                alike: dict[Any, list[int]] = {}
+                for number, (cond, _) in enumerate(entries):
+                    alike.setdefault(_form(cond), []).append(number)
+                outputs, noises = [], []
+                for chosen in alike.values():
+                    outputs.append(look(tiles, batch, chosen, entries))
+                    noises.append(denoiser.last_noise_uncond)
+                back = torch.tensor([number for chosen in alike.values() for number in chosen]).argsort()
+                if denoiser.need_last_noise_uncond:
+                    denoiser.last_noise_uncond = torch.cat(noises)[back]
+                return torch.cat(outputs)[back]
 
             def known() -> Tensor:
                 return self._output_for(denoiser, x, sigma, latents)
