@@ -169,8 +169,8 @@ class Settings(Options):
     )
     tile_prompt_mode: str = option(
         "follow",
-        "Tile prompts",
-        "follow: they come after the main prompt; replace: they take its place.",
+        "Tile prompt mode",
+        "follow: what a tile is told comes after the main prompt; replace: in its place.",
         choices=PROMPT_MODES,
         infotext="DINO Tile tile prompt mode",
         only_with=lambda settings: settings.prompts_by_tile,

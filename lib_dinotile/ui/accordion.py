@@ -33,7 +33,7 @@ GROUPS: tuple[tuple[str | None, tuple[tuple[str, ...], ...]], ...] = (
     ),
     ("Seam pass", (("seams", "seam_denoise", "seam_width"),)),
     (
-        "Tiles to pass over, prompts by tile",
+        "Flat tiles, prompts by tile",
         (("flat",), ("tile_prompt", "tile_prompt_mode"), ("captions",), ("tile_prompts",)),
     ),
     ("DINO adapter", (("adapter",), ("strength",), ("start", "end"), ("encoder",), ("patches", "windows"))),
@@ -89,10 +89,14 @@ def build() -> dict[str, Any]:
                             components[name] = _component(options[name])
                         if "adapter" in row:
                             _add_refresh(components["adapter"])
-                        if "captions" in row:
-                            take = gr.Button("Edit the captions of the last image", elem_id="dinotile_take_captions")
-        take.click(fn=last_prompts, inputs=[], outputs=[components["tile_prompts"]], show_progress=False)
+                    if "tile_prompts" in row:
+                        _add_captions(components["tile_prompts"])
     return {name: components[name] for name in options}
+
+
+def _add_captions(prompts: Any) -> None:
+    button = gr.Button("Edit the captions of the last image", size="sm", elem_id="dinotile_take_captions")
+    button.click(fn=last_prompts, inputs=[], outputs=[prompts], show_progress=False)
 
 
 def _add_refresh(adapter: Any) -> None:
