@@ -79,10 +79,12 @@ def make_plan(host: Host, size: tuple[int, int], settings: Settings) -> TilePlan
 
 
 def job_count(plan: TilePlan, settings: Settings) -> int:
-    """How many batches there are at most."""
+    """How many batches there are at most; a canvas that is sampled as a whole is one."""
     plans = [grid for grid, _ in seam_passes(plan, settings.seams, settings.seam_width)]
-    waves = [wave for grid in ([plan] if plan.order != "none" else []) + plans for wave in grid.waves]
-    return sum(len(chunks(wave, settings.batch)) for wave in waves)
+    if plan.order in ("chess", "linear"):
+        plans.append(plan)
+    batches = sum(len(chunks(wave, settings.batch)) for grid in plans for wave in grid.waves)
+    return batches + (plan.order == "fused")
 
 
 def upscale(
