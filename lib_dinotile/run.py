@@ -64,9 +64,9 @@ class Run:
         mask = self.canvas.mask(tile)
         if mask is not None and not mask.any():
             return UNMASKED
-        if self._settings.flat and detail(self.canvas.source(tile)) < self._settings.flat:
-            return FLAT
-        return None
+        if self.canvas.filled:  # flat or not, it is not to stay
+            return None
+        return FLAT if self._settings.flat and detail(self.canvas.source(tile)) < self._settings.flat else None
 
     def paint(self) -> None:
         """All passes, one on top of the other."""
