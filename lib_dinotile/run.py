@@ -10,13 +10,14 @@ from torch import Tensor
 
 from lib_dinotile.hosts.base import Batch, Host, Interrupted, Residuals
 from lib_dinotile.journal import Journal
+from lib_dinotile.neighbours import Neighbours, Seen
 from lib_dinotile.prompts import TilePrompts
 from lib_dinotile.report import FLAT, PAINTED, UNMASKED, Report, TileReport
 from lib_dinotile.sampling import BatchSize, Fused, Whole, chunks
 from lib_dinotile.settings import Settings
 from lib_dinotile.team import Team
 from lib_dinotile.tiling.blend import RIM, Blend
-from lib_dinotile.tiling.canvas import HALF, Canvas, to_bytes
+from lib_dinotile.tiling.canvas import Canvas, to_bytes
 from lib_dinotile.tiling.colour import correct
 from lib_dinotile.tiling.flat import detail
 from lib_dinotile.tiling.noise import NoiseField, TileNoise
@@ -91,7 +92,7 @@ class Run:
 
     def _waves(self, step: int, plan: Tiles, blend: Blend, denoise: float | None, wanted: Sequence[Rect]) -> None:
         """Tiles sampled and painted, one wave after the other."""
-        chosen, self._shown = set(wanted), _Shown(blend)
+        chosen, self._neighbours = set(wanted), Neighbours(self.canvas, blend, self._host.factor)
         for wave in plan.waves:
             batches = chunks([tile for tile in wave if tile in chosen], self._settings.batch)
             for group in chunks(batches, self._team.size):
@@ -106,7 +107,7 @@ class Run:
         pixels, notes, error = painted
         for tile, seen in zip(tiles, pixels):
             self.canvas.paint(tile, seen, blend.weight(tile))
-            self._shown.add(tile)
+            self._neighbours.add(tile)
             if self._journal:
                 self._journal.put(step, tile, seen)
         for note in notes:
@@ -148,22 +149,24 @@ class Run:
 
     def _finish(self, tile: Rect, pixels: Tensor) -> Tensor:
         """Pixels (3, h, w) as 8 bit, in the source's colours; what was painted already comes as it is."""
-        share = self._shown.share(tile)
-        corrected = correct(pixels.clamp(0, 1), self.canvas.source(tile), self._settings.colour, share <= HALF)
-        return to_bytes(torch.where(share > HALF, self.canvas.crop(tile, share), corrected))
+        seen = self._neighbours.seen(tile)
+        own = None if seen is None else ~seen.held[0]
+        corrected = correct(pixels.clamp(0, 1), self.canvas.source(tile), self._settings.colour, own)
+        return to_bytes(corrected if seen is None else torch.lerp(corrected, seen.pixels, seen.hold))
 
     def _make(self, tiles: Sequence[Rect]) -> Batch:
         latent = tiles[0].height // self._host.factor, tiles[0].width // self._host.factor
         condition = self._condition(tiles, latent) if self._condition else None
         return Batch(tiles, [self._prompts.of(tile) for tile in tiles], condition)
 
-    def _mask(self, tiles: Sequence[Rect], shares: Sequence[Tensor]) -> Tensor | None:
-        """(k, 1, h, w): 1 for latent cells that may change, all those that show any of the mask and are not painted."""
+    def _mask(self, tiles: Sequence[Rect], seen: Sequence[Seen | None]) -> Tensor | None:
+        """(k, 1, h, w): 1 for latent cells that may change, all those that show any of the mask and are not held."""
         masks = [self.canvas.mask(tile) for tile in tiles]
-        if masks[0] is None and not any(share.any() for share in shares):
+        if masks[0] is None and not any(seen):
             return None
-        free = [(share <= HALF) * (1 if mask is None else mask) for mask, share in zip(masks, shares)]
-        return F.max_pool2d(torch.stack(free).float(), self._host.factor).ceil()
+        free = [torch.ones(1, tile.height, tile.width) if mask is None else mask for tile, mask in zip(tiles, masks)]
+        free = [mask if one is None else mask * ~one.held for mask, one in zip(free, seen)]
+        return F.max_pool2d(torch.stack(free), self._host.factor).ceil()
 
     def _sample(self, tiles: Sequence[Rect], denoise: float | None) -> Tensor:
         """The tiles as the model paints them (k, 3, h, w).
@@ -171,13 +174,18 @@ class Run:
         Where neighbours have painted already a tile sees that, and holds on to it; everywhere else it starts from the
         source. So it fits to what is there, and yet no pixel is denoised twice.
         """
-        host = self._host
-        shares = [self._shown.share(tile)[None] for tile in tiles]
-        latents = host.encode(torch.stack([self.canvas.crop(tile, share) for tile, share in zip(tiles, shares)]))
+        host, canvas = self._host, self.canvas
+        seen = [self._neighbours.seen(tile) for tile in tiles]
+        pixels = [
+            canvas.crop(tile, None if one is None else torch.where(one.held, one.pixels, canvas.source(tile)))
+            for tile, one in zip(tiles, seen)
+        ]
+        latents = host.encode(torch.stack(pixels))
         noise = TileNoise(self._noise, [tile.shrink(host.factor) for tile in tiles])
-        views = Whole(self._make(tiles))
         size = self._plan.width, self._plan.height
-        return host.decode(host.sample(latents, views, noise, size, denoise, self._mask(tiles, shares)))
+        return host.decode(
+            host.sample(latents, Whole(self._make(tiles)), noise, size, denoise, self._mask(tiles, seen))
+        )
 
     def _fuse(self, blend: Blend, wanted: Sequence[Rect]) -> None:
         """The canvas sampled as a whole through its tiles; encoded and decoded in few large pieces."""
@@ -190,7 +198,7 @@ class Run:
             area = piece.shrink(factor)
             index = (0, slice(None), *area.slices)
             encoded = host.encode(self.canvas.crop(piece)[None])
-            cut = self._mask([piece], [torch.zeros(1, 1, 1)])
+            cut = self._mask([piece], [None])
             if latents is None:
                 latents = encoded.new_zeros(1, encoded.shape[1], whole.height, whole.width)
                 mask = None if cut is None else torch.zeros(1, 1, whole.height, whole.width)
@@ -243,22 +251,3 @@ class Run:
                 corrected = correct(pixels[index].clamp(0, 1), source[index], self._settings.colour)
                 finished[index] += (corrected - source[index]) * blend.weight(tile)[part.within(tile).slices]
         return to_bytes(finished.clamp(0, 1))
-
-
-class _Shown:
-    """How much of the canvas some tiles show."""
-
-    def __init__(self, blend: Blend) -> None:
-        self._blend, self._tiles = blend, []
-
-    def add(self, tile: Rect) -> None:
-        self._tiles.append(tile)
-
-    def share(self, area: Rect) -> Tensor:
-        """(h, w): the sum of their weights over an area, in [0, 1]."""
-        total = torch.zeros(area.height, area.width)
-        for tile in self._tiles:
-            part = tile.intersection(area)
-            if part is not None:
-                total[part.within(area).slices] += self._blend.weight(tile)[part.within(tile).slices]
-        return total.clamp(max=1)

@@ -32,6 +32,15 @@ UNDO = "_dinotile_undo"
 """Where what gives a processing object back waits on it."""
 
 
+RIVALS = (
+    "sd upscale",
+    "ultimate sd upscale",
+    "poor man's outpainting",
+    "outpainting mk2",
+    "img2img alternative test",
+)
+"""Scripts that hand img2img parts of the image, or something else in its place."""
+
 _last_prompts = ""
 
 
@@ -61,6 +70,12 @@ def _switched_on(p: Any, title: str) -> bool:
     )
 
 
+def _selected(p: Any) -> str:
+    """The title of the script that is chosen under Script, or nothing."""
+    number = p.script_args[0] if p.scripts and p.script_args else 0
+    return p.scripts.selectable_scripts[number - 1].title() if number else ""
+
+
 def refuse(p: Any, error: Exception) -> None:
     """Let the job fail with this error. The WebUI only logs what a script's hook raises, and would go on without it."""
 
@@ -87,6 +102,10 @@ class Takeover:
             raise DinotileError("there is no image to upscale: drop one into the img2img tab")
         if p.refiner_checkpoint not in (None, "", "None", "none"):
             raise DinotileError("DINO Tile cannot change to a refiner within a tile: set Refiner to None")
+        if _selected(p).lower() in RIVALS:
+            raise DinotileError(
+                f"{_selected(p)} and DINO Tile both take img2img over: set Script to None, or switch DINO Tile off"
+            )
         if p.image_mask is not None and _switched_on(p, "soft inpainting"):
             raise DinotileError("Soft inpainting does not know tiles: switch it off, Mask blur softens the border, too")
         sizes = {image.size for image in p.init_images}

@@ -11,7 +11,6 @@ from torch import Tensor
 
 from lib_dinotile.tiling.plan import Rect, TilePlan
 
-HALF = 0.5
 BAND = 256
 """Rows that are handled at once where the whole canvas is: a large one is never held in floats."""
 
@@ -60,26 +59,23 @@ class Canvas:
         """The mask's pixels (1, h, w) in [0, 1], or None if all of the canvas is to be painted."""
         return None if self._mask is None else self._mask[(slice(None), *tile.slices)].float() / 255
 
-    def crop(self, tile: Rect, share: Tensor | None = None) -> Tensor:
-        """The canvas's pixels (3, h, w) in [0, 1], with what is painted already.
-
-        share (1, h, w): the sum of the weights painted with so far. Then what is painted shows as if with full weight
-        where that is more than half, and not at all elsewhere.
-        """
-        pixels = self._painted(tile)
-        if share is not None and share.any():
-            change = self._change[(slice(None), *tile.slices)].float() / share.clamp(min=HALF)
-            pixels = torch.where(share > HALF, (self.source(tile) + change).clamp(0, 1), self.source(tile))
+    def crop(self, tile: Rect, pixels: Tensor | None = None) -> Tensor:
+        """The canvas's pixels (3, h, w) in [0, 1], with what is painted already, or with these instead."""
+        pixels = self._painted(tile) if pixels is None else pixels
         if self._mask is None:
             return pixels
         return torch.lerp(self._original[(slice(None), *tile.slices)].float() / 255, pixels, self.mask(tile))
+
+    def change(self, tile: Rect) -> Tensor:
+        """The sum of what tiles of this pass have painted over `source` (3, h, w), each with its weight."""
+        return self._change[(slice(None), *tile.slices)].float()
 
     def picture(self, tile: Rect) -> Image.Image:
         """The canvas's pixels as an RGB image."""
         return Image.fromarray(to_bytes(self.crop(tile)).permute(1, 2, 0).contiguous().numpy())
 
     def _painted(self, tile: Rect) -> Tensor:
-        return (self.source(tile) + self._change[(slice(None), *tile.slices)].float()).clamp(0, 1)
+        return (self.source(tile) + self.change(tile)).clamp(0, 1)
 
     def paint(self, tile: Rect, pixels: Tensor, weight: Tensor) -> None:
         """Paint pixels (3, h, w) of 8 bit with weights (h, w) in [0, 1]; over all tiles they sum to one at most."""
