@@ -38,12 +38,11 @@ def check_writable(path: Path) -> None:
         raise DinotileError(f"{path}: the folder {path.parent} is not there or not writable")
 
 
-def write_image(image: Image.Image, path: Path, parameters: str, compress_level: int = 6) -> None:
+def write_image(image: Image.Image, path: Path, parameters: str) -> None:
     """Write `image`, all of it or nothing; PNG files carry `parameters` as the WebUIs' do."""
     information = PngImagePlugin.PngInfo()
     information.add_text("parameters", parameters)
-    png = {"pnginfo": information, "compress_level": compress_level}
-    more = png if path.suffix.lower() == ".png" else {"quality": 95}
+    more = {"pnginfo": information} if path.suffix.lower() == ".png" else {"quality": 95}
     handle, name = tempfile.mkstemp(suffix=path.suffix, dir=path.parent)
     os.close(handle)
     try:

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
-from PIL import Image
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from lib_dinotile import DinotileError
-from lib_dinotile.images import read_image, write_image
 from lib_dinotile.team import Team
 from lib_dinotile.tiling.plan import Rect
 
@@ -22,7 +21,7 @@ RECIPE = "recipe.json"
 
 
 class Journal:
-    """A folder with one PNG for every tile that is painted. Written by one process, read by all."""
+    """A folder with a file for every tile that is painted. Written by one process, read by all."""
 
     def __init__(self, folder: Path, recipe: Mapping[str, Any], resume: bool, writes: bool = True) -> None:
         """recipe: everything that the image depends on, as JSON. resume: go on with what the folder holds.
@@ -51,21 +50,27 @@ class Journal:
             )
 
     def _file(self, step: int, tile: Rect) -> Path:
-        return self._folder / f"pass{step}-x{tile.x}-y{tile.y}.png"
+        return self._folder / f"pass{step}-x{tile.x}-y{tile.y}.safetensors"
 
     def get(self, step: int, tiles: Sequence[Rect]) -> list[Tensor] | None:
-        """The tiles as they were painted in that pass, 8 bit (3, h, w) each, or None if not all are there."""
+        """The tiles as they were painted in that pass, or None if not all are there."""
         try:
-            images = [read_image(self._file(step, tile)) for tile in tiles]
-        except DinotileError:  # not there, or cut off when the machine went down
+            return [load_file(self._file(step, tile))["pixels"] for tile in tiles]
+        except (OSError, SafetensorError):  # not there, or cut off when the machine went down
             return None
-        return [torch.from_numpy(np.array(image)).permute(2, 0, 1) for image in images]
 
     def put(self, step: int, tile: Rect, pixels: Tensor) -> None:
-        """Keep a painted tile, 8 bit (3, h, w)."""
-        if self._writes:
-            image = Image.fromarray(pixels.permute(1, 2, 0).contiguous().numpy())
-            write_image(image, self._file(step, tile), "", compress_level=1)
+        """Keep a painted tile (3, h, w). DinotileError if the disk is full."""
+        if not self._writes:
+            return
+        file = self._file(step, tile)
+        try:
+            save_file({"pixels": pixels.contiguous()}, file.with_suffix(".part"))
+            os.replace(file.with_suffix(".part"), file)
+        except (OSError, SafetensorError) as error:
+            raise DinotileError(
+                f"{self._folder}, where painted tiles are kept, cannot be written: {error}", 500
+            ) from error
 
     def close(self) -> None:
         """The image is done: the tiles are no longer needed."""

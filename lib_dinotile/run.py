@@ -17,7 +17,7 @@ from lib_dinotile.sampling import BatchSize, Fused, Whole, chunks
 from lib_dinotile.settings import Settings
 from lib_dinotile.team import Team
 from lib_dinotile.tiling.blend import RIM, Blend
-from lib_dinotile.tiling.canvas import Canvas, to_bytes
+from lib_dinotile.tiling.canvas import Canvas
 from lib_dinotile.tiling.colour import correct
 from lib_dinotile.tiling.flat import detail
 from lib_dinotile.tiling.noise import NoiseField, TileNoise
@@ -28,7 +28,7 @@ PIECE, PIECE_OVERLAP = 768, 64
 """A canvas that is sampled as a whole is encoded and decoded in pieces of at most so many pixels a side."""
 
 Painted = tuple[list[Tensor], list[str], "BaseException | None"]
-"""Tiles as they are to be painted, 8 bit (3, h, w), what there is to say, and the error that broke it off."""
+"""Tiles as they are to be painted, half precision (3, h, w), what there is to say, and the error that broke it off."""
 
 
 class Run:
@@ -148,11 +148,11 @@ class Run:
         self.report.note(f"{name} {outcome}: the model gave what is not a number")
 
     def _finish(self, tile: Rect, pixels: Tensor) -> Tensor:
-        """Pixels (3, h, w) as 8 bit, in the source's colours; what was painted already comes as it is."""
+        """Pixels (3, h, w) to be painted, in the source's colours; what was painted already comes as it is."""
         seen = self._neighbours.seen(tile)
         own = None if seen is None else ~seen.held[0]
         corrected = correct(pixels.clamp(0, 1), self.canvas.source(tile), self._settings.colour, own)
-        return to_bytes(corrected if seen is None else torch.lerp(corrected, seen.pixels, seen.hold))
+        return (corrected if seen is None else torch.lerp(corrected, seen.pixels, seen.hold)).half()
 
     def _make(self, tiles: Sequence[Rect]) -> Batch:
         latent = tiles[0].height // self._host.factor, tiles[0].width // self._host.factor
@@ -206,20 +206,17 @@ class Run:
             if mask is not None:
                 mask[index] = cut[0]
 
-        def sample() -> Tensor:
+        def sample() -> tuple[Tensor, set[Rect]]:
             views = Fused(plan, wanted, factor, self._make, self._size, self._team)
-            return host.sample(latents, views, TileNoise(self._noise, [whole]), (plan.width, plan.height), None, mask)
+            noise = TileNoise(self._noise, [whole])
+            sampled = host.sample(latents, views, noise, (plan.width, plan.height), None, mask)
+            return sampled, views.lost if sampled.isfinite().all() else set(wanted)
 
-        def broken(sampled: Tensor) -> list[Rect]:
-            """A tile is lost as a whole, and only what it shares with others beside it."""
-            return [t for t in wanted if not sampled[(0, slice(None), *t.shrink(factor).slices)].isfinite().any()]
-
-        sampled, lost = sample(), []
-        if not sampled.isfinite().all():
-            first = broken(sampled)
+        sampled, lost = sample()
+        if lost:
+            first = [tile for tile in wanted if tile in lost]
             with host.full_precision():
-                sampled = sample()
-            lost = broken(sampled)
+                sampled, lost = sample()
             for tile in first:
                 self._not_a_number(tile, mended=tile not in lost)
         good = [tile for tile in wanted if tile not in lost]
@@ -250,4 +247,4 @@ class Run:
                 index = (slice(None), *part.within(piece).slices)
                 corrected = correct(pixels[index].clamp(0, 1), source[index], self._settings.colour)
                 finished[index] += (corrected - source[index]) * blend.weight(tile)[part.within(tile).slices]
-        return to_bytes(finished.clamp(0, 1))
+        return finished.clamp(0, 1)

@@ -37,6 +37,8 @@ class Fused:
 
     MultiDiffusion (arXiv 2302.08113) with weights that fall off towards a tile's border, as Mixture of Diffusers
     (arXiv 2302.02412) has them; here they are those that tiles are painted with. What no tile covers stays.
+
+    A tile that the model gives what is not a number for is left out from then on, or it would spread to all others.
     """
 
     whole = False
@@ -52,6 +54,8 @@ class Fused:
     ) -> None:
         """plan: the tiles in pixels; wanted: those that are sampled; make: gives the batch for some of them."""
         self._factor, self._make, self._size, self._team = factor, make, size, team
+        self.lost: set[Rect] = set()
+        """Tiles for which the model gave what is not a number."""
         self.limit = size.limit
         self._blend = Blend(plan.shrink(factor), rim=1)
         self._batches = [make(tiles) for tiles in chunks(wanted, size.limit)]
@@ -65,7 +69,11 @@ class Fused:
         for group in chunks(self._batches, self._team.size):
             seen = self._team.share(group, lambda batch: self._see(x, batch, see))
             for batch, outputs in zip(group, seen):
+                finite = torch.stack(outputs).isfinite().flatten(1).all(1).tolist()
+                self.lost.update(tile for tile, good in zip(batch.tiles, finite) if not good)
                 for tile, out in zip(batch.tiles, outputs):
+                    if tile in self.lost:
+                        continue
                     area = tile.shrink(self._factor)
                     weight = self._blend.weight(area).to(x.device)
                     output[(0, slice(None), *area.slices)] += out.to(output) * weight

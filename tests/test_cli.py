@@ -177,7 +177,7 @@ def test_a_run_that_broke_off_is_resumed_to_the_same_image(photo, tmp_path, samp
     total, sampled[:], sampled.stop = len(sampled), [], 3
     with pytest.raises(SystemExit):
         run(photo, broken, *arguments)
-    kept = sorted((tmp_path / "broken.png.tiles").glob("*.png"))
+    kept = sorted((tmp_path / "broken.png.tiles").glob("*.safetensors"))
     assert kept and not broken.exists()
     kept[-1].write_bytes(kept[-1].read_bytes()[:100])  # cut off when it went down
     sampled[:], sampled.stop = [], None

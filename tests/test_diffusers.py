@@ -12,6 +12,7 @@ from diffusers import (
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
+from PIL import Image
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from lib_dinotile import DinotileError
@@ -129,11 +130,11 @@ class Fixed:
         return AdapterCondition(self._adapter, crops, latent)
 
 
-def run(model, batch=4, conditioner=None, **generation):
+def run(model, batch=4, conditioner=None, mask=None, settings=None, **generation):
     given = Generation(**{"model": model, "prompt": "a cat", "steps": 4, "denoise": 0.5, "seed": 1, **generation})
     host = load_host(given)
-    settings = Settings(**{**SETTINGS.__dict__, "batch": batch})
-    result = upscale(host, SOURCE, settings, NoiseField(given.seed, host.channels), conditioner)
+    chosen = Settings(**{**SETTINGS.__dict__, "batch": batch, **(settings or {})})
+    result = upscale(host, SOURCE, chosen, NoiseField(given.seed, host.channels), conditioner, mask=mask)
     return np.asarray(result.image).astype(int)
 
 
@@ -184,6 +185,68 @@ def test_prompt_strength_and_seed_count(sd15):
     plain = run(sd15)
     for other in ({"prompt": "pebbles"}, {"negative": "cloth"}, {"seed": 2}, {"cfg": 2.0}, {"steps": 6}):
         assert abs(run(sd15, **other) - plain).max() > 0, other
+
+
+@pytest.mark.parametrize("family", ["sd15", "sdxl"])
+def test_fused_every_tile_has_its_own_condition_and_any_batch_gives_the_same(family, request):
+    model, fused = request.getfixturevalue(family), {"order": "fused"}
+    untrained, random = adapters(model)
+    plain = run(model, settings=fused)
+    assert abs(plain - run(model)).max() > 1
+    assert abs(run(model, 1, settings=fused) - plain).max() <= 1
+    assert (run(model, conditioner=Fixed(untrained), settings=fused) == plain).all()
+    adapted = run(model, conditioner=Fixed(random), settings=fused)
+    assert abs(adapted - plain).mean() > 0.5
+    assert abs(run(model, 1, conditioner=Fixed(random), settings=fused) - adapted).max() <= 1
+
+
+@pytest.mark.parametrize("order", ["chess", "fused"])
+def test_a_tile_is_told_its_own_prompt(sd15, order):
+    told = run(sd15, prompt="a cat, fur", settings={"order": order})
+    plain = run(sd15, settings={"order": order})
+    assert abs(told - plain).max() > 0
+    assert (run(sd15, settings={"order": order, "tile_prompt": "fur"}) == told).all()
+    replaced = {"order": order, "tile_prompt": "a cat, fur", "tile_prompt_mode": "replace"}
+    assert (run(sd15, prompt="pebbles", settings=replaced) == told).all()
+    corner = run(sd15, settings={"order": order, "tile_prompts": "1: fur", "overlap": 0, "colour": "none"})
+    bare = run(sd15, settings={"order": order, "overlap": 0, "colour": "none"})
+    change = abs(corner - bare)
+    # A little of it spreads: from tile to tile that sees it, and fused through the decoder.
+    assert change[:56, :56].mean() > 3 * change[72:, 72:].mean()
+
+
+@pytest.mark.parametrize("order", ["chess", "fused"])
+def test_outside_the_mask_nothing_changes(sd15, order):
+    mask = Image.new("L", SOURCE.size)
+    mask.paste(255, (10, 10, 30, 30))
+    masked = run(sd15, mask=mask, settings={"order": order})
+    plain = np.asarray(SOURCE.resize((140, 90), Image.Resampling.LANCZOS)).astype(int)
+    outside = np.asarray(mask.resize((140, 90), Image.Resampling.BILINEAR)) == 0
+    assert (masked[outside] == plain[outside]).all() and (masked != plain).any()
+
+
+def test_what_overflows_in_half_precision_is_done_again_in_full(sd15, monkeypatch):
+    host = load_host(Generation(model=sd15, prompt="a cat", steps=4, denoise=0.5))
+    host._unet.to(torch.bfloat16)
+    host._codec.to(torch.bfloat16)
+    host.dtype = torch.bfloat16
+    text = host._text
+    host._text = lambda prompt: tuple(rows.to(host.dtype) for rows in text(prompt))
+    weights = {name: tensor.clone() for name, tensor in host._unet.state_dict().items()}
+    forward, seen = host._unet.forward, []
+
+    def overflows(x, *arguments, **more):
+        seen.append(x.dtype)
+        output = forward(x, *arguments, **more)
+        return output if x.dtype == torch.float32 else (output[0] * torch.nan,)
+
+    monkeypatch.setattr(host._unet, "forward", overflows)
+    result = upscale(host, SOURCE, Settings(tile=128, overlap=16, scale=1.0), NoiseField(1, 4))
+    assert result.report.lines == ["tile 1 was done again in full precision: the model gave what is not a number"]
+    assert set(seen) == {torch.bfloat16, torch.float32} and host.dtype == torch.bfloat16
+    for name, tensor in host._unet.state_dict().items():
+        assert tensor.dtype == torch.bfloat16 and torch.equal(tensor, weights[name])
+    assert np.asarray(result.image).std() > 1
 
 
 def test_denoise_0_only_goes_through_the_codec(sd15):

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from lib_dinotile.tiling.blend import Blend
-from lib_dinotile.tiling.canvas import Canvas, to_bytes
+from lib_dinotile.tiling.canvas import Canvas
 from lib_dinotile.tiling.noise import NoiseField, TileNoise
 from lib_dinotile.tiling.plan import ORDERS, Rect, TilePlan
 
@@ -93,7 +93,7 @@ def test_tiles_that_come_back_unchanged_leave_the_canvas_unchanged(plan):
     image = random_image(plan.width, plan.height)
     canvas, blend = Canvas(image, plan), Blend(plan)
     for tile in plan.tiles:
-        canvas.paint(tile, to_bytes(canvas.crop(tile)), blend.weight(tile))
+        canvas.paint(tile, canvas.crop(tile), blend.weight(tile))
     assert canvas.image().tobytes() == image.tobytes()
     canvas.flatten()
     assert canvas.image().tobytes() == image.tobytes()
@@ -105,7 +105,7 @@ def test_a_canvas_painted_all_over_shows_what_was_painted(plan):
     image, other = random_image(plan.width, plan.height), random_image(plan.width, plan.height, seed=1)
     canvas, wanted, blend = Canvas(image, plan), Canvas(other, plan), Blend(plan)
     for tile in plan.tiles:
-        canvas.paint(tile, to_bytes(wanted.source(tile)), blend.weight(tile))
+        canvas.paint(tile, wanted.source(tile), blend.weight(tile))
     difference = np.asarray(canvas.image()).astype(int) - np.asarray(other).astype(int)
     assert abs(difference).max() <= 1
 

@@ -20,6 +20,7 @@ from lib_dinotile import DinotileError
 from lib_dinotile.condition.conditioner import MINI
 from lib_dinotile.condition.shape import UNetShape
 from lib_dinotile.hosts.base import Batch, Views
+from lib_dinotile.hosts.overridden import in_float32, overridden
 from lib_dinotile.settings import Generation
 from lib_dinotile.tiling.canvas import Canvas
 from lib_dinotile.tiling.noise import TileNoise
@@ -178,18 +179,8 @@ class DiffusersHost:
 
     @contextlib.contextmanager
     def full_precision(self) -> Iterator[None]:
-        dtype = self.dtype
-        codec = {name: tensor.dtype for name, tensor in self._codec.state_dict().items()}
-        try:
-            self.dtype = torch.float32
-            self._unet.float()
-            self._codec.float()
+        with in_float32([self._unet, self._codec]), overridden(self, dtype=torch.float32):
             yield
-        finally:
-            self.dtype = dtype
-            self._unet.to(dtype)
-            if codec:
-                self._codec.to(next(iter(codec.values())))
 
     def free_memory(self) -> None:
         if self.device.type == "cuda":

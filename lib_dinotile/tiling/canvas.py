@@ -78,8 +78,8 @@ class Canvas:
         return (self.source(tile) + self.change(tile)).clamp(0, 1)
 
     def paint(self, tile: Rect, pixels: Tensor, weight: Tensor) -> None:
-        """Paint pixels (3, h, w) of 8 bit with weights (h, w) in [0, 1]; over all tiles they sum to one at most."""
-        change = (pixels.float() / 255 - self.source(tile)) * weight
+        """Paint pixels (3, h, w) in [0, 1] with weights (h, w) in [0, 1]; over all tiles they sum to one at most."""
+        change = (pixels.float() - self.source(tile)) * weight
         self._change[(slice(None), *tile.slices)] += change.to(torch.float16)
 
     def flatten(self) -> None:
