@@ -9,8 +9,12 @@ from PIL import Image, ImageDraw
 
 from lib_dinotile import DinotileError
 from lib_dinotile.engine import UnfinishedError, canvas_size, make_plan, upscale
+from lib_dinotile.hosts.base import Batch
+from lib_dinotile.sampling import BatchSize, Fused
 from lib_dinotile.settings import Settings
+from lib_dinotile.team import Team
 from lib_dinotile.tiling.noise import NoiseField
+from lib_dinotile.tiling.plan import TilePlan
 from lib_dinotile.tiling.seams import seam_passes
 from tests.test_engine import StubHost, noisy
 from tests.test_tiling import random_image
@@ -282,3 +286,20 @@ def test_a_later_tile_holds_on_to_what_is_painted_and_starts_from_the_source_els
 def test_the_noise_of_a_run_that_is_fused_is_the_same_field():
     chess, fused = (run(StubHost(noisy), order=order, overlap=0) for order in ("chess", "fused"))
     assert abs(pixels(chess.image) - pixels(fused.image)).max() <= 1
+
+
+def test_a_fused_tile_that_is_not_a_number_does_not_spread():
+    plan = TilePlan(80, 32, tile=32, overlap=8, order="fused")  # three in a row
+    tiles = plan.tiles
+    fused = Fused(plan, tiles, 8, lambda some: Batch(some, [None] * len(some), None), BatchSize(2, None, None), Team())
+
+    def see(x, batch):
+        bad = torch.tensor([tile == tiles[1] for tile in batch.tiles])
+        return torch.where(bad[:, None, None, None], torch.nan, x.mean((1, 2, 3), keepdim=True).expand_as(x) + 1)
+
+    known = torch.full((1, 1, 4, 10), 7.0)
+    x = torch.zeros_like(known)
+    for step in (1, 2):
+        x = fused(x, see, lambda: known)
+        assert x.isfinite().all() and fused.lost == {tiles[1]}
+        assert (x[..., :4] == step).all() and (x[..., 6:] == step).all() and (x[..., 4:6] == 7).all()
