@@ -52,7 +52,7 @@ def test_painted_the_size_is_exact_too(webui: WebUI, photo: Image.Image, options
     assert correlation(reply.image, source.resize((151, 103), Image.Resampling.LANCZOS)) > 0.6
 
 
-@pytest.mark.parametrize("size", [(333, 222), (101, 203), (96, 64), (57, 91), (202, 134)], ids=str)
+@pytest.mark.parametrize("size", [(333, 222), (101, 203), (57, 91)], ids=str)
 @pytest.mark.parametrize("mode", [STRETCH, CROP, FILL, LATENT])
 def test_img2img_size_with_every_resize_mode(webui: WebUI, photo: Image.Image, mode: int, size: tuple[int, int]):
     source, (width, height) = photo.resize((101, 67)), size
