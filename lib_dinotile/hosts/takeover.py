@@ -8,6 +8,7 @@ working.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import hashlib
 from typing import Any
 
@@ -23,7 +24,7 @@ from lib_dinotile.hosts import folders
 from lib_dinotile.hosts.area import Area
 from lib_dinotile.hosts.base import check_name
 from lib_dinotile.hosts.overridden import overridden
-from lib_dinotile.hosts.webui import WebUIHost
+from lib_dinotile.hosts.webui import LATENT_NOISE, LATENT_NOTHING, WebUIHost
 from lib_dinotile.prompts import check_prompts
 from lib_dinotile.settings import NONE, Settings
 from lib_dinotile.tiling.noise import NoiseField
@@ -72,8 +73,10 @@ def _switched_on(p: Any, title: str) -> bool:
 
 def _selected(p: Any) -> str:
     """The title of the script that is chosen under Script, or nothing."""
-    number = p.script_args[0] if p.scripts and p.script_args else 0
-    return p.scripts.selectable_scripts[number - 1].title() if number else ""
+    chosen = p.script_args[0] if p.scripts and p.script_args else 0
+    if isinstance(chosen, str):  # that is how PNG info in a request says it
+        return chosen
+    return p.scripts.selectable_scripts[chosen - 1].title() if chosen else ""
 
 
 def refuse(p: Any, error: Exception) -> None:
@@ -117,6 +120,8 @@ class Takeover:
         for text in (settings.tile_prompt, settings.tile_prompts):
             if extra_networks.parse_prompt(text)[1]:
                 raise DinotileError("tile prompts cannot load networks such as LoRA: write them into the main prompt")
+        if p.image_mask is not None and p.inpainting_fill in (LATENT_NOISE, LATENT_NOTHING):
+            settings = dataclasses.replace(settings, colour="none")  # what is new has colours of its own
         self._p, self._settings = p, settings
         self._area = Area(p, settings, sizes.pop())
         self._host: WebUIHost | None = None
@@ -181,10 +186,10 @@ class Takeover:
         plan = engine.make_plan(self._host, self._area.canvas, self._settings)
         check_name("upscaler", self._settings.upscaler, self._host.upscalers())
         check_prompts(self._host, plan, self._settings)
-        batches = engine.job_count(plan, self._settings) * p.batch_size
+        batches = max(1, engine.job_count(plan, self._settings)) * p.batch_size
         state = shared.state
         if not state.processing_has_refined_job_count:  # once: it may be one image of many, or a cell of a plot
-            state.job_count = max(state.job_count, p.n_iter) * (batches + 1)  # the WebUI counts a finished one itself
+            state.job_count = max(state.job_count, p.n_iter) * batches
             state.processing_has_refined_job_count = True
         steps = sd_samplers_common.setup_img2img_steps(p)[1] + 1
         shared.total_tqdm.updateTotal(batches * p.n_iter * steps)
@@ -207,6 +212,7 @@ class Takeover:
         for number in range(len(seeds)):
             uncond = None if unconditional_conditioning is None else unconditional_conditioning[number]
             host.bind(prompts[number], p.negative_prompts[number], conditioning.batch[number], uncond)
+            host.last = number == len(seeds) - 1
             noise = NoiseField(seeds[number], host.channels, subseeds[number], subseed_strength)
             source = self._sources[number % len(self._sources)]
             try:
