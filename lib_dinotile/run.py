@@ -82,6 +82,20 @@ class Run:
                 self._fuse(blend, wanted)
             else:
                 self._waves(step, tiles, blend, denoise, wanted)
+            if self._settings.colour != "none":
+                self._level(blend, wanted)
+
+    def _level(self, blend: Blend, tiles: Sequence[Rect]) -> None:
+        """Colours that are right in every tile can be wrong where tiles are blended: shift what the canvas shows of
+        each to the source's mean, with the weights that it was painted with."""
+        canvas, shifts = self.canvas, []
+        for tile in tiles:
+            mask = canvas.mask(tile)
+            weight = torch.ones(1, tile.height, tile.width) if mask is None else mask
+            short = (canvas.source(tile) - canvas.painted(tile)) * weight
+            shifts.append(short.sum((1, 2), keepdim=True) / weight.sum())
+        for tile, shift in zip(tiles, shifts):
+            canvas.add(tile, shift * blend.weight(tile))
 
     def _progress(self, tiles: Sequence[Rect]) -> None:
         for tile in self.report.tiles:

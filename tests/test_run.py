@@ -170,8 +170,10 @@ def test_flat_tiles_keep_the_source_and_are_named(order):
 
 @pytest.mark.parametrize("colour", ["AdaIN", "wavelet"])
 @pytest.mark.parametrize("order", ["chess", "fused"])
-def test_colours_stay_those_of_the_source(colour, order):
-    source = Image.open(PHOTO).convert("RGB").resize((100, 70))
+@pytest.mark.parametrize("kind", ["photo", "blobs"])
+def test_colours_stay_those_of_the_source(colour, order, kind):
+    blobs = random_image(25, 18).resize((100, 70), Image.Resampling.BICUBIC)
+    source = Image.open(PHOTO).convert("RGB").resize((100, 70)) if kind == "photo" else blobs
 
     def tint(x):
         return (x * 0.8 + torch.tensor([0.15, 0.0, 0.05])[:, None, None]).clamp(0, 1)

@@ -45,7 +45,7 @@ class Area:
             if settings.target == "img2img size":
                 box = masking.expand_crop_region(box, *given, *size)
             self._box, self._overlay = box, self.mask
-            self.mask = self.mask.crop(box)
+            self.mask = self.mask.crop(box).point(lambda level: 255 if level else 0)  # it fades when it is put back
             self.canvas = engine.canvas_size((box[2] - box[0], box[3] - box[1]), settings, given)
             self.finished = size
             return

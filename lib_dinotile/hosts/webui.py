@@ -62,6 +62,8 @@ class WebUIHost:
     base: str
     shape: UNetShape | None
     prompt = ""
+    last = True
+    """Whether the image that is painted is the last of its batch: the WebUI counts the last of its jobs itself."""
 
     def __init__(self, p: Any) -> None:
         self._p = p
@@ -299,7 +301,7 @@ class WebUIHost:
         return state.interrupted or state.skipped or state.stopping_generation
 
     def progress(self, done: int, total: int, canvas: Canvas) -> None:
-        if done:
+        if done and not (done == total and self.last):
             shared.state.nextjob()
         shared.state.textinfo = f"DINO Tile: {done} of {total} tiles"
         if shared.opts.live_previews_enable:

@@ -61,7 +61,7 @@ class Canvas:
 
     def crop(self, tile: Rect, pixels: Tensor | None = None) -> Tensor:
         """The canvas's pixels (3, h, w) in [0, 1], with what is painted already, or with these instead."""
-        pixels = self._painted(tile) if pixels is None else pixels
+        pixels = self.painted(tile) if pixels is None else pixels
         if self._mask is None:
             return pixels
         return torch.lerp(self._original[(slice(None), *tile.slices)].float() / 255, pixels, self.mask(tile))
@@ -74,19 +74,23 @@ class Canvas:
         """The canvas's pixels as an RGB image."""
         return Image.fromarray(to_bytes(self.crop(tile)).permute(1, 2, 0).contiguous().numpy())
 
-    def _painted(self, tile: Rect) -> Tensor:
+    def painted(self, tile: Rect) -> Tensor:
+        """What tiles have painted (3, h, w) in [0, 1], whatever the mask."""
         return (self.source(tile) + self.change(tile)).clamp(0, 1)
 
     def paint(self, tile: Rect, pixels: Tensor, weight: Tensor) -> None:
         """Paint pixels (3, h, w) in [0, 1] with weights (h, w) in [0, 1]; over all tiles they sum to one at most."""
-        change = (pixels.float() - self.source(tile)) * weight
+        self.add(tile, (pixels.float() - self.source(tile)) * weight)
+
+    def add(self, tile: Rect, change: Tensor) -> None:
+        """Add to what is painted (3, h, w)."""
         self._change[(slice(None), *tile.slices)] += change.to(torch.float16)
 
     def flatten(self) -> None:
         """What is painted becomes the base that the next tiles are painted on."""
         for band in self._bands(*self._padded):
             rows = (slice(None), *band.slices)
-            self._base[rows] = to_bytes(self._painted(band))
+            self._base[rows] = to_bytes(self.painted(band))
             self._change[rows] = 0
 
     def image(self) -> Image.Image:
