@@ -1,20 +1,27 @@
-"""ControlNet and the adapter together: both count, neither replaces the other."""
+"""ControlNet sees of the control image what the tile shows, and works together with the adapter."""
 
 from __future__ import annotations
 
 import itertools
 from typing import Any
 
+import numpy as np
 import pytest
 from adapters import Adapters
 from client import WebUI, difference, encode
 from PIL import Image
+
+from lib_dinotile.tiling.plan import TilePlan
 
 WEIGHT = 0.1
 """Enough to be seen, also where the ControlNet is not trained."""
 ONE_TILE = {"scale": 2, "tile": 256, "overlap": 0}
 """The whole canvas in one tile, which gets the whole control image."""
 MANY = {"scale": 2, "tile": 128, "overlap": 16, "order": "linear"}
+FOUR = {"scale": 1, "upscaler": "None", "tile": 64, "overlap": 0, "colour": "none"}
+"""A source of 128x128 becomes four tiles of it that touch nowhere."""
+NO_NOISE = {"initial_noise_multiplier": 0}
+"""What a tile becomes depends on nothing but what it shows, and what ControlNet and prompt say to it."""
 
 GRIDS = [pytest.param(ONE_TILE, id="one tile"), pytest.param(MANY, id="many tiles")]
 
@@ -36,9 +43,33 @@ def unit(webui: WebUI, request: pytest.FixtureRequest, source: Image.Image) -> d
     return {"enabled": True, "image": encode(source), "module": none, "model": found, "weight": WEIGHT}
 
 
-def controlled(webui: WebUI, source: Image.Image, unit: dict[str, Any], options: dict[str, Any]) -> Image.Image:
+@pytest.fixture(scope="module")
+def large(photo: Image.Image) -> Image.Image:
+    return photo.resize((128, 128))
+
+
+@pytest.fixture(scope="module")
+def specks() -> Image.Image:
+    """A control image that is another in every tile, of the size of `large`."""
+    return Image.fromarray(np.random.default_rng(0).integers(0, 256, (128, 128, 3), dtype=np.uint8))
+
+
+@pytest.fixture(scope="module")
+def plan() -> TilePlan:
+    """The tiles of `large` in `FOUR`."""
+    return TilePlan(128, 128, FOUR["tile"])
+
+
+def controlled(
+    webui: WebUI, source: Image.Image, units: dict[str, Any] | list[dict], options: dict[str, Any] | None, **request
+) -> Image.Image:
     """The image alone: what follows it are the units' own pictures."""
-    return webui.img2img(source, options, alwayson_scripts={"ControlNet": {"args": [unit]}}).images[0]
+    units = units if isinstance(units, list) else [units]
+    return webui.img2img(source, options, alwayson_scripts={"ControlNet": {"args": units}}, **request).images[0]
+
+
+def cut(image: Image.Image, tile) -> Image.Image:
+    return image.crop((tile.x, tile.y, tile.right, tile.bottom))
 
 
 @pytest.mark.parametrize("grid", GRIDS)
@@ -67,6 +98,14 @@ def test_any_batch_gives_the_same_image(webui: WebUI, source: Image.Image, unit,
     assert difference(one, four) <= 1
 
 
+@pytest.mark.parametrize("order", ["chess", "linear", "fused"])
+def test_any_batch_gives_the_same_image_in_every_order(webui: WebUI, large: Image.Image, unit, specks, order: str):
+    options = {**FOUR, "overlap": 16, "order": order}
+    shown = {**unit, "image": encode(specks)}
+    one, four = (controlled(webui, large, shown, {**options, "batch": batch}) for batch in (1, 4))
+    assert difference(one, four) <= 1
+
+
 def test_a_tile_gets_its_own_part_of_the_control_image(webui: WebUI, photo: Image.Image, unit):
     """Where the control image changes, the tiles there change, and no others."""
     source = photo.resize((112, 64))  # two tiles side by side
@@ -79,3 +118,64 @@ def test_a_tile_gets_its_own_part_of_the_control_image(webui: WebUI, photo: Imag
     near, far = (0, 0, 80, one.height), (one.width - 64, 0, one.width, one.height)
     assert difference(one.crop(near), other.crop(near)) == 0
     assert difference(one.crop(far), other.crop(far)) > 1
+
+
+@pytest.fixture(scope="module")
+def by_hand(webui: WebUI, large: Image.Image, unit, specks: Image.Image, plan: TilePlan) -> list[Image.Image]:
+    """What the WebUI, without DINO Tile, makes of each tile of the source and of the control image cut by hand."""
+    return [
+        controlled(webui, cut(large, tile), {**unit, "image": encode(cut(specks, tile))}, None, **NO_NOISE)
+        for tile in plan.tiles
+    ]
+
+
+@pytest.mark.parametrize("order, batch", [("chess", 4), ("linear", 1), ("fused", 1), ("fused", 4)])
+def test_a_tile_is_what_its_crops_give_by_hand(
+    webui: WebUI, large: Image.Image, unit, specks: Image.Image, plan: TilePlan, by_hand, order: str, batch: int
+):
+    options = {**FOUR, "order": order, "batch": batch}
+    image = controlled(webui, large, {**unit, "image": encode(specks)}, options, **NO_NOISE)
+    for tile, alone in zip(plan.tiles, by_hand):
+        assert difference(cut(image, tile), alone) <= 1, tile
+    assert difference(image, webui.img2img(large, options, **NO_NOISE).image) > 1
+
+
+def test_two_units_at_once(webui: WebUI, large: Image.Image, unit, specks: Image.Image, plan: TilePlan):
+    turned = specks.transpose(Image.Transpose.ROTATE_90)
+
+    def units(tile=None) -> list[dict[str, Any]]:
+        images = [image if tile is None else cut(image, tile) for image in (specks, turned)]
+        return [{**unit, "image": encode(images[0])}, {**unit, "image": encode(images[1]), "weight": 2 * WEIGHT}]
+
+    image = controlled(webui, large, units(), {**FOUR, "batch": 4}, **NO_NOISE)
+    for tile in plan.tiles:
+        assert difference(cut(image, tile), controlled(webui, cut(large, tile), units(tile), None, **NO_NOISE)) <= 1
+
+
+@pytest.mark.parametrize("order", ["chess", "fused"])
+def test_an_effective_region_is_cut_too(
+    webui: WebUI, large: Image.Image, unit, specks: Image.Image, plan: TilePlan, by_hand, order: str
+):
+    """A mask that is black over the two tiles on the left, and white over those on the right."""
+    mask = Image.new("RGB", large.size)
+    mask.paste("white", (64, 0, 128, 128))
+    forge = webui.get("sdapi/v1/sd-modules").status_code == 200
+    name = "mask_image" if forge else "effective_region_mask"
+    masked = {**unit, "image": encode(specks), name: encode(mask)}
+    options = {**FOUR, "batch": 4, "order": order}
+    image = controlled(webui, large, masked, options, **NO_NOISE)
+    without = webui.img2img(large, options, **NO_NOISE).image
+    for tile, alone in zip(plan.tiles, by_hand):
+        expected = alone if tile.x else cut(without, tile)
+        assert difference(cut(image, tile), expected) <= 1, tile
+
+
+def test_it_hears_the_tiles_prompts(webui: WebUI, large: Image.Image, unit, specks: Image.Image, plan: TilePlan):
+    """ControlNet gets the prompt of the tile along with its part of the control image, in batches of any size."""
+    strong = {"cfg_scale": 100, **NO_NOISE}
+    shown, told = {**unit, "image": encode(specks)}, {"tile_prompts": "2: a cat\n3: " + "a tree on a hill, " * 30}
+    one, four = (controlled(webui, large, shown, {**FOUR, **told, "batch": batch}, **strong) for batch in (1, 4))
+    assert difference(one, four) <= 1
+    part = {**unit, "image": encode(cut(specks, plan.tiles[1]))}
+    alone = controlled(webui, cut(large, plan.tiles[1]), part, None, prompt="a photo, a cat", **strong)
+    assert difference(cut(four, plan.tiles[1]), alone) <= 1

@@ -185,7 +185,7 @@ def test_captions_can_be_sent_back(webui: WebUI, square: Image.Image, captioned:
 def test_png_info_with_captions_gives_the_image_again(webui: WebUI, square: Image.Image, captioned: Reply):
     again = webui.img2img(square, infotext=captioned.infotexts[0], **STRONG)
     assert difference(again.image, captioned.image) == 0
-    assert again.infotexts == captioned.infotexts
+    assert again.fields == captioned.fields
 
 
 def test_a_line_comes_in_place_of_a_caption(webui: WebUI, square: Image.Image, captioned: Reply):
