@@ -1,22 +1,24 @@
 """dinotile against its peers in a running A1111: python benchmarks/peers.py --webui URL [--large] [--json]
 
 Same checkpoint, source, steps, sampler, strength and size of what the UNet sees; one thing at a time on the machine.
-Every figure is dinotile's time over the peer's, so less is better; runs take turns, a warm-up run of each goes first, and
-the figure is the ratio of the medians. That both make the size asked for out of the same number of tiles is checked.
+Every figure is dinotile's time over the peer's, so less is better. Runs take turns after a warm-up run of each, and the
+figure is the ratio of the medians. That both make the size asked for out of the same number of tiles is checked.
 
-usdu_1024: over Ultimate SD Upscale, 256 -> 1024 x 1024: tile 256 with padding 32, which it samples at 320, and tile 320
-with overlap 64; 16 tiles each. Seconds from request to answer. Target: 0.9.
-usdu_8192 (--large): the same, 1024 -> 8192 x 8192, 1024 tiles each. Neither is run to its end: the WebUI is asked for its
-progress ten times a second, interrupted after so many tiles (WARM and then MEASURED), and the whole is
+usdu_1024: over Ultimate SD Upscale, 256 -> 1024 x 1024: its tile 256 with padding 32, which it samples at 320, and tile
+320 with overlap 64; 16 tiles each. Seconds from request to answer. Target: 0.9.
+
+usdu_8192 (--large): the same, 1024 -> 8192 x 8192, 1024 tiles each. Neither is run to its end: the WebUI is asked for
+its progress ten times a second, interrupted after so many tiles (WARM and then MEASURED), and the whole is
 
     start + tiles * seconds per tile + end
 
 per tile: from the end of the WARMth tile to the end of the last one measured. start: from the request to the end of the
-WARMth tile, less what so many tiles take: upscaling, and what else is done once. end: from the interrupt to the
-answer: the finished image, and its PNG; it takes in what is left of the tile or batch that was broken off, the same
-once for both. Target: 0.5.
-tiled_diffusion: order "fused" over Tiled Diffusion's MultiDiffusion, 256 -> 1024 x 1024, tiles of 32 x 32 latent cells (256
-pixels) with overlap 8 (64), batch 4; 25 tiles each. Target: 0.9.
+WARMth tile, less what so many tiles take: upscaling, and what else is done once. end: from the interrupt to the answer:
+the finished image, and its PNG; it takes in what is left of the tile or batch that was broken off, once for each side.
+Target: 0.5.
+
+tiled_diffusion: order "fused" over Tiled Diffusion's MultiDiffusion, 256 -> 1024 x 1024, tiles of 32 x 32 latent cells
+(256 pixels) with overlap 8 (64), batch 4; 25 tiles each. Target: 0.9.
 """
 
 from __future__ import annotations
@@ -81,11 +83,13 @@ def check_tiles(name: str, found: int | None, expected: int) -> None:
 
 def tiled_count(infotext: str, side: int) -> int:
     """Tiles of Tiled Diffusion for what its infotext says, by its own formula (split_bboxes)."""
-    tile, overlap = (int(re.search(rf'{key}\D*(\d+)', infotext)[1]) for key in ("Tile tile width", "Tile Overlap"))
+    tile, overlap = (int(re.search(rf"{key}\D*(\d+)", infotext)[1]) for key in ("Tile tile width", "Tile Overlap"))
     return math.ceil((side // 8 - overlap) / (tile - overlap)) ** 2
 
 
-def compare(webui: WebUI, sides: tuple[Side, Side], expected: int, runs: int, small: int = 256, large: int = 1024) -> float:
+def compare(
+    webui: WebUI, sides: tuple[Side, Side], expected: int, runs: int, small: int = 256, large: int = 1024
+) -> float:
     """The ratio of the medians of whole runs."""
     image, seconds = source(small), {side.name: [] for side in sides}
     for side in sides:
@@ -172,7 +176,9 @@ def main() -> None:
     figures["usdu_1024"] = compare(webui, ultimate(4.0), 16, arguments.runs)
     show("usdu_1024")
     fused = (
-        Side("dinotile, fused", webui.dinotile(scale=4.0, tile=256, overlap=64, batch=4, order="fused"), dinotile_tiles),
+        Side(
+            "dinotile, fused", webui.dinotile(scale=4.0, tile=256, overlap=64, batch=4, order="fused"), dinotile_tiles
+        ),
         Side("Tiled Diffusion", webui.tiled(4.0, 256, 64, 4)),
     )
     print("1024 x 1024, 25 tiles of 256 advancing together")

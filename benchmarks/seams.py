@@ -2,22 +2,28 @@
 
 A seam is gradient energy across the borders of tiles over that elsewhere in the same image; 1.0 is no seam.
 
-Energy: squared difference of neighbouring pixels, mean of the colours. Photographs have edges of their own, which differ
-by many percent from column to column, so everything is held against a reference: the same canvas as one single tile, with
-the same model, seed and noise. Both images' energies are divided by what is common around that place (the mean of both
-over 17 x 17 pixels, plus one level), or a few hard edges would outweigh all of a sky. Then
+Energy: squared difference of neighbouring pixels, mean of the colours. Photographs have edges of their own, which
+differ by many percent from column to column, so everything is held against a reference: the same canvas as one single
+tile, with the same model, seed and noise. Both images' energies are divided by what is common around that place (the
+mean of both over 17 x 17 pixels, plus one level), or a few hard edges would outweigh all of a sky. Then
 
     seam = (energy at the lines / energy elsewhere) / (the same of the reference)
 
-as sums over all lines, both directions and all canvases of a group. Lines are where tiles begin, where they end, and the
-middles of their overlaps (with a seam pass also where its bands begin, end and peak): each of the three kinds counts alone,
-and each twice, as the one difference right across the line and as the eight around it, for soft seams. A cell of the table
-is the largest of the six, with its standard error (jackknife over the canvases). Elsewhere is in no overlap and no band,
-at least 8 pixels away; a column is compared with columns of its own place in the 8 x 8 pixels of a latent cell.
-So two things count as a seam: a step at a line, and an overlap that has more detail than the tiles' inside.
+as sums over all lines, both directions and all canvases of a group. Lines are where tiles begin, where they end, and
+the middles of their overlaps (with a seam pass also where its bands begin, end and peak): each of the three kinds
+counts alone, and each twice, as the one difference right across the line and as the eight around it, for soft seams.
+A cell of the table is the largest of the six, with its standard error (jackknife over the canvases). Elsewhere is the
+nearest columns on both sides that lie in no overlap and no band, 8 pixels from any, and at the same place in the 8 x
+8 pixels of a latent cell. So two things count as a seam: a step at a line, and an overlap that has more detail than
+the tiles' inside.
 
-Checked on every run, with the same images (the rows in brackets): "no border" takes lines inside tiles, where there are
-none, and has to be 1.00; "cut" is the reference with each tile's colours shifted by 2 levels up or down, cut hard.
+Checked on every run, with the same images (the rows in brackets): "nowhere" takes lines in the middle between the
+real ones, where no border is, and has to be 1.00; "cut" is the reference cut into tiles, the colours of each shifted
+by 2 levels up or down, and has to be well above.
+
+In a WebUI (--webui: some canvases of each group, through dinotile and, where they are installed, Ultimate SD Upscale
+and Tiled Diffusion) the reference is dinotile's single tile. Peers draw other noise than that, so their figures
+scatter more.
 
 --json: one last line, "worst" is the largest cell for dinotile without a seam pass. Target: at most 1.02.
 """
@@ -27,18 +33,21 @@ from __future__ import annotations
 import argparse
 import functools
 import importlib.util
+import itertools
 import json
 import sys
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
+from torch import Tensor
+from webui import DINOTILE, TILED, ULTIMATE, WebUI
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from lib_dinotile.engine import make_plan, upscale
+from lib_dinotile.engine import upscale
 from lib_dinotile.hosts.diffusers import load_host
 from lib_dinotile.settings import Generation, Settings
 from lib_dinotile.tiling.noise import NoiseField
@@ -51,8 +60,9 @@ SIDE, SCALE = 256, 2
 """Of the sources, and how much larger the canvases are."""
 GENERATION = Generation(steps=6, denoise=0.35)  # two UNet steps a tile
 TILES = Settings(scale=SCALE, tile=128, overlap=32, batch=4)
+WEBUI_TILES = replace(TILES, tile=192, overlap=64)
 ORDERS = ("chess", "linear", "fused")
-WITH_PASS = 3
+WITH_PASS = 2
 """Canvases of each group that the seam passes are run on."""
 
 KINDS = ("begin", "middle", "end")
@@ -90,17 +100,23 @@ class Lines:
     def of(cls, starts: Sequence[int], tile: int, length: int) -> Lines:
         """The lines of tiles of this size."""
         lines = cls(length)
-        for left, right in zip(starts, starts[1:]):
+        for left, right in itertools.pairwise(starts):
             lines.add(right, left + tile)
         return lines
 
+    def band(self, start: int, weight: Tensor) -> None:
+        """What a tile of a seam pass paints, for its weights along this axis."""
+        painted = weight.nonzero()
+        self.add(start + int(painted[0]), start + int(painted[-1]) + 1)
+
     @functools.cached_property
     def elsewhere(self) -> np.ndarray:
-        """Columns that no seam can be at."""
+        """Columns that no seam can be at. Where bands cover nearly all, they do not count: only their lines do."""
         near = {line + i for kind in self.kinds.values() for line in kind for i in range(-MARGIN, MARGIN)}
         covered = {pixel + i for pixel in self.covered for i in range(-MARGIN, MARGIN + 1)}
-        inner = set(range(MARGIN, self.length - MARGIN))
-        return np.array(sorted(inner - near - covered or inner - near))
+        inner = set(range(MARGIN, self.length - MARGIN)) - near
+        free = inner - covered
+        return np.array(sorted(free if len(free) > self.length / 4 else inner))
 
     def beside(self, place: int) -> tuple[np.ndarray, np.ndarray]:
         """The nearest columns elsewhere, left and right, that lie in a latent cell as this one does."""
@@ -119,15 +135,15 @@ class Lines:
 
 def plan_lines(plan: TilePlan, settings: Settings) -> tuple[Lines, Lines]:
     """Vertical and horizontal lines of dinotile's tiles and of the bands of its seam pass."""
-    sides = plan.tile_size
-    both = tuple(Lines.of(*axis) for axis in zip((plan.columns, plan.rows), sides, plan.padded))
+    axes = zip((plan.columns, plan.rows), plan.tile_size, plan.padded)
+    both = tuple(Lines.of(starts, tile, length) for starts, tile, length in axes)
     for grid, blend in seam_passes(plan, settings.seams, settings.seam_width):
-        axes = ((grid.columns, plan.columns), (grid.rows, plan.rows))
-        for axis, (lines, (starts, own)) in enumerate(zip(both, axes)):
-            for start, tile in zip(starts, grid.tiles[:: 1 if axis == 0 else len(grid.columns)]):
-                painted = np.flatnonzero(blend.weight(tile).amax(axis).numpy())
-                if list(starts) != list(own):
-                    lines.add(start + int(painted[0]), start + int(painted[-1]) + 1)
+        if grid.columns != plan.columns:
+            for tile in grid.tiles[: len(grid.columns)]:
+                both[0].band(tile.x, blend.weight(tile).amax(0))
+        if grid.rows != plan.rows:
+            for tile in grid.tiles[:: len(grid.columns)]:
+                both[1].band(tile.y, blend.weight(tile).amax(1))
     return both
 
 
@@ -249,3 +265,104 @@ class Table:
             cells = [self.pools[row, group].seam() for group in self._groups if (row, group) in self.pools]
             lines.append(f"{row:<40}" + "".join(f"{v:.3f} +-{e:.3f}  {where:<16}" for v, e, where in cells))
         return "\n".join(line.rstrip() for line in lines)
+
+
+Make = Callable[[Image.Image, Settings, int], Image.Image]
+"""The source made larger with these settings and this seed."""
+
+
+def alone(settings: Settings) -> Settings:
+    """The same with one tile over the whole canvas: the reference."""
+    return replace(settings, tile=SIDE * SCALE, seams="none", order="linear")
+
+
+def fill(table: Table, make: Make, groups: dict[str, dict[str, Image.Image]], base: Settings, factor: int) -> None:
+    """dinotile's rows: every order without a seam pass on all images, with one on the first of each group."""
+    for group, images in groups.items():
+        for seed, (name, image) in enumerate(images.items()):
+            print(f"  {group}: {name}", file=sys.stderr, flush=True)
+            reference = make(image, alone(base), seed)
+            plan = TilePlan(*reference.size, base.tile, base.overlap, factor)
+            lines = plan_lines(plan, base)
+            edges = Lines.of(range(0, reference.width, base.tile), base.tile, reference.width)
+            table.pool("[cut]", group).add(cut(reference, base.tile, 2, seed), reference, (edges, edges))
+            for order in ORDERS:
+                result = make(image, replace(base, order=order), seed)
+                table.pool(f"dinotile {order}", group).add(result, reference, lines)
+                table.pool(f"[nowhere, {order}]", group).add(result, reference, tuple(axis.nowhere for axis in lines))
+            if seed < WITH_PASS:
+                for order, seams in itertools.product(ORDERS, SEAMS[1:]):
+                    settings = replace(base, order=order, seams=seams)
+                    result = make(image, settings, seed)
+                    table.pool(f"dinotile {order}, {seams}", group).add(result, reference, plan_lines(plan, settings))
+
+
+def fill_peers(
+    table: Table, webui: WebUI, make: Make, groups: dict[str, dict[str, Image.Image]], base: Settings
+) -> None:
+    """The peers' rows, with tiles that the UNet sees as large as dinotile's."""
+    installed = webui.scripts()
+    inner, side = base.tile - base.overlap, SIDE * SCALE
+    plan = TilePlan(side, side, base.tile, base.overlap, PERIOD)
+    for group, images in groups.items():
+        for seed, image in enumerate(images.values()):
+            reference = make(image, alone(base), seed)
+            squares = Lines(side)
+            for line in range(inner, side, inner):  # a tile is pasted up to here, its crop ends at the padding
+                squares.add(line - base.overlap // 2, line + base.overlap // 2)
+            for order, seams in itertools.product(("chess", "linear"), SEAMS) if ULTIMATE in installed else ():
+                request = webui.ultimate(SCALE, inner, base.overlap // 2, order, seams, base.seam_denoise)
+                result = webui.img2img(image, {**request, "seed": seed}).image
+                table.pool(f"Ultimate SD Upscale {order}, {seams}", group).add(result, reference, (squares, squares))
+            for method in ("MultiDiffusion", "Mixture of Diffusers") if TILED in installed else ():
+                request = webui.tiled(SCALE, base.tile, base.overlap, base.batch, method)
+                result = webui.img2img(image, {**request, "seed": seed}).image
+                table.pool(f"Tiled Diffusion, {method}", group).add(result, reference, plan_lines(plan, base))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--webui", metavar="URL", help="also through a running A1111 with --api, and the peers in it")
+    parser.add_argument("--images", type=int, default=2, help="of each group with --webui")
+    parser.add_argument("--json", action="store_true", help="one last line of JSON")
+    arguments = parser.parse_args()
+
+    groups = {"gradients": gradients(), "photos": photos()}
+    host, table = load_host(GENERATION), Table(groups)
+
+    def here(image: Image.Image, settings: Settings, seed: int) -> Image.Image:
+        return upscale(host, image, settings, NoiseField(seed, host.channels)).image
+
+    fill(table, here, groups, TILES, host.factor)
+    worst = max(pool.seam()[0] for (row, _), pool in table.pools.items() if row in [f"dinotile {o}" for o in ORDERS])
+    counts = ", ".join(f"{len(images)} {group}" for group, images in groups.items())
+    print(
+        f"built-in model, tiles of {TILES.tile} with overlap {TILES.overlap}; {counts}; "
+        f"seam passes: {WITH_PASS} of each"
+    )
+    print(table)
+    print(f"worst without a seam pass: {worst:.3f} (target: at most {TARGET})")
+
+    if arguments.webui:
+        webui, table = WebUI(arguments.webui), Table(groups)
+        webui.need(DINOTILE)
+
+        def there(image: Image.Image, settings: Settings, seed: int) -> Image.Image:
+            options = {
+                name: getattr(settings, name) for name in ("scale", "tile", "overlap", "batch", "order", "seams")
+            }
+            return webui.img2img(image, {**webui.dinotile(**options), "seed": seed}).image
+
+        few = {group: dict(itertools.islice(images.items(), arguments.images)) for group, images in groups.items()}
+        fill(table, there, few, WEBUI_TILES, PERIOD)
+        fill_peers(table, webui, there, few, WEBUI_TILES)
+        print(
+            f"WebUI, tiles of {WEBUI_TILES.tile} with overlap {WEBUI_TILES.overlap}; {arguments.images} of each group"
+        )
+        print(table)
+    if arguments.json:
+        print(json.dumps({"worst": round(worst, 4)}))
+
+
+if __name__ == "__main__":
+    main()

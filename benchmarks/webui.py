@@ -82,9 +82,13 @@ class WebUI:
         except OSError as error:
             sys.exit(f"{self._url}: no WebUI with --api answers there: {error}")
 
+    def scripts(self) -> set[str]:
+        """Names of all that is installed for img2img."""
+        return {name.lower() for name in self.call("scripts")["img2img"]}
+
     def need(self, *scripts: str) -> None:
         """One line and the end, if one of these is not installed."""
-        there = {name.lower() for name in self.call("scripts")["img2img"]}
+        there = self.scripts()
         for script in scripts:
             if script not in there:
                 sys.exit(f"{self._url}: {script!r} is not installed there ({ADDRESSES[script]})")
