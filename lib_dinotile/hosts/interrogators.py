@@ -24,7 +24,7 @@ def _each(name: str, images: Sequence[Image.Image], ask: Callable[[Image.Image],
             raise DinotileError(
                 f"captions: {name} failed, see the WebUI's log; choose another interrogator, or None", 500
             )
-        captions.append(caption.strip())
+        captions.append(" ".join(caption.split()))  # a tile's prompt is one line
     return captions
 
 
