@@ -15,7 +15,7 @@ from lib_dinotile.tiling.plan import Rect
 HALF, TRACE = 0.5, 0.02
 """Shares of a pixel: with more than the first it counts as painted, less than the second tells nothing of it."""
 
-MEET = 9
+MEET = 13
 """Pixels over which a tile goes over from what its neighbours have painted to its own."""
 
 
