@@ -34,6 +34,8 @@ class Journal:
             if resume and (folder / RECIPE).is_file():
                 self._check(json.loads((folder / RECIPE).read_text(encoding="utf-8")), recipe)
             elif writes:
+                if folder.is_dir() and any(folder.iterdir()) and not (folder / RECIPE).is_file():
+                    raise DinotileError(f"{folder} holds other files, painted tiles are kept there: move it away")
                 shutil.rmtree(folder, ignore_errors=True)
                 folder.mkdir()
                 (folder / RECIPE).write_text(json.dumps(recipe, indent=1), encoding="utf-8")
@@ -55,7 +57,7 @@ class Journal:
     def get(self, step: int, tiles: Sequence[Rect]) -> list[Tensor] | None:
         """The tiles as they were painted in that pass, or None if not all are there."""
         try:
-            return [load_file(self._file(step, tile))["pixels"] for tile in tiles]
+            return [load_file(self._file(step, tile))["pixels"].clone() for tile in tiles]
         except (OSError, SafetensorError):  # not there, or cut off when the machine went down
             return None
 

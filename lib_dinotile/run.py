@@ -78,6 +78,8 @@ class Run:
                 self.canvas.flatten()
             if self._host.interrupted():
                 raise Interrupted
+            if not wanted:
+                continue
             if tiles.order == "fused":
                 self._fuse(blend, wanted)
             else:

@@ -33,7 +33,7 @@ def parse_lines(text: str) -> dict[int, str]:
     found = {}
     for line in filter(None, map(str.strip, text.splitlines())):
         number, colon, words = line.partition(":")
-        if not colon or not number.strip().isdecimal() or int(number) < 1:
+        if not colon or not number.strip().isdecimal() or len(number) > 9 or int(number) < 1:
             raise DinotileError(f'tile_prompts: {line[:60]!r} is not a line like "3: whiskers"')
         if int(number) in found:
             raise DinotileError(f"tile_prompts: tile {int(number)} has two lines, give it one")

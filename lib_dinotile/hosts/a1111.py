@@ -125,10 +125,11 @@ class A1111Host(WebUIHost):
     def full_precision(self) -> Iterator[None]:
         model, full = self._p.sd_model, torch.float32
         parts = [model.model.diffusion_model, model.first_stage_model]
-        names = ("dtype", "dtype_unet", "dtype_vae", "dtype_inference")
+        names = ("dtype_unet", "dtype_vae", "dtype_inference")
         flags = {"unet_needs_upcast": False, "force_fp16": False, "fp8": False}
         with (
             in_float32(parts),
+            overridden(model.first_stage_model, _dtype=full),  # Lightning keeps it besides the weights
             overridden(devices, **dict.fromkeys(names, full), **flags),
             torch.autocast(self.device.type, enabled=False),
         ):

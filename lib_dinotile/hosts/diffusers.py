@@ -119,6 +119,7 @@ class DiffusersHost:
     ) -> Tensor:
         steps, scheduler = self._generation.steps, self._scheduler
         denoise = self._generation.denoise if denoise is None else denoise
+        latents = latents.to(self.dtype)
         scheduler.set_timesteps(steps)
         if denoise == 0:
             return latents

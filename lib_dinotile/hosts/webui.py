@@ -189,6 +189,8 @@ class WebUIHost:
         def noise_sampler(*_: Any) -> Any:
             return lambda sigma, sigma_next: rng.next()
 
+        for prompt in views.prompts:  # all now: a text encoder that is loaded amid sampling may push out the UNet
+            self._conditioning(prompt, views.tile_size)
         cond, uncond = _stacked([self._conditioning(None, views.tile_size)] * count)
         image_conditioning = self._image_conditioning(latents, views, mask)
         denoiser = p.sampler.model_wrap_cfg

@@ -28,6 +28,7 @@ class _Bands:
         # Tiles feather into each other over the whole overlap: the border is its middle.
         borders = [(right + left + tile) / 2 for left, right in itertools.pairwise(starts)]
         side = min(tile, ceil_to(width + 2 * context, factor))
+        width = max(factor, min(width, side - 2 * factor))  # corners are rounded: it fades out within the tile
         corners = [
             min(max(round((border - side / 2) / factor) * factor, 0), length - side) if length > side else 0
             for border in borders
