@@ -54,20 +54,21 @@ class Journal:
     def _file(self, step: int, tile: Rect) -> Path:
         return self._folder / f"pass{step}-x{tile.x}-y{tile.y}.safetensors"
 
-    def get(self, step: int, tiles: Sequence[Rect]) -> list[Tensor] | None:
-        """The tiles as they were painted in that pass, or None if not all are there."""
+    def get(self, step: int, tiles: Sequence[Rect]) -> list[tuple[Tensor, Tensor]] | None:
+        """The tiles (pixels, latents) as they were painted in that pass, or None if not all are there."""
         try:
-            return [load_file(self._file(step, tile))["pixels"].clone() for tile in tiles]
-        except (OSError, SafetensorError):  # not there, or cut off when the machine went down
+            files = [load_file(self._file(step, tile)) for tile in tiles]
+            return [(file["pixels"].clone(), file["latents"].clone()) for file in files]
+        except (OSError, KeyError, SafetensorError):  # not there, or cut off when the machine went down
             return None
 
-    def put(self, step: int, tile: Rect, pixels: Tensor) -> None:
-        """Keep a painted tile (3, h, w). DinotileError if the disk is full."""
+    def put(self, step: int, tile: Rect, pixels: Tensor, latents: Tensor) -> None:
+        """Keep a painted tile (3, H, W), sampled as these latents (C, h, w). DinotileError if the disk is full."""
         if not self._writes:
             return
         file = self._file(step, tile)
         try:
-            save_file({"pixels": pixels.contiguous()}, file.with_suffix(".part"))
+            save_file({"pixels": pixels.contiguous(), "latents": latents.contiguous()}, file.with_suffix(".part"))
             os.replace(file.with_suffix(".part"), file)
         except (OSError, SafetensorError) as error:
             raise DinotileError(

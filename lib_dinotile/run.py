@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -10,10 +12,11 @@ from torch import Tensor
 
 from lib_dinotile.hosts.base import Batch, Host, Interrupted, Residuals
 from lib_dinotile.journal import Journal
+from lib_dinotile.latents import SourceLatents, pieces
 from lib_dinotile.neighbours import Neighbours, Seen
 from lib_dinotile.prompts import TilePrompts
 from lib_dinotile.report import FLAT, PAINTED, UNMASKED, Report, TileReport
-from lib_dinotile.sampling import BatchSize, Fused, Whole, chunks
+from lib_dinotile.sampling import BatchSize, Fused, Whole, chunks, is_out_of_memory
 from lib_dinotile.settings import Settings
 from lib_dinotile.team import Team
 from lib_dinotile.tiling.blend import RIM, Blend
@@ -21,14 +24,24 @@ from lib_dinotile.tiling.canvas import Canvas
 from lib_dinotile.tiling.colour import correct
 from lib_dinotile.tiling.flat import detail
 from lib_dinotile.tiling.noise import NoiseField, TileNoise
-from lib_dinotile.tiling.plan import Grid, Rect, TilePlan, Tiles, fewest
+from lib_dinotile.tiling.plan import Rect, TilePlan, Tiles
 from lib_dinotile.tiling.seams import seam_passes
 
-PIECE, PIECE_OVERLAP = 768, 64
-"""A canvas that is sampled as a whole is encoded and decoded in pieces of at most so many pixels a side."""
+T = TypeVar("T")
 
-Painted = tuple[list[Tensor], list[str], "BaseException | None"]
-"""Tiles as they are to be painted, half precision (3, h, w), what there is to say, and the error that broke it off."""
+
+@dataclass
+class Painted:
+    """What became of a batch of tiles."""
+
+    tiles: list[tuple[Tensor, Tensor]]
+    """As they are to be painted (3, H, W), and as they were sampled (C, h, w), half precision; as many as were done."""
+    notes: Sequence[str] = ()
+    """What there is to say."""
+    error: BaseException | None = None
+    """What broke it off."""
+    kept: bool = False
+    """Whether the journal has them already."""
 
 
 class Run:
@@ -49,6 +62,7 @@ class Run:
         self.canvas, self._host, self._settings, self._noise, self._plan = canvas, host, settings, noise, plan
         self._condition, self._journal, self._team = condition, journal, team
         self.report = Report([TileReport(number, tile) for number, tile in enumerate(plan.tiles, 1)])
+        self._pieces = pieces(plan, plan.padded, host.factor)
         self._size = BatchSize(settings.batch, host.free_memory, self.report.note)
         for tile in self.report.tiles:
             tile.state = self._left_out(tile.area) or tile.state
@@ -108,7 +122,8 @@ class Run:
 
     def _waves(self, step: int, plan: Tiles, blend: Blend, denoise: float | None, wanted: Sequence[Rect]) -> None:
         """Tiles sampled and painted, one wave after the other."""
-        chosen, self._neighbours = set(wanted), Neighbours(self.canvas, blend, self._host.factor)
+        chosen, self._neighbours = set(wanted), Neighbours(self.canvas, plan, blend, self._host.factor)
+        self._latents = SourceLatents(self._host, self.canvas, self._pieces)
         for wave in plan.waves:
             batches = chunks([tile for tile in wave if tile in chosen], self._settings.batch)
             for group in chunks(batches, self._team.size):
@@ -120,55 +135,67 @@ class Run:
                     self._paint(step, blend, batch, painted)
 
     def _paint(self, step: int, blend: Blend, tiles: Sequence[Rect], painted: Painted) -> None:
-        pixels, notes, error = painted
-        for tile, seen in zip(tiles, pixels):
-            self.canvas.paint(tile, seen, blend.weight(tile))
-            self._neighbours.add(tile)
-            if self._journal:
-                self._journal.put(step, tile, seen)
-        for note in notes:
+        for tile, (pixels, latents) in zip(tiles, painted.tiles):
+            self.canvas.paint(tile, pixels, blend.weight(tile))
+            self._neighbours.add(tile, latents)
+            if self._journal and not painted.kept:
+                self._journal.put(step, tile, pixels, latents)
+        for note in painted.notes:
             self.report.note(note)
-        self._progress(tiles[: len(pixels)])
-        if error is not None:
-            raise error
+        self._progress(tiles[: len(painted.tiles)])
+        if painted.error is not None:
+            raise painted.error
 
     def _batch(self, step: int, tiles: Sequence[Rect], denoise: float | None) -> Painted:
-        saved = self._journal.get(step, tiles) if self._journal else None
-        if saved is not None:
-            return saved, [], None
-        pixels: list[Tensor] = []
+        kept = self._journal.get(step, tiles) if self._journal else None
+        if kept is not None:
+            return Painted(kept, kept=True)
+        done: list[tuple[Tensor, Tensor]] = []
         known, error = len(self.report.notes), None
         try:
-            self._size.run(tiles, lambda part: pixels.extend(self._work(part, denoise)))
+            self._size.run(tiles, lambda part: done.extend(self._work(part, denoise)))
         except (Exception, KeyboardInterrupt) as caught:
             error = caught
-        return pixels, self.report.notes[known:], error
+        return Painted(done, self.report.notes[known:], error)
 
-    def _work(self, tiles: Sequence[Rect], denoise: float | None) -> list[Tensor]:
-        """The tiles as they are to be painted; what is not finite is done again in full precision, once."""
-        pixels = list(self._sample(tiles, denoise))
-        bad = [number for number, seen in enumerate(pixels) if not seen.isfinite().all()]
+    def _work(self, tiles: Sequence[Rect], denoise: float | None) -> list[tuple[Tensor, Tensor]]:
+        """The tiles as `Painted` has them; what is not finite is done again in full precision, once."""
+        seen = [self._neighbours.seen(tile) for tile in tiles]
+        done = self._sample(tiles, seen, denoise)
+        bad = [number for number, (pixels, _) in enumerate(done) if not pixels.isfinite().all()]
         if bad:
+            again = self._mend(lambda: self._sample([tiles[n] for n in bad], [seen[n] for n in bad], denoise))
+            for number, mended in zip(bad, again or [None] * len(bad)):
+                tile, finite = tiles[number], mended is not None and bool(mended[0].isfinite().all())
+                done[number] = mended if finite else (self.canvas.source(tile), self._latents.crop(tile).cpu())
+                self._not_a_number(tile, finite)
+        return [
+            (self._finish(tile, one, pixels).half(), latents.half())
+            for tile, one, (pixels, latents) in zip(tiles, seen, done)
+        ]
+
+    def _mend(self, work: Callable[[], T]) -> T | None:
+        """`work` in full precision; None if there is not the memory for it."""
+        try:
             with self._host.full_precision():
-                again = self._sample([tiles[number] for number in bad], denoise)
-            for number, seen in zip(bad, again):
-                finite = bool(seen.isfinite().all())
-                pixels[number] = seen if finite else self.canvas.source(tiles[number])
-                self._not_a_number(tiles[number], finite)
-        return [self._finish(tile, seen) for tile, seen in zip(tiles, pixels)]
+                return work()
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+        self._host.free_memory()
+        return None
 
     def _not_a_number(self, tile: Rect, mended: bool) -> None:
         numbers = [known.number for known in self.report.tiles if known.area == tile]
-        name = f"tile {numbers[0]}" if numbers else f"the seam tile at {tile.x}, {tile.y}"
+        name = f"tile {numbers[0]}" if numbers else f"the part of the picture at {tile.x}, {tile.y}"
         outcome = "was done again in full precision" if mended else "is kept from the source"
         self.report.note(f"{name} {outcome}: the model gave what is not a number")
 
-    def _finish(self, tile: Rect, pixels: Tensor) -> Tensor:
+    def _finish(self, tile: Rect, seen: Seen | None, pixels: Tensor) -> Tensor:
         """Pixels (3, h, w) to be painted, in the source's colours; what was painted already comes as it is."""
-        seen = self._neighbours.seen(tile)
-        own = None if seen is None else ~seen.held[0]
+        own = None if seen is None else seen.hold[0] < 1
         corrected = correct(pixels.clamp(0, 1), self.canvas.source(tile), self._settings.colour, own)
-        return (corrected if seen is None else torch.lerp(corrected, seen.pixels, seen.hold)).half()
+        return corrected if seen is None else torch.lerp(corrected, seen.pixels, seen.hold)
 
     def _make(self, tiles: Sequence[Rect]) -> Batch:
         latent = tiles[0].height // self._host.factor, tiles[0].width // self._host.factor
@@ -181,86 +208,76 @@ class Run:
         if masks[0] is None and not any(seen):
             return None
         free = [torch.ones(1, tile.height, tile.width) if mask is None else mask for tile, mask in zip(tiles, masks)]
-        free = [mask if one is None else mask * ~one.held for mask, one in zip(free, seen)]
-        return F.max_pool2d(torch.stack(free), self._host.factor).ceil()
+        cells = F.max_pool2d(torch.stack(free), self._host.factor).ceil()
+        return torch.stack([free if one is None else free * ~one.held for free, one in zip(cells, seen)])
 
-    def _sample(self, tiles: Sequence[Rect], denoise: float | None) -> Tensor:
-        """The tiles as the model paints them (k, 3, h, w).
+    def _start(self, tile: Rect, seen: Seen | None) -> Tensor:
+        """Pixels (3, h, w) that a tile starts from."""
+        pixels = self.canvas.source(tile)
+        return self.canvas.crop(tile, pixels if seen is None else torch.lerp(pixels, seen.pixels, seen.hold))
+
+    def _sample(
+        self, tiles: Sequence[Rect], seen: Sequence[Seen | None], denoise: float | None
+    ) -> list[tuple[Tensor, Tensor]]:
+        """The tiles as the model paints them (3, h, w), and their latents (C, h, w).
 
         Where neighbours have painted already a tile sees that, and holds on to it; everywhere else it starts from the
         source. So it fits to what is there, and yet no pixel is denoised twice.
         """
-        host, canvas = self._host, self.canvas
-        seen = [self._neighbours.seen(tile) for tile in tiles]
-        pixels = [
-            canvas.crop(tile, None if one is None else torch.where(one.held, one.pixels, canvas.source(tile)))
-            for tile, one in zip(tiles, seen)
-        ]
-        latents = host.encode(torch.stack(pixels))
+        host = self._host
+        latents = torch.stack([self._latents.crop(tile) for tile in tiles])
+        for latent, one in zip(latents, seen):
+            if one is not None:
+                latent.copy_(torch.where(one.held.to(latent.device), one.latents.to(latent), latent))
+        views = Whole(self._make(tiles), lambda: torch.stack([*map(self._start, tiles, seen)]))
         noise = TileNoise(self._noise, [tile.shrink(host.factor) for tile in tiles])
         size = self._plan.width, self._plan.height
-        return host.decode(
-            host.sample(latents, Whole(self._make(tiles)), noise, size, denoise, self._mask(tiles, seen))
-        )
+        sampled = host.sample(latents, views, noise, size, denoise, self._mask(tiles, seen))
+        return list(zip(host.decode(sampled), sampled.cpu()))
 
     def _fuse(self, blend: Blend, wanted: Sequence[Rect]) -> None:
         """The canvas sampled as a whole through its tiles; encoded and decoded in few large pieces."""
         host, plan, factor = self._host, self._plan, self._host.factor
-        (columns, width), (rows, height) = (fewest(side, PIECE, PIECE_OVERLAP, factor) for side in plan.padded)
-        pieces = Grid(columns, rows, (width, height))
-        small, whole = Blend(pieces.shrink(factor), rim=1), Rect(0, 0, *plan.padded).shrink(factor)
-        latents = mask = None
-        for piece in pieces.tiles:
-            area = piece.shrink(factor)
-            index = (0, slice(None), *area.slices)
-            encoded = host.encode(self.canvas.crop(piece)[None])
-            cut = self._mask([piece], [None])
-            if latents is None:
-                latents = encoded.new_zeros(1, encoded.shape[1], whole.height, whole.width)
-                mask = None if cut is None else torch.zeros(1, 1, whole.height, whole.width)
-            latents[index] += encoded[0] * small.weight(area).to(encoded)
-            if mask is not None:
-                mask[index] = cut[0]
+        whole = Rect(0, 0, *plan.padded)
+        latents = SourceLatents(host, self.canvas, self._pieces).crop(whole)[None]
+        mask = self._mask([whole], [None])
 
         def sample() -> tuple[Tensor, set[Rect]]:
             views = Fused(plan, wanted, factor, self._make, self._size, self._team)
-            noise = TileNoise(self._noise, [whole])
+            noise = TileNoise(self._noise, [whole.shrink(factor)])
             sampled = host.sample(latents, views, noise, (plan.width, plan.height), None, mask)
             return sampled, views.lost if sampled.isfinite().all() else set(wanted)
 
         sampled, lost = sample()
         if lost:
             first = [tile for tile in wanted if tile in lost]
-            with host.full_precision():
-                sampled, lost = sample()
+            sampled, lost = self._mend(sample) or (sampled, lost)
             for tile in first:
                 self._not_a_number(tile, mended=tile not in lost)
         good = [tile for tile in wanted if tile not in lost]
-        self._decode(blend, good, pieces, torch.where(sampled.isfinite(), sampled, latents))
+        self._decode(blend, good, torch.where(sampled.isfinite(), sampled, latents))
         self._progress(wanted)
 
-    def _decode(self, blend: Blend, tiles: Sequence[Rect], pieces: Grid, latents: Tensor) -> None:
+    def _decode(self, blend: Blend, tiles: Sequence[Rect], latents: Tensor) -> None:
         """Paint the canvas's latents, as far as they belong to these tiles."""
-        host, weights = self._host, Blend(pieces, RIM)
-        for piece in pieces.tiles:
+        host, weights = self._host, Blend(self._pieces, RIM)
+        for piece in self._pieces.tiles:
             latent = latents[(slice(None), slice(None), *piece.shrink(host.factor).slices)]
             pixels = host.decode(latent)[0]
             if not pixels.isfinite().all():
-                with host.full_precision():
-                    pixels = host.decode(latent)[0]
-                if not pixels.isfinite().all():
+                mended = self._mend(lambda latent=latent: host.decode(latent)[0])
+                if mended is None or not mended.isfinite().all():
                     self._not_a_number(piece, mended=False)
                     continue
+                pixels = mended
             self.canvas.paint(piece, self._corrected(blend, tiles, piece, pixels), weights.weight(piece))
 
     def _corrected(self, blend: Blend, tiles: Sequence[Rect], piece: Rect, pixels: Tensor) -> Tensor:
-        """A piece (3, h, w) of the canvas in the source's colours, tile by tile; where there are none, the source."""
-        source = self.canvas.source(piece)
-        finished = source.clone()
+        """A piece (3, h, w) of the canvas in the source's colours; where there are no tiles, the source."""
+        source, weight = self.canvas.source(piece), torch.zeros(piece.height, piece.width)
         for tile in tiles:
             part = tile.intersection(piece)
             if part is not None:
-                index = (slice(None), *part.within(piece).slices)
-                corrected = correct(pixels[index].clamp(0, 1), source[index], self._settings.colour)
-                finished[index] += (corrected - source[index]) * blend.weight(tile)[part.within(tile).slices]
-        return finished.clamp(0, 1)
+                weight[part.within(piece).slices] += blend.weight(tile)[part.within(tile).slices]
+        corrected = correct(pixels.clamp(0, 1), source, self._settings.colour, weight > 0)
+        return torch.lerp(source, corrected, weight.clamp(max=1))

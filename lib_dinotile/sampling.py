@@ -22,8 +22,9 @@ class Whole:
 
     whole = True
 
-    def __init__(self, batch: Batch) -> None:
-        self._batch, self.limit = batch, len(batch.tiles)
+    def __init__(self, batch: Batch, pixels: Callable[[], Tensor]) -> None:
+        """pixels: gives what the tiles start from, (k, 3, H, W)."""
+        self._batch, self.limit, self.pixels = batch, len(batch.tiles), pixels
         self.tile_size = batch.tiles[0].width, batch.tiles[0].height
         self.conditioned = batch.condition is not None
         self.prompts = [prompt for prompt in batch.prompts if prompt is not None]
@@ -42,6 +43,7 @@ class Fused:
     """
 
     whole = False
+    pixels = None
 
     def __init__(
         self,
@@ -58,7 +60,7 @@ class Fused:
         """Tiles for which the model gave what is not a number."""
         self.limit = size.limit
         self._blend = Blend(plan.shrink(factor), rim=1)
-        self._batches = [make(tiles) for tiles in chunks(wanted, size.limit)]
+        self._batches = [make(tiles) for tiles in chunks(wanted, size.asked)]
         self.tile_size = plan.tile_size
         self.conditioned = any(batch.condition is not None for batch in self._batches)
         self.prompts = [prompt for batch in self._batches for prompt in batch.prompts if prompt is not None]
@@ -92,7 +94,7 @@ class Fused:
         self._size.run(batch.tiles, look)
         if batch.condition is not None:
             batch.condition.forget()
-        return outputs
+        return [out.cpu() for out in outputs] if self._team.size > 1 else outputs
 
 
 class BatchSize:
@@ -100,7 +102,8 @@ class BatchSize:
 
     def __init__(self, limit: int, free: Callable[[], None], note: Callable[[str], None]) -> None:
         """free: gives memory back; note: tells the user."""
-        self.limit, self._free, self._note = limit, free, note
+        self.asked = self.limit = limit
+        self._free, self._note = free, note
 
     def run(self, tiles: Sequence[T], work: Callable[[Sequence[T]], None]) -> None:
         """`work` on all the tiles, some at a time; it is called again with fewer of them if it ran out of memory."""

@@ -34,9 +34,10 @@ class A1111Host(WebUIHost):
     def __init__(self, p: Any) -> None:
         super().__init__(p)
         model = p.sd_model
-        self._unet = getattr(getattr(model, "model", None), "diffusion_model", None)
+        unet = getattr(getattr(model, "model", None), "diffusion_model", None)
+        self.unet = unet if hasattr(unet, "output_blocks") else None
         self.base = "sdxl" if model.is_sdxl else "sd2" if model.is_sd2 else "sd15" if model.is_sd1 else "unknown"
-        self.shape = UNetShape.of_ldm(self._unet) if hasattr(self._unet, "output_blocks") else None
+        self.shape = UNetShape.of_ldm(self.unet) if self.unet is not None else None
         self._canvas = (0, 0)
         self._whole: list[tuple[Any, str, Tensor]] = []
         self._cut: tuple[Batch | None, list[tuple[Any, str, Tensor]]] = (None, [])
@@ -65,7 +66,7 @@ class A1111Host(WebUIHost):
             for params, name, crops in hints:
                 setattr(params, name, crops.index_select(0, rows.to(crops.device)))
 
-        with LdmResiduals(self._unet, batch.condition, lambda t: timestep_to_sigma(alphas, t), on_rows) as residuals:
+        with LdmResiduals(self.unet, batch.condition, lambda t: timestep_to_sigma(alphas, t), on_rows) as residuals:
 
             def on_step(params: script_callbacks.CFGDenoiserParams) -> None:
                 denoiser = params.denoiser

@@ -55,6 +55,8 @@ class Views(Protocol):
 
     whole: bool
     """Whether the latents are one batch of tiles, and not a canvas."""
+    pixels: Callable[[], Tensor] | None
+    """Gives the pixels (k, 3, H, W) that the tiles of the batch start from; None for a canvas."""
     tile_size: tuple[int, int]
     """(width, height) of the tiles in pixels."""
     limit: int
@@ -75,8 +77,7 @@ class Host(Protocol):
     """A diffusion model with its img2img sampler, as the engine sees it.
 
     Pixels are float32 (k, 3, H, W) in [0, 1] on the CPU; latents are the host's own tensors (k, C, H / factor,
-    W / factor) wherever it keeps them. All tiles of a call have one size, a multiple of `factor`. Tiles are encoded,
-    sampled and decoded before the next ones: a host may keep its pixels from `encode` for `sample`.
+    W / factor) wherever it keeps them. All tiles of a call have one size, a multiple of `factor`.
     """
 
     factor: int

@@ -20,6 +20,7 @@ from lib_dinotile import DinotileError
 from lib_dinotile.condition.conditioner import MINI
 from lib_dinotile.condition.shape import UNetShape
 from lib_dinotile.hosts.base import Batch, Views
+from lib_dinotile.hosts.layout import fast
 from lib_dinotile.hosts.overridden import in_float32, overridden
 from lib_dinotile.settings import Generation
 from lib_dinotile.tiling.canvas import Canvas
@@ -103,10 +104,10 @@ class DiffusersHost:
         raise NotImplementedError(interrogator)
 
     def encode(self, pixels: Tensor) -> Tensor:
-        return self._codec.encode((pixels * 2 - 1).to(self.device, self.dtype)).to(self.dtype)
+        return self._codec.encode(fast((pixels * 2 - 1).to(self.device, self.dtype))).to(self.dtype)
 
     def decode(self, latents: Tensor) -> Tensor:
-        return (self._codec.decode(latents).float().cpu() + 1) / 2
+        return (self._codec.decode(fast(latents)).float().cpu() + 1) / 2
 
     def sample(
         self,
@@ -172,7 +173,7 @@ class DiffusersHost:
             added = [residual.to(x).repeat(copies, 1, 1, 1) for residual in residuals]
             inputs["down_block_additional_residuals"] = added[:-1]
             inputs["mid_block_additional_residual"] = added[-1]
-        prediction = self._unet(x.repeat(copies, 1, 1, 1), timestep, **inputs, return_dict=False)[0]
+        prediction = self._unet(fast(x.repeat(copies, 1, 1, 1)), timestep, **inputs, return_dict=False)[0]
         if not self._guided:
             return prediction
         prompt, negative = prediction.chunk(2)

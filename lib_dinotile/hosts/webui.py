@@ -18,6 +18,7 @@ from lib_dinotile.condition.shape import UNetShape
 from lib_dinotile.hosts import upscalers
 from lib_dinotile.hosts.base import Batch, Interrupted, Views
 from lib_dinotile.hosts.interrogators import INTERROGATORS
+from lib_dinotile.hosts.layout import fast, fast_input
 from lib_dinotile.hosts.overridden import overridden
 from lib_dinotile.tiling.canvas import Canvas
 from lib_dinotile.tiling.noise import TileNoise
@@ -60,6 +61,8 @@ class WebUIHost:
 
     factor = processing.opt_f
     base: str
+    unet: torch.nn.Module | None
+    """The UNet, if it is one of the ldm kind."""
     shape: UNetShape | None
     prompt = ""
     last = True
@@ -72,7 +75,6 @@ class WebUIHost:
         self._negative = ""
         self._main: tuple[Any, Any] = (None, None)
         self._others: dict[tuple[str | None, tuple[int, int]], tuple[Any, Any]] = {}
-        self._pixels: Tensor | None = None
 
     @property
     @abstractmethod
@@ -130,14 +132,13 @@ class WebUIHost:
         return INTERROGATORS[interrogator](images)
 
     def encode(self, pixels: Tensor) -> Tensor:
-        self._pixels = pixels.to(self.device)
-        return torch.cat([self._encode(tile) for tile in self._pixels.split(1)])
+        return torch.cat([self._encode(tile) for tile in pixels.to(self.device).split(1)])
 
     def _encode(self, tile: Tensor) -> Tensor:
         """One at a time, as the WebUI does. It draws from the VAE's distribution with whatever state torch's generator
         happens to have; here every tile gets the same draw, so that a tile always has the same latent."""
         with self._own_random(), devices.autocast():
-            return sd_samplers_common.images_tensor_to_samples(tile, model=self._p.sd_model)
+            return sd_samplers_common.images_tensor_to_samples(fast(tile), model=self._p.sd_model)
 
     @contextlib.contextmanager
     def _own_random(self) -> Iterator[None]:
@@ -158,7 +159,7 @@ class WebUIHost:
         with devices.without_autocast():
             try:
                 decoded = processing.decode_latent_batch(
-                    self._p.sd_model, latent, target_device=devices.cpu, check_for_nans=True
+                    self._p.sd_model, fast(latent), target_device=devices.cpu, check_for_nans=True
                 )
             except devices.NansException:
                 return broken
@@ -204,6 +205,7 @@ class WebUIHost:
             overridden(p.sampler, create_noise_sampler=noise_sampler),
             overridden(denoiser, forward=forward),
             self.sampling(views, canvas),
+            fast_input(self.unet),
         ):
             start = self.before_sampling(begin, start, cond, uncond)
             samples = p.sampler.sample_img2img(p, begin, start, cond, uncond, image_conditioning=image_conditioning)
@@ -272,8 +274,9 @@ class WebUIHost:
         p = self._p
         with self._own_random():
             if views.whole:
-                seen = None if mask is None else F.interpolate(mask.to(self._pixels), scale_factor=self.factor)
-                return p.img2img_image_conditioning(self._pixels * 2 - 1, latents, seen)
+                pixels = views.pixels().to(self.device)
+                seen = None if mask is None else F.interpolate(mask.to(pixels), scale_factor=self.factor)
+                return p.img2img_image_conditioning(pixels * 2 - 1, latents, seen)
             cells = 8
             pixels = torch.zeros(1, 3, cells * self.factor, cells * self.factor, device=self.device)
             conditioning = p.img2img_image_conditioning(pixels, latents[..., :cells, :cells])

@@ -122,6 +122,12 @@ class Tiles:
             for j, i in itertools.product(range(down), range(across))
         ]
 
+    def touching(self, area: Rect) -> list[Rect]:
+        """The tiles that cover any of it, row by row."""
+        width, height = self.tile_size
+        columns = [x for x in self.columns if area.x - width < x < area.right]
+        return [Rect(x, y, width, height) for y in self.rows if area.y - height < y < area.bottom for x in columns]
+
     def shrink(self, factor: int) -> Grid:
         """The same tiles on a grid of `factor` pixels per cell, which they must lie on."""
         width, height = self.tile_size
