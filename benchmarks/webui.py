@@ -42,6 +42,18 @@ class Reply:
     """From request to answer."""
 
 
+def encoded(image: Image.Image) -> str:
+    """The image as the API takes it."""
+    file = io.BytesIO()
+    image.save(file, "PNG")
+    return base64.b64encode(file.getvalue()).decode()
+
+
+def inpaint(mask: Image.Image) -> Request:
+    """Only where the mask (L, of the source's size) is white, starting from what is there."""
+    return {"mask": encoded(mask), "mask_blur": 0, "inpainting_fill": 1, "inpaint_full_res": False}
+
+
 class Job:
     """A request that runs while one looks on."""
 
@@ -95,10 +107,8 @@ class WebUI:
 
     def img2img(self, source: Image.Image, request: Request) -> Reply:
         """request: what is asked for besides source, steps and strength."""
-        file = io.BytesIO()
-        source.save(file, "PNG")
         body = {
-            "init_images": [base64.b64encode(file.getvalue()).decode()],
+            "init_images": [encoded(source)],
             "prompt": "a photo",
             "negative_prompt": "",
             "width": source.width,
