@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import sys
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NoReturn
@@ -22,6 +23,9 @@ from lib_dinotile.report import Report
 from lib_dinotile.settings import NONE, Generation, Options, Settings
 from lib_dinotile.team import Team, make_team
 from lib_dinotile.tiling.noise import NoiseField
+
+RECIPE = "dinotile recipe"
+"""Key in a PNG for what tells whether an image is the one that is asked for."""
 
 
 class Parser(argparse.ArgumentParser):
@@ -84,20 +88,31 @@ def _parameters(settings: Settings, generation: Generation, size: tuple[int, int
     return f"{generation.prompt}\nNegative prompt: {generation.negative}\n{listed}"
 
 
+def _stamp(name: str) -> Any:
+    """Sizes and times of a file, or of all files of a folder; None if it is neither."""
+    path = Path(name)
+    files = sorted(path.rglob("*")) if path.is_dir() else [path]
+    return [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files if file.is_file()] or None
+
+
 def _recipe(settings: Settings, generation: Generation, source: Path) -> dict[str, Any]:
     """Everything that an image depends on."""
-    files = [source, *(Path(name) for name in (generation.mask, generation.model, settings.adapter) if name)]
-    seen = {str(file): [file.stat().st_size, file.stat().st_mtime_ns] for file in files if file.is_file()}
-    return {"version": __version__, **asdict(settings), **asdict(generation), "files": seen}
+    options = {**asdict(settings), **asdict(generation)}
+    del options["enabled"], options["batch"]
+    names = {"source": str(source), **{key: options[key] for key in ("mask", "model", "config", "adapter", "encoder")}}
+    stamps = {f"{key}'s files": _stamp(name) for key, name in names.items() if name}
+    return {"version": __version__, **options, **stamps}
 
 
-def _is_done(source: Path, target: Path, parameters: str) -> bool:
-    """Whether the image is there, made of this source with these parameters."""
-    if not target.is_file() or target.stat().st_mtime_ns < source.stat().st_mtime_ns:
-        return False
+def _digest(recipe: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(recipe).encode()).hexdigest()
+
+
+def _is_done(target: Path, recipe: Mapping[str, Any]) -> bool:
+    """Whether the image is there, made by this recipe."""
     try:
         with Image.open(target) as file:
-            return file.info.get("parameters") == parameters
+            return file.info.get(RECIPE) == _digest(recipe)
     except OSError:
         return False
 
@@ -153,17 +168,18 @@ def _upscale(arguments: argparse.Namespace) -> None:
             image = read_image(source)
             size = canvas_size(image.size, settings, (generation.width, generation.height))
             parameters = _parameters(settings, generation, size)
-            if arguments.resume and _is_done(source, target, parameters):
+            recipe = _recipe(settings, generation, source)
+            if arguments.resume and _is_done(target, recipe):
                 bar.write(f"{target}: is there already")
                 continue
             mask = _read_mask(generation.mask, image.size)
-            journal = open_journal(target, _recipe(settings, generation, source), arguments.resume, sharing)
+            journal = open_journal(target, recipe, arguments.resume, sharing)
             noise = NoiseField(generation.seed, host.channels)
             result = upscale(
                 host, image, settings, noise, conditioner, size=size, mask=mask, journal=journal, team=sharing
             )
             if sharing.rank == 0:
-                write_image(result.image, target, parameters)
+                write_image(result.image, target, {"parameters": parameters, RECIPE: _digest(recipe)})
                 if arguments.report:
                     _write_report(Path(arguments.report), source, result.report)
             journal.close()
@@ -172,12 +188,10 @@ def _upscale(arguments: argparse.Namespace) -> None:
                     bar.write(f"{source.name}: {line}")
                 bar.write(f"{target}: {result.image.width}x{result.image.height}, tiles: {result.painted}")
         except UnfinishedError as error:
-            if not error.result.painted:
-                journal.close()
             if not error.result.painted or sharing.rank > 0:
                 raise
             kept = target.with_stem(target.stem + "-unfinished")
-            write_image(error.result.image, kept, parameters)
+            write_image(error.result.image, kept, {"parameters": parameters})
             where = f" (kept in {kept}; --resume goes on with it)"
             raise UnfinishedError(error.__cause__, error.result, where) from error.__cause__
         except DinotileError as error:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -38,10 +39,11 @@ def check_writable(path: Path) -> None:
         raise DinotileError(f"{path}: the folder {path.parent} is not there or not writable")
 
 
-def write_image(image: Image.Image, path: Path, parameters: str) -> None:
-    """Write `image`, all of it or nothing; PNG files carry `parameters` as the WebUIs' do."""
+def write_image(image: Image.Image, path: Path, texts: Mapping[str, str]) -> None:
+    """Write `image`, all of it or nothing; PNG files carry the texts by their keys, as the WebUIs' do `parameters`."""
     information = PngImagePlugin.PngInfo()
-    information.add_text("parameters", parameters)
+    for key, text in texts.items():
+        information.add_text(key, text)
     more = {"pnginfo": information} if path.suffix.lower() == ".png" else {"quality": 95}
     handle, name = tempfile.mkstemp(suffix=path.suffix, dir=path.parent)
     os.close(handle)

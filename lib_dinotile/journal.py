@@ -26,29 +26,33 @@ class Journal:
     def __init__(self, folder: Path, recipe: Mapping[str, Any], resume: bool, writes: bool = True) -> None:
         """recipe: everything that the image depends on, as JSON. resume: go on with what the folder holds.
 
-        DinotileError if that was painted by another recipe, or if the folder cannot be written.
+        Changes nothing yet: the tiles of an earlier run give way when the first is painted. DinotileError if those to
+        go on with were painted by another recipe, or if the folder holds other files.
         """
         self._folder, self._writes = folder, writes
-        recipe = json.loads(json.dumps(recipe))
+        self._recipe = json.loads(json.dumps(recipe))
+        self._begun = False
         try:
-            if resume and (folder / RECIPE).is_file():
-                self._check(json.loads((folder / RECIPE).read_text(encoding="utf-8")), recipe)
-            elif writes:
-                if folder.is_dir() and any(folder.iterdir()) and not (folder / RECIPE).is_file():
-                    raise DinotileError(f"{folder} holds other files, painted tiles are kept there: move it away")
-                shutil.rmtree(folder, ignore_errors=True)
-                folder.mkdir()
-                (folder / RECIPE).write_text(json.dumps(recipe, indent=1), encoding="utf-8")
+            if (folder / RECIPE).is_file():
+                if resume:
+                    self._check(json.loads((folder / RECIPE).read_text(encoding="utf-8")), self._recipe)
+                    self._begun = True
+            elif folder.is_dir() and any(folder.iterdir()):
+                raise DinotileError(f"{folder} holds other files, painted tiles are kept there: move it away")
         except (OSError, ValueError) as error:
-            raise DinotileError(f"{folder}, where painted tiles are kept, cannot be used: {error}", 500) from error
+            raise self._unusable(error) from error
+
+    def _unusable(self, error: Exception) -> DinotileError:
+        return DinotileError(f"{self._folder}, where painted tiles are kept, cannot be used: {error}", 500)
 
     def _check(self, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-        other = [name for name in {**before, **now} if before.get(name) != now.get(name)]
+        other = [name for name in {**now, **before} if before.get(name) != now.get(name)]
         if other:
-            name = other[0]
+            values = before.get(other[0]), now.get(other[0])
+            shown = "" if any(isinstance(value, list) for value in values) else " ({!r}, now {!r})".format(*values)
             raise DinotileError(
-                f"--resume: {self._folder} was painted with another {name} ({before.get(name)!r}, now "
-                f"{now.get(name)!r}): give the same, or start anew without --resume"
+                f"--resume: {self._folder} was painted with another {other[0]}{shown}: give the same, or start anew "
+                "without --resume"
             )
 
     def _file(self, step: int, tile: Rect) -> Path:
@@ -56,6 +60,8 @@ class Journal:
 
     def get(self, step: int, tiles: Sequence[Rect]) -> list[tuple[Tensor, Tensor]] | None:
         """The tiles (pixels, latents) as they were painted in that pass, or None if not all are there."""
+        if not self._begun:
+            return None
         try:
             files = [load_file(self._file(step, tile)) for tile in tiles]
             return [(file["pixels"].clone(), file["latents"].clone()) for file in files]
@@ -68,25 +74,22 @@ class Journal:
             return
         file = self._file(step, tile)
         try:
+            if not self._begun:
+                shutil.rmtree(self._folder, ignore_errors=True)
+                self._folder.mkdir()
+                (self._folder / RECIPE).write_text(json.dumps(self._recipe, indent=1), encoding="utf-8")
+                self._begun = True
             save_file({"pixels": pixels.contiguous(), "latents": latents.contiguous()}, file.with_suffix(".part"))
             os.replace(file.with_suffix(".part"), file)
         except (OSError, SafetensorError) as error:
-            raise DinotileError(
-                f"{self._folder}, where painted tiles are kept, cannot be written: {error}", 500
-            ) from error
+            raise self._unusable(error) from error
 
     def close(self) -> None:
         """The image is done: the tiles are no longer needed."""
-        if self._writes:
+        if self._writes and self._begun:
             shutil.rmtree(self._folder, ignore_errors=True)
 
 
 def open_journal(target: Path, recipe: Mapping[str, Any], resume: bool, team: Team) -> Journal:
     """The journal beside an image that is to be written; the first process of the team writes it."""
-    folder = target.with_name(target.name + ".tiles")
-    if team.rank == 0:
-        journal = Journal(folder, recipe, resume)
-    team.gather(None)  # the others wait for it
-    if team.rank > 0:
-        journal = Journal(folder, recipe, resume=True, writes=False)
-    return journal
+    return Journal(target.with_name(target.name + ".tiles"), recipe, resume, writes=team.rank == 0)

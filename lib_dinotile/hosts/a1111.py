@@ -132,6 +132,6 @@ class A1111Host(WebUIHost):
             in_float32(parts),
             overridden(model.first_stage_model, _dtype=full),  # Lightning keeps it besides the weights
             overridden(devices, **dict.fromkeys(names, full), **flags),
-            torch.autocast(self.device.type, enabled=False),
+            devices.without_autocast(),
         ):
             yield

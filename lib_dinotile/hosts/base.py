@@ -59,8 +59,10 @@ class Views(Protocol):
     """Gives the pixels (k, 3, H, W) that the tiles of the batch start from; None for a canvas."""
     tile_size: tuple[int, int]
     """(width, height) of the tiles in pixels."""
+    count: int
+    """How many tiles there are."""
     limit: int
-    """How many tiles the model sees at once, at most."""
+    """How many of them the model sees at once, at most."""
     conditioned: bool
     """Whether the batches have conditions."""
     prompts: Sequence[str]

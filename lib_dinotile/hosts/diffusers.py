@@ -90,6 +90,7 @@ class DiffusersHost:
         self._guided = text is not None and generation.cfg > 1
         self._text = functools.lru_cache(maxsize=None)(text) if text else None
         self.prompt = generation.prompt
+        self._done = self._total = 0
 
     def upscalers(self) -> Sequence[str]:
         return list(RESAMPLING)
@@ -143,6 +144,8 @@ class DiffusersHost:
             if free is not None:
                 prediction = torch.lerp(known(), prediction, free)
             x = scheduler.step(prediction, timestep, x, return_dict=False)[0]
+            if not views.whole:  # all tiles advance together
+                self._progress(self._done + views.count * (number + 1) // len(timesteps), self._total)
         return x if free is None else torch.lerp(latents, x, free)
 
     def _prediction_for(self, x: Tensor, latents: Tensor, timestep: Tensor) -> Tensor:
@@ -192,6 +195,7 @@ class DiffusersHost:
         return False
 
     def progress(self, done: int, total: int, canvas: Canvas) -> None:
+        self._done, self._total = done, total
         self._progress(done, total)
 
 
@@ -256,6 +260,13 @@ def load_host(
     codec = VaeCodec(pipe.vae)
 
     def text(prompt: str) -> tuple[Tensor, ...]:
+        for words in (prompt, generation.negative):
+            count = len(pipe.tokenizer(words, truncation=False, verbose=False).input_ids)
+            if count > pipe.tokenizer.model_max_length:
+                raise DinotileError(
+                    f"prompt: {words[:40]!r}... has {count} tokens, this checkpoint reads no more than "
+                    f"{pipe.tokenizer.model_max_length}: make it shorter"
+                )
         return pipe.encode_prompt(
             prompt=prompt,
             negative_prompt=generation.negative,
@@ -265,4 +276,6 @@ def load_host(
         )
 
     base = FAMILIES.get(pipe.unet.config.cross_attention_dim, "unknown")
-    return DiffusersHost(pipe.unet, pipe.scheduler, codec, base, generation, text, progress)
+    host = DiffusersHost(pipe.unet, pipe.scheduler, codec, base, generation, text, progress)
+    text(generation.prompt)  # says at once if it is too long
+    return host

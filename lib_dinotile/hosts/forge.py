@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from backend.patcher.controlnet import ControlBase
 from backend.sampling.sampling_function import sampling_prepare
-from modules import processing, sd_samplers_kdiffusion, sd_samplers_timesteps
+from modules import devices, processing, sd_samplers_kdiffusion, sd_samplers_timesteps
 from torch import Tensor
 
 from lib_dinotile.condition.shape import UNetShape
@@ -118,6 +118,6 @@ class ForgeHost(WebUIHost):
             in_float32([objects.unet.model.diffusion_model, objects.vae.first_stage_model]),
             overridden(objects.unet.model, computation_dtype=full),
             overridden(objects.vae, vae_dtype=full),
-            torch.autocast(self.device.type, enabled=False),
+            devices.without_autocast(),
         ):
             yield

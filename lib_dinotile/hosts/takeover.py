@@ -93,7 +93,7 @@ def to_sample(image: Image.Image) -> Tensor:
 
     It cuts off the fraction when it makes bytes of them, so they aim at the middle of a level.
     """
-    return (torch.from_numpy(np.array(image)).permute(2, 0, 1).float() + 0.5) / 127.5 - 1
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1).float().add_(0.5).div_(127.5).sub_(1)
 
 
 class Takeover:
@@ -131,7 +131,7 @@ class Takeover:
     def apply(self) -> None:
         """Replace `init` and `sample` of the processing object."""
         p = self._p
-        width, height = self._area.finished
+        width, height = self._area.canvas  # so long: ControlNet cuts its hints to that
         stack = contextlib.ExitStack()
         stack.enter_context(overridden(p, width=width, height=height, init=self.init, sample=self.sample))
         setattr(p, UNDO, stack)
@@ -205,6 +205,7 @@ class Takeover:
     ) -> list[Tensor]:
         """In place of `p.sample`: upscales every image of the batch; pixels (3, H, W) in [-1, 1]."""
         p, host = self._p, self._host
+        p.width, p.height = self._area.finished
         results: list[Image.Image] = []
         told: dict[str, list[str | None]] = {"DINO Tile painted": [], "DINO Tile notes": []}
         if self._settings.captions != NONE:
@@ -243,8 +244,12 @@ class Takeover:
     def _upscale(self, source: Image.Image, noise: NoiseField) -> engine.Result:
         area = self._area
         fill = masking.fill if area.mask is not None and self._p.inpainting_fill == 0 else None
-        # The WebUI's own preview would show single tiles; the host shows the canvas.
-        with overridden(shared.state, do_set_current_image=lambda: None, current_latent=None):
+        width, height = area.canvas
+        with (
+            # The WebUI's own preview would show single tiles; the host shows the canvas.
+            overridden(shared.state, do_set_current_image=lambda: None, current_latent=None),
+            overridden(self._p, width=width, height=height),
+        ):
             return engine.upscale(
                 self._host,
                 area.cut(source),
