@@ -197,6 +197,30 @@ def test_resuming_with_other_settings_is_refused_and_starting_anew_is_not(photo,
     assert run(photo, tmp_path / "out.png", *QUICK, "--batch", 1, "--overlap", 8) == 0
 
 
+def test_resuming_with_another_batch_goes_on_and_a_run_without_a_tile_keeps_what_was_painted(photo, tmp_path, sampled):
+    sampled.stop = 2
+    with pytest.raises(SystemExit):
+        run(photo, tmp_path / "out.png", *QUICK, "--batch", 1)
+    sampled[:], sampled.stop = [], None
+    kept = sorted(file.name for file in (tmp_path / "out.png.tiles").iterdir())
+    assert run(photo, tmp_path / "out.png", *QUICK, "--upscaler", "nothing such") == 2
+    assert sorted(file.name for file in (tmp_path / "out.png.tiles").iterdir()) == kept
+    assert run(photo, tmp_path / "out.png", *QUICK, "--batch", 4, "--resume") == 0
+    assert run(photo, tmp_path / "whole.png", *QUICK, "--batch", 4) == 0
+    assert abs(pixels(tmp_path / "out.png") - pixels(tmp_path / "whole.png")).max() <= 1
+
+
+def test_an_image_of_another_mask_is_done_again(photo, tmp_path, sampled):
+    mask, arguments = tmp_path / "mask.png", (photo, tmp_path / "out.png", *QUICK, "--mask", tmp_path / "mask.png")
+    Image.new("L", (50, 37), 255).save(mask)
+    assert run(*arguments) == 0
+    sampled[:] = []
+    assert run(*arguments, "--resume") == 0 and not sampled
+    Image.new("L", (50, 37), 254).save(mask)
+    os.utime(mask, (1, 1))
+    assert run(*arguments, "--resume") == 0 and sampled
+
+
 def test_resuming_a_folder_leaves_what_is_finished(tmp_path, sampled):
     (tmp_path / "in").mkdir()
     for name in ("a.png", "b.png"):
