@@ -15,9 +15,6 @@ from lib_dinotile.tiling.plan import Rect, Tiles
 HALF, TRACE = 0.5, 0.02
 """Shares of a pixel: with more than the first it counts as painted, less than the second tells nothing of it."""
 
-MEET = 13
-"""Pixels over which a tile goes over from what its neighbours have painted to its own."""
-
 
 @dataclass(frozen=True)
 class Seen:
@@ -26,7 +23,7 @@ class Seen:
     pixels: Tensor
     """(3, H, W) in [0, 1]: what they have painted, as if with full weight."""
     hold: Tensor
-    """(1, H, W) in [0, 1]: 1 for what is theirs, fading out at its border."""
+    """(1, H, W) in [0, 1]: 1 for what is theirs, fading out to where they show nothing."""
     latents: Tensor
     """(C, h, w): what they were sampled as."""
     held: Tensor
@@ -72,9 +69,7 @@ class Neighbours:
             return None
         known = share > TRACE
         change = self._canvas.change(tile) * torch.where(known, 1 / share, 0)
-        held = -F.max_pool2d(-(share > HALF).float(), factor)
-        hold = F.avg_pool2d(
-            held.repeat_interleave(factor, -1).repeat_interleave(factor, -2),
-            MEET, 1, MEET // 2, count_include_pad=False,
-        )  # fmt: skip
-        return Seen((self._canvas.source(tile) + change).clamp(0, 1), hold * known, latents, held > 0)
+        held = -F.max_pool2d(-(share > HALF).float(), factor) > 0
+        # At the border of what is held the neighbours show alone: a step that the model leaves there is not seen.
+        hold = (share / HALF).clamp(max=1) * known
+        return Seen((self._canvas.source(tile) + change).clamp(0, 1), hold, latents, held)

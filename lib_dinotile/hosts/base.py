@@ -125,7 +125,8 @@ class Host(Protocol):
 
         views: the tiles through which the model sees them; canvas: (width, height) of the whole in pixels, for what the
         host keeps for it; denoise: denoising strength, if not the generation's own; mask (n, 1, h, w): 1 where the
-        latents may change, 0 where they stay. The result may hold what is not finite where the model gave that.
+        latents may change, 0 where they stay, in between how far. The result may hold what is not finite where the
+        model gave that.
         """
 
     def decode(self, latents: Tensor) -> Tensor:
