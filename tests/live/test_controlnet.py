@@ -179,3 +179,16 @@ def test_it_hears_the_tiles_prompts(webui: WebUI, large: Image.Image, unit, spec
     part = {**unit, "image": encode(cut(specks, plan.tiles[1]))}
     alone = controlled(webui, cut(large, plan.tiles[1]), part, None, prompt="a photo, a cat", **strong)
     assert difference(cut(four, plan.tiles[1]), alone) <= 1
+
+
+def test_only_masked_it_is_cut_to_the_mask(webui: WebUI, photo: Image.Image, unit):
+    """A source that is wide, a mask that is square: the part of the control image is that of the mask."""
+    source, box = photo.resize((192, 96)), (64, 16, 128, 80)
+    control = Image.fromarray(np.random.default_rng(1).integers(0, 256, (96, 192, 3), dtype=np.uint8))
+    mask = Image.new("L", source.size)
+    mask.paste(255, box)
+    masked = {"mask": encode(mask), "mask_blur": 0, "inpainting_fill": 1}
+    only = {**masked, "inpaint_full_res": True, "inpaint_full_res_padding": 0}
+    image = controlled(webui, source, {**unit, "image": encode(control)}, FOUR, **only, **NO_NOISE)
+    alone = controlled(webui, source.crop(box), {**unit, "image": encode(control.crop(box))}, FOUR, **NO_NOISE)
+    assert difference(image.crop(box), alone) <= 1

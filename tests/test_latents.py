@@ -1,0 +1,97 @@
+"""Where tiles start from: the source's latents, and those of neighbours."""
+
+import pytest
+import torch
+
+from lib_dinotile import latents as module
+from lib_dinotile.latents import SourceLatents, pieces
+from lib_dinotile.settings import Settings
+from lib_dinotile.tiling.canvas import Canvas
+from lib_dinotile.tiling.noise import NoiseField
+from lib_dinotile.tiling.plan import Rect, TilePlan
+from tests.test_engine import StubHost, noisy, upscale
+from tests.test_tiling import random_image
+
+
+class CountingHost(StubHost):
+    def __init__(self):
+        super().__init__()
+        self.encoded = []
+
+    channels = 3 * 64
+
+    def encode(self, pixels):
+        self.encoded.append(tuple(pixels.shape[-2:]))
+        return super().encode(pixels)
+
+
+@pytest.fixture
+def field(monkeypatch):
+    monkeypatch.setattr(module, "PIECE", 160)
+    monkeypatch.setattr(module, "OVERLAP", 32)
+    host, plan = CountingHost(), TilePlan(500, 300, 96, 16)
+    canvas = Canvas(random_image(500, 300), plan)
+    return host, canvas, SourceLatents(host, canvas, pieces(plan, plan.padded, 8))
+
+
+@pytest.mark.parametrize(
+    "area", [Rect(0, 0, 96, 96), Rect(200, 96, 96, 96), Rect(408, 208, 96, 96), Rect(0, 0, 504, 304)]
+)
+def test_a_crop_of_the_field_is_what_the_host_makes_of_those_pixels(field, area):
+    _, canvas, latents = field
+    assert torch.allclose(latents.crop(area), StubHost().encode(canvas.source(area)), atol=1e-6)
+
+
+def test_pieces_are_small_and_each_is_encoded_once_while_they_are_kept(field):
+    host, _, latents = field
+    for tile in 2 * TilePlan(500, 300, 96, 16).tiles:
+        latents.crop(tile)
+    assert max(map(max, host.encoded)) <= 160
+    assert len(host.encoded) == 4 * 3 and len(set(host.encoded)) == 1
+
+
+def test_a_piece_is_as_large_as_a_tile_if_that_is_more():
+    plan = TilePlan(3000, 2000, 1024, 64)
+    assert max(pieces(plan, plan.padded, 8).tile_size) in range(module.PIECE + 1, 1025)
+    assert max(pieces(TilePlan(3000, 2000, 256, 64), (3000, 2000), 8).tile_size) <= module.PIECE
+
+
+def test_a_field_that_is_too_large_to_be_kept_is_the_same(field, monkeypatch):
+    host, canvas, latents = field
+    whole = latents.crop(Rect(0, 0, 504, 304))
+    monkeypatch.setattr(module, "CACHE", 1)
+    plan = TilePlan(500, 300, 96, 16)
+    few = SourceLatents(host, canvas, pieces(plan, plan.padded, 8))
+    assert torch.equal(few.crop(Rect(0, 0, 504, 304)), whole)
+
+
+@pytest.mark.parametrize("order", ["chess", "linear"])
+def test_a_later_tile_holds_on_to_the_latents_of_earlier_ones(order):
+    host, given, gave = StubHost(noisy), [], {}
+    sample = host.sample
+
+    def watched(latents, views, noise, canvas, denoise=None, mask=None):
+        result = sample(latents, views, noise, canvas, denoise, mask)
+        batch = views._batch.tiles
+        given.extend(zip(batch, latents, [None] * len(batch) if mask is None else mask))
+        gave.update(zip(batch, result))
+        return result
+
+    host.sample = watched
+    settings = Settings(tile=64, overlap=16, order=order, colour="none")
+    upscale(host, random_image(100, 70), settings, NoiseField(5, 4))
+    held = 0
+    for number, (tile, latents, free) in enumerate(given):
+        assert (free is None) == (number == 0) or order == "chess"
+        if free is None:
+            continue
+        earlier = torch.zeros_like(free, dtype=torch.bool)
+        for other, *_ in given[:number]:
+            part = other.intersection(tile)
+            if part is not None and other != tile:
+                mine, theirs = (part.within(rect).shrink(8).slices for rect in (tile, other))
+                same = (latents[(..., *mine)] - gave[other][(..., *theirs)].half()).abs().amax(0, keepdim=True) == 0
+                earlier[(..., *mine)] |= same
+        assert (earlier | (free > 0)).all()
+        held += int((free == 0).sum())
+    assert held
