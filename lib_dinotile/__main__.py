@@ -12,7 +12,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NoReturn
 
-from PIL import Image
+from PIL import Image, PngImagePlugin
 
 from lib_dinotile import DinotileError, __version__
 from lib_dinotile.condition.conditioner import MINI, Conditioner
@@ -111,9 +111,9 @@ def _digest(recipe: Mapping[str, Any]) -> str:
 def _is_done(target: Path, recipe: Mapping[str, Any]) -> bool:
     """Whether the image is there, made by this recipe."""
     try:
-        with Image.open(target) as file:
+        with PngImagePlugin.PngImageFile(target) as file:  # Image.open refuses large ones, but we have made it
             return file.info.get(RECIPE) == _digest(recipe)
-    except OSError:
+    except (OSError, SyntaxError):
         return False
 
 

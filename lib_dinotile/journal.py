@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 from collections.abc import Mapping, Sequence
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -33,14 +34,14 @@ class Journal:
         self._recipe = json.loads(json.dumps(recipe))
         self._begun = False
         try:
-            if (folder / RECIPE).is_file():
-                if resume:
-                    self._check(json.loads((folder / RECIPE).read_text(encoding="utf-8")), self._recipe)
-                    self._begun = True
-            elif folder.is_dir() and any(folder.iterdir()):
-                raise DinotileError(f"{folder} holds other files, painted tiles are kept there: move it away")
-        except (OSError, ValueError) as error:
-            raise self._unusable(error) from error
+            before = json.loads((folder / RECIPE).read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            before = None  # not there, or cut off when the machine went down
+        if before is not None and resume:
+            self._check(before, self._recipe)
+            self._begun = True
+        if before is None and folder.exists() and not all(map(_is_ours, folder.glob("*"))):
+            raise DinotileError(f"{folder} holds other files, painted tiles are kept there: move it away")
 
     def _unusable(self, error: Exception) -> DinotileError:
         return DinotileError(f"{self._folder}, where painted tiles are kept, cannot be used: {error}", 500)
@@ -77,7 +78,9 @@ class Journal:
             if not self._begun:
                 shutil.rmtree(self._folder, ignore_errors=True)
                 self._folder.mkdir()
-                (self._folder / RECIPE).write_text(json.dumps(self._recipe, indent=1), encoding="utf-8")
+                recipe = self._folder / RECIPE
+                recipe.with_suffix(".part").write_text(json.dumps(self._recipe, indent=1), encoding="utf-8")
+                os.replace(recipe.with_suffix(".part"), recipe)
                 self._begun = True
             save_file({"pixels": pixels.contiguous(), "latents": latents.contiguous()}, file.with_suffix(".part"))
             os.replace(file.with_suffix(".part"), file)
@@ -88,6 +91,10 @@ class Journal:
         """The image is done: the tiles are no longer needed."""
         if self._writes and self._begun:
             shutil.rmtree(self._folder, ignore_errors=True)
+
+
+def _is_ours(file: Path) -> bool:
+    return file.name == RECIPE or file.suffix == ".part" or fnmatch(file.name, "pass*-x*-y*.safetensors")
 
 
 def open_journal(target: Path, recipe: Mapping[str, Any], resume: bool, team: Team) -> Journal:

@@ -39,9 +39,11 @@ class Neighbours:
         self._told: dict[Rect, list[tuple[Rect, Tensor]]] = {}
 
     def add(self, tile: Rect, latents: Tensor) -> None:
-        """A tile is painted, sampled as these latents (C, h, w)."""
+        """A tile is painted, sampled as these latents (C, h, w). Others hold on to it if those are finite."""
         self._done.add(tile)
         self._told.pop(tile, None)
+        if not latents.isfinite().all():
+            return
         for other in self._plan.touching(tile):
             if other not in self._done:
                 part = tile.intersection(other).within(tile).shrink(self._factor)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -12,11 +11,11 @@ from torch import Tensor
 
 from lib_dinotile.hosts.base import Batch, Host, Interrupted, Residuals
 from lib_dinotile.journal import Journal
-from lib_dinotile.latents import SourceLatents, pieces
+from lib_dinotile.latents import SourceLatents, decode, pieces
 from lib_dinotile.neighbours import Neighbours, Seen
 from lib_dinotile.prompts import TilePrompts
 from lib_dinotile.report import FLAT, PAINTED, UNMASKED, Report, TileReport
-from lib_dinotile.sampling import BatchSize, Fused, Whole, chunks, is_out_of_memory
+from lib_dinotile.sampling import BatchSize, Fused, Whole, chunks, in_full_precision
 from lib_dinotile.settings import Settings
 from lib_dinotile.team import Team
 from lib_dinotile.tiling.blend import RIM, Blend
@@ -26,8 +25,6 @@ from lib_dinotile.tiling.flat import detail
 from lib_dinotile.tiling.noise import NoiseField, TileNoise
 from lib_dinotile.tiling.plan import Rect, TilePlan, Tiles
 from lib_dinotile.tiling.seams import seam_passes
-
-T = TypeVar("T")
 
 
 @dataclass
@@ -123,16 +120,18 @@ class Run:
     def _waves(self, step: int, plan: Tiles, blend: Blend, denoise: float | None, wanted: Sequence[Rect]) -> None:
         """Tiles sampled and painted, one wave after the other."""
         chosen, self._neighbours = set(wanted), Neighbours(self.canvas, plan, blend, self._host.factor)
-        self._latents = SourceLatents(self._host, self.canvas, self._pieces)
+        self._latents = SourceLatents(self._host, self.canvas, self._pieces, self.report.note)
         for wave in plan.waves:
             batches = chunks([tile for tile in wave if tile in chosen], self._settings.batch)
             for group in chunks(batches, self._team.size):
                 if self._host.interrupted():
                     raise Interrupted
-                for batch, painted in zip(
-                    group, self._team.share(group, lambda tiles: self._batch(step, tiles, denoise))
-                ):
+                done = self._team.share(group, lambda tiles: self._batch(step, tiles, denoise))
+                for batch, painted in zip(group, done):
                     self._paint(step, blend, batch, painted)
+                for painted in done:
+                    if painted.error is not None:
+                        raise painted.error
 
     def _paint(self, step: int, blend: Blend, tiles: Sequence[Rect], painted: Painted) -> None:
         for tile, (pixels, latents) in zip(tiles, painted.tiles):
@@ -143,8 +142,6 @@ class Run:
         for note in painted.notes:
             self.report.note(note)
         self._progress(tiles[: len(painted.tiles)])
-        if painted.error is not None:
-            raise painted.error
 
     def _batch(self, step: int, tiles: Sequence[Rect], denoise: float | None) -> Painted:
         kept = self._journal.get(step, tiles) if self._journal else None
@@ -162,28 +159,17 @@ class Run:
         """The tiles as `Painted` has them; what is not finite is done again in full precision, once."""
         seen = [self._neighbours.seen(tile) for tile in tiles]
         done = self._sample(tiles, seen, denoise)
-        bad = [number for number, (pixels, _) in enumerate(done) if not pixels.isfinite().all()]
-        if bad:
-            again = self._mend(lambda: self._sample([tiles[n] for n in bad], [seen[n] for n in bad], denoise))
-            for number, mended in zip(bad, again or [None] * len(bad)):
-                tile, finite = tiles[number], mended is not None and bool(mended[0].isfinite().all())
-                done[number] = mended if finite else (self.canvas.source(tile), self._latents.crop(tile).cpu())
-                self._not_a_number(tile, finite)
+        for number, (tile, one) in enumerate(zip(tiles, seen)):
+            if done[number][0].isfinite().all():
+                continue
+            mended = in_full_precision(self._host, lambda tile=tile, one=one: self._sample([tile], [one], denoise)[0])
+            finite = mended is not None and bool(mended[0].isfinite().all())
+            done[number] = mended if finite else (self.canvas.source(tile), self._latents.crop(tile).cpu())
+            self._not_a_number(tile, finite)
         return [
             (self._finish(tile, one, pixels).half(), latents.half())
             for tile, one, (pixels, latents) in zip(tiles, seen, done)
         ]
-
-    def _mend(self, work: Callable[[], T]) -> T | None:
-        """`work` in full precision; None if there is not the memory for it."""
-        try:
-            with self._host.full_precision():
-                return work()
-        except Exception as error:
-            if not is_out_of_memory(error):
-                raise
-        self._host.free_memory()
-        return None
 
     def _not_a_number(self, tile: Rect, mended: bool) -> None:
         numbers = [known.number for known in self.report.tiles if known.area == tile]
@@ -239,7 +225,7 @@ class Run:
         """The canvas sampled as a whole through its tiles; encoded and decoded in few large pieces."""
         host, plan, factor = self._host, self._plan, self._host.factor
         whole = Rect(0, 0, *plan.padded)
-        latents = SourceLatents(host, self.canvas, self._pieces).crop(whole)[None]
+        latents = SourceLatents(host, self.canvas, self._pieces, self.report.note).crop(whole)[None]
         mask = self._mask([whole], [None])
 
         def sample() -> tuple[Tensor, set[Rect]]:
@@ -251,7 +237,7 @@ class Run:
         sampled, lost = sample()
         if lost:
             first = [tile for tile in wanted if tile in lost]
-            sampled, lost = self._mend(sample) or (sampled, lost)
+            sampled, lost = in_full_precision(host, sample) or (sampled, lost)
             for tile in first:
                 self._not_a_number(tile, mended=tile not in lost)
         good = [tile for tile in wanted if tile not in lost]
@@ -263,9 +249,9 @@ class Run:
         host, weights = self._host, Blend(self._pieces, RIM)
         for piece in self._pieces.tiles:
             latent = latents[(slice(None), slice(None), *piece.shrink(host.factor).slices)]
-            pixels = host.decode(latent)[0]
+            pixels = decode(host, latent, piece)
             if not pixels.isfinite().all():
-                mended = self._mend(lambda latent=latent: host.decode(latent)[0])
+                mended = in_full_precision(host, lambda latent=latent, piece=piece: decode(host, latent, piece))
                 if mended is None or not mended.isfinite().all():
                     self._not_a_number(piece, mended=False)
                     continue

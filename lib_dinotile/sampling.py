@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lib_dinotile import DinotileError
-from lib_dinotile.hosts.base import Batch, See
+from lib_dinotile.hosts.base import Batch, Host, See
 from lib_dinotile.team import Team
 from lib_dinotile.tiling.blend import Blend
 from lib_dinotile.tiling.plan import Rect, Tiles
@@ -98,6 +98,10 @@ class Fused:
         return [out.cpu() for out in outputs] if self._team.size > 1 else outputs
 
 
+class OutOfMemoryError(DinotileError):
+    """Not even one tile fits."""
+
+
 class BatchSize:
     """How many tiles go together: what the user asked for, halved for good whenever the memory does not hold it."""
 
@@ -119,7 +123,8 @@ class BatchSize:
                 if not is_out_of_memory(error):
                     raise
                 if len(part) == 1:
-                    raise DinotileError("out of memory with a single tile: give a smaller tile size", 500) from error
+                    message = "out of memory with a single tile: give a smaller tile size"
+                    raise OutOfMemoryError(message, 500) from error
             # Here the error is gone, and with it what its frames kept alive.
             self.limit = len(part) // 2
             self._free()
@@ -128,10 +133,22 @@ class BatchSize:
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an error says that memory, of the GPU or of the machine, has run out."""
-    if isinstance(error, (MemoryError, torch.cuda.OutOfMemoryError)):
+    if isinstance(error, (MemoryError, OutOfMemoryError, torch.cuda.OutOfMemoryError)):
         return True
     words = ("out of memory", "not enough memory", "can't allocate memory")
     return isinstance(error, RuntimeError) and any(word in str(error).lower() for word in words)
+
+
+def in_full_precision(host: Host, work: Callable[[], T]) -> T | None:
+    """`work` while the host computes in float32; None if there is not the memory for that."""
+    try:
+        with host.full_precision():
+            return work()
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+    host.free_memory()
+    return None
 
 
 def chunks(items: Sequence[T], size: int) -> list[Sequence[T]]:

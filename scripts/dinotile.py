@@ -16,7 +16,7 @@ class Script(scripts.Script):
     def ui(self, is_img2img):
         components = accordion.build()
         self.infotext_fields = accordion.infotext_fields(components)
-        self.paste_field_names = accordion.paste_field_names()
+        self.paste_field_names = [key for _, key in self.infotext_fields if isinstance(key, str)]
         return list(components.values())
 
     def before_process(self, p, *args):

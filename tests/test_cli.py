@@ -210,6 +210,25 @@ def test_resuming_with_another_batch_goes_on_and_a_run_without_a_tile_keeps_what
     assert abs(pixels(tmp_path / "out.png") - pixels(tmp_path / "whole.png")).max() <= 1
 
 
+@pytest.mark.parametrize("left", [b"", b'{"vers', None])
+def test_a_recipe_that_was_cut_off_is_no_hindrance(photo, tmp_path, sampled, left):
+    sampled.stop = 2
+    with pytest.raises(SystemExit):
+        run(photo, tmp_path / "out.png", *QUICK, "--batch", 1)
+    sampled.stop, recipe = None, tmp_path / "out.png.tiles" / "recipe.json"
+    recipe.unlink() if left is None else recipe.write_bytes(left)
+    assert run(photo, tmp_path / "out.png", *QUICK, "--resume") == 0
+    assert not recipe.parent.exists()
+
+
+def test_a_folder_with_other_files_is_left_alone(photo, tmp_path, capsys):
+    (tmp_path / "out.png.tiles").mkdir()
+    (tmp_path / "out.png.tiles" / "thesis.txt").write_text("mine")
+    assert run(photo, tmp_path / "out.png", *QUICK) == 2
+    assert "holds other files" in capsys.readouterr().err
+    assert (tmp_path / "out.png.tiles" / "thesis.txt").read_text() == "mine"
+
+
 def test_an_image_of_another_mask_is_done_again(photo, tmp_path, sampled):
     mask, arguments = tmp_path / "mask.png", (photo, tmp_path / "out.png", *QUICK, "--mask", tmp_path / "mask.png")
     Image.new("L", (50, 37), 255).save(mask)

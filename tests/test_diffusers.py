@@ -267,10 +267,10 @@ def test_a_model_that_is_not_there_is_refused_with_one_line(model, says, monkeyp
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("more", [{"prompt": "a " * 80}, {"negative": "a " * 80}])
-def test_a_prompt_that_would_be_cut_off_is_refused_with_one_line(sd15, more):
-    with pytest.raises(DinotileError, match=r"prompt: 'a a.* has 82 tokens, this checkpoint reads no more than 77"):
-        load_host(Generation(model=str(sd15), **more))
+@pytest.mark.parametrize("name", ["prompt", "negative"])
+def test_a_prompt_that_would_be_cut_off_is_refused_with_one_line(sd15, name):
+    with pytest.raises(DinotileError, match=f"{name}: 'a a.* has 82 tokens, this checkpoint reads no more than 77"):
+        load_host(Generation(model=str(sd15), **{name: "a " * 80}))
 
 
 def test_a_file_that_is_no_checkpoint_is_refused_with_one_line(tmp_path):

@@ -1,8 +1,13 @@
 """Where tiles start from: the source's latents, and those of neighbours."""
 
+import gc
+import weakref
+
 import pytest
 import torch
+from PIL import ImageChops
 
+from lib_dinotile import engine
 from lib_dinotile import latents as module
 from lib_dinotile.latents import SourceLatents, pieces
 from lib_dinotile.settings import Settings
@@ -31,7 +36,7 @@ def field(monkeypatch):
     monkeypatch.setattr(module, "OVERLAP", 32)
     host, plan = CountingHost(), TilePlan(500, 300, 96, 16)
     canvas = Canvas(random_image(500, 300), plan)
-    return host, canvas, SourceLatents(host, canvas, pieces(plan, plan.padded, 8))
+    return host, canvas, SourceLatents(host, canvas, pieces(plan, plan.padded, 8), print)
 
 
 @pytest.mark.parametrize(
@@ -61,8 +66,64 @@ def test_a_field_that_is_too_large_to_be_kept_is_the_same(field, monkeypatch):
     whole = latents.crop(Rect(0, 0, 504, 304))
     monkeypatch.setattr(module, "CACHE", 1)
     plan = TilePlan(500, 300, 96, 16)
-    few = SourceLatents(host, canvas, pieces(plan, plan.padded, 8))
+    few = SourceLatents(host, canvas, pieces(plan, plan.padded, 8), print)
     assert torch.equal(few.crop(Rect(0, 0, 504, 304)), whole)
+
+
+class FrailHost(StubHost):
+    """Encodes to nan unless in full precision; large pictures do not fit into its memory."""
+
+    def __init__(self, largest=10**6, needs_precision=True):
+        super().__init__(noisy)
+        self._largest, self._needs_precision, self.refused = largest, needs_precision, 0
+
+    def encode(self, pixels):
+        self._check(pixels)
+        latents = super().encode(pixels)
+        return latents if self.precise or not self._needs_precision else latents * torch.nan
+
+    def decode(self, latents):
+        pixels = super().decode(latents)
+        self._check(pixels)
+        return pixels
+
+    def sample(self, *given):
+        frail, self._largest, self._needs_precision = (self._largest, self._needs_precision), 10**6, False
+        try:
+            return super().sample(*given)
+        finally:
+            self._largest, self._needs_precision = frail
+
+    def _check(self, pixels):
+        if max(pixels.shape[-2:]) > self._largest:
+            self.refused += 1
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+
+
+@pytest.mark.parametrize("order", ["chess", "fused"])
+def test_what_the_encoder_makes_no_number_of_is_encoded_again_in_full_precision(order):
+    settings, noise = Settings(tile=64, overlap=16, order=order, colour="none"), NoiseField(5, 4)
+    plain, frail = (upscale(host, random_image(100, 70), settings, noise) for host in (StubHost(noisy), FrailHost()))
+    assert frail.report.notes == [] and frail.image.tobytes() == plain.image.tobytes()
+
+
+@pytest.mark.parametrize("order", ["chess", "fused"])
+def test_pieces_that_do_not_fit_into_memory_go_in_parts(order):
+    settings, noise = Settings(tile=256, overlap=64, order=order, colour="none"), NoiseField(5, 4)
+    host = FrailHost(largest=300, needs_precision=False)
+    plain, small = (upscale(host, random_image(500, 350), settings, noise).image for host in (StubHost(noisy), host))
+    assert host.refused and max(high - low for low, high in ImageChops.difference(plain, small).getextrema()) <= 1
+
+
+def test_a_canvas_is_gone_with_its_run(monkeypatch):
+    canvases = []
+    monkeypatch.setattr(engine, "Canvas", lambda *given: canvases.append(weakref.ref(one := Canvas(*given))) or one)
+    gc.disable()
+    try:
+        upscale(StubHost(noisy), random_image(60, 60), Settings(tile=64, overlap=16), NoiseField(5, 4))
+        assert canvases[0]() is None
+    finally:
+        gc.enable()
 
 
 @pytest.mark.parametrize("order", ["chess", "linear"])

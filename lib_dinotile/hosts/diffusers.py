@@ -260,11 +260,11 @@ def load_host(
     codec = VaeCodec(pipe.vae)
 
     def text(prompt: str) -> tuple[Tensor, ...]:
-        for words in (prompt, generation.negative):
+        for name, words in (("prompt", prompt), ("negative", generation.negative)):
             count = len(pipe.tokenizer(words, truncation=False, verbose=False).input_ids)
             if count > pipe.tokenizer.model_max_length:
                 raise DinotileError(
-                    f"prompt: {words[:40]!r}... has {count} tokens, this checkpoint reads no more than "
+                    f"{name}: {words[:40]!r}... has {count} tokens, this checkpoint reads no more than "
                     f"{pipe.tokenizer.model_max_length}: make it shorter"
                 )
         return pipe.encode_prompt(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 from modules import deepbooru, shared
 from PIL import Image
@@ -30,18 +29,9 @@ def _each(name: str, images: Sequence[Image.Image], ask: Callable[[Image.Image],
 
 
 def _clip(images: Sequence[Image.Image]) -> list[str]:
-    model = shared.interrogator
-
-    def nothing(*_: Any, **__: Any) -> None:
-        pass
-
-    # It would begin and end a job of its own, and the running one with it, and go from the GPU after every tile.
-    with overridden(shared.state, begin=nothing, end=nothing):
-        try:
-            with overridden(model, send_blip_to_ram=nothing, send_clip_to_ram=nothing):
-                return _each("CLIP", images, model.interrogate)
-        finally:
-            model.unload()
+    # It would begin and end a job of its own, and the running one with it.
+    with overridden(shared.state, begin=lambda *_, **__: None, end=lambda: None):
+        return _each("CLIP", images, shared.interrogator.interrogate)
 
 
 def _deepbooru(images: Sequence[Image.Image]) -> list[str]:

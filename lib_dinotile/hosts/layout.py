@@ -21,7 +21,7 @@ def fast(x: Tensor) -> Tensor:
 
 @contextlib.contextmanager
 def fast_input(module: nn.Module | None) -> Iterator[None]:
-    """While open, the module's first argument comes in the fastest layout. None: nothing is done."""
+    """While open, the module's first argument, or `x`, comes in the fastest layout. None: nothing is done."""
     if module is None:
         yield
         return
@@ -29,7 +29,7 @@ def fast_input(module: nn.Module | None) -> Iterator[None]:
     def lay_out(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if args:
             return (fast(args[0]), *args[1:]), kwargs
-        return args, {**kwargs, "x": fast(kwargs["x"])}  # as the UNets of ldm and its kin name it
+        return args, {name: fast(value) if name == "x" else value for name, value in kwargs.items()}
 
     handle = module.register_forward_pre_hook(lay_out, with_kwargs=True)
     try:

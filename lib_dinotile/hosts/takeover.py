@@ -205,7 +205,6 @@ class Takeover:
     ) -> list[Tensor]:
         """In place of `p.sample`: upscales every image of the batch; pixels (3, H, W) in [-1, 1]."""
         p, host = self._p, self._host
-        p.width, p.height = self._area.finished
         results: list[Image.Image] = []
         told: dict[str, list[str | None]] = {"DINO Tile painted": [], "DINO Tile notes": []}
         if self._settings.captions != NONE:
@@ -235,6 +234,7 @@ class Takeover:
             if self._settings.captions != NONE:
                 told["DINO Tile tile prompts"].append(result.report.prompts or None)
             results.append(self._area.finish(result.image, source))
+        p.width, p.height = self._area.finished
         # One entry per image of the batch; the WebUI leaves out what is None.
         p.extra_generation_params.update(told)
         samples = processing.DecodedSamples()

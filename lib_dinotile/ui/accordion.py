@@ -106,9 +106,10 @@ def _add_refresh(adapter: Any) -> None:
 def infotext_fields(components: Mapping[str, Any]) -> list[tuple[Any, Any]]:
     """Which control is set from what when PNG info is pasted.
 
-    What an image of ours does not tell was at its default, or had no part in it: nothing of an earlier image stays.
+    What an image of ours may leave untold goes to its default then: nothing of an earlier image stays.
     """
     told = [option for option in Settings.table() if option.infotext]
+    always = Settings().infotext
 
     def ours(params: Mapping[str, Any]) -> bool:
         return told[0].infotext in params
@@ -116,12 +117,8 @@ def infotext_fields(components: Mapping[str, Any]) -> list[tuple[Any, Any]]:
     def reader(option: Option) -> Callable[[Mapping[str, Any]], Any]:
         return lambda params: params.get(option.infotext, option.default) if ours(params) else None
 
-    return [(components["enabled"], ours), *((components[option.name], reader(option)) for option in told)]
-
-
-def paste_field_names() -> list[str]:
-    """The keys in PNG info that are ours."""
-    return [option.infotext for option in Settings.table() if option.infotext]
+    keys = [option.infotext if option.infotext in always else reader(option) for option in told]
+    return [(components["enabled"], ours), *zip((components[option.name] for option in told), keys)]
 
 
 def settings_from(args: tuple[Any, ...], axes: Mapping[str, Any]) -> Settings:
