@@ -112,7 +112,7 @@ def test_a_tile_gets_its_own_part_of_the_control_image(webui: WebUI, photo: Imag
     control = source.copy()
     control.paste((0, 0, 0), (source.width - 32, 0, source.width, source.height))
     one, other = (
-        controlled(webui, source, {**unit, "image": encode(image)}, {**MANY, "overlap": 0})
+        controlled(webui, source, {**unit, "image": encode(image)}, {**MANY, "overlap": 0, "colour": "none"})
         for image in (source, control)
     )
     near, far = (0, 0, 80, one.height), (one.width - 64, 0, one.width, one.height)
