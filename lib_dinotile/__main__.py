@@ -155,6 +155,10 @@ def _upscale(arguments: argparse.Namespace) -> None:
     quiet = arguments.quiet or (sharing is team and team.rank > 0)
     bar = tqdm(unit="tile", disable=None if not quiet else True, position=team.rank)
 
+    def tell(source: Path, report: Report) -> None:
+        for line in report.lines if not quiet else []:
+            bar.write(f"{source.name}: {line}")
+
     def progress(done: int, total: int) -> None:
         bar.total, bar.n = total, done
         bar.refresh()
@@ -183,11 +187,11 @@ def _upscale(arguments: argparse.Namespace) -> None:
                 if arguments.report:
                     _write_report(Path(arguments.report), source, result.report)
             journal.close()
+            tell(source, result.report)
             if not quiet:
-                for line in result.report.lines:
-                    bar.write(f"{source.name}: {line}")
                 bar.write(f"{target}: {result.image.width}x{result.image.height}, tiles: {result.painted}")
         except UnfinishedError as error:
+            tell(source, error.result.report)
             if not error.result.painted or sharing.rank > 0:
                 raise
             kept = target.with_stem(target.stem + "-unfinished")

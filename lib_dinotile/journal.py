@@ -10,8 +10,8 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from lib_dinotile import DinotileError
@@ -59,18 +59,25 @@ class Journal:
     def _file(self, step: int, tile: Rect) -> Path:
         return self._folder / f"pass{step}-x{tile.x}-y{tile.y}.safetensors"
 
-    def get(self, step: int, tiles: Sequence[Rect]) -> list[tuple[Tensor, Tensor]] | None:
-        """The tiles (pixels, latents) as they were painted in that pass, or None if not all are there."""
+    def get(self, step: int, tiles: Sequence[Rect]) -> tuple[list[tuple[Tensor, Tensor]], list[str]] | None:
+        """The tiles (pixels, latents) as they were painted in that pass, and the notes; None if not all are there."""
         if not self._begun:
             return None
+        painted, notes = [], {}
         try:
-            files = [load_file(self._file(step, tile)) for tile in tiles]
-            return [(file["pixels"].clone(), file["latents"].clone()) for file in files]
-        except (OSError, KeyError, SafetensorError):  # not there, or cut off when the machine went down
+            for tile in tiles:
+                with safe_open(self._file(step, tile), framework="pt") as file:
+                    painted.append((file.get_tensor("pixels").clone(), file.get_tensor("latents").clone()))
+                    notes.update(dict.fromkeys(json.loads(file.metadata()["notes"])))
+        except (OSError, SafetensorError):  # not there, or cut off when the machine went down
             return None
+        return painted, list(notes)
 
-    def put(self, step: int, tile: Rect, pixels: Tensor, latents: Tensor) -> None:
-        """Keep a painted tile (3, H, W), sampled as these latents (C, h, w). DinotileError if the disk is full."""
+    def put(self, step: int, tile: Rect, pixels: Tensor, latents: Tensor, notes: Sequence[str]) -> None:
+        """Keep a painted tile (3, H, W), sampled as these latents (C, h, w), and what there was to say then.
+
+        DinotileError if the disk is full.
+        """
         if not self._writes:
             return
         file = self._file(step, tile)
@@ -82,7 +89,8 @@ class Journal:
                 recipe.with_suffix(".part").write_text(json.dumps(self._recipe, indent=1), encoding="utf-8")
                 os.replace(recipe.with_suffix(".part"), recipe)
                 self._begun = True
-            save_file({"pixels": pixels.contiguous(), "latents": latents.contiguous()}, file.with_suffix(".part"))
+            tensors = {"pixels": pixels.contiguous(), "latents": latents.contiguous()}
+            save_file(tensors, file.with_suffix(".part"), {"notes": json.dumps(list(notes))})
             os.replace(file.with_suffix(".part"), file)
         except (OSError, SafetensorError) as error:
             raise self._unusable(error) from error

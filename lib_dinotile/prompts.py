@@ -11,12 +11,23 @@ from lib_dinotile.tiling.plan import Rect, TilePlan
 
 
 def check_prompts(host: Host, plan: TilePlan, settings: Settings) -> None:
-    """DinotileError for lines that belong to no tile, and for interrogators that the host has not."""
+    """DinotileError for lines that belong to no tile or cannot be read, and for interrogators that the host has not."""
     if settings.captions != NONE:
         check_name("captions", settings.captions, [NONE, *host.interrogators()])
-    beyond = [number for number in parse_lines(settings.tile_prompts) if number > len(plan)]
+    lines = parse_lines(settings.tile_prompts)
+    beyond = [number for number in lines if number > len(plan)]
     if beyond:
         raise DinotileError(f"tile_prompts: there is no tile {beyond[0]}, this image has {len(plan)}")
+    for line in [None, *lines.values()] if settings.prompts_by_tile else []:
+        host.check_prompt(_told(host, settings, line))
+
+
+def _told(host: Host, settings: Settings, own: str | None) -> str | None:
+    """What a tile with these words of its own is told; None for the main prompt."""
+    own = ", ".join(filter(None, (settings.tile_prompt, own)))
+    if not own or settings.tile_prompt_mode == "replace":
+        return own or None
+    return ", ".join(filter(None, (host.prompt, own)))
 
 
 class TilePrompts:
@@ -24,8 +35,8 @@ class TilePrompts:
 
     def __init__(self, host: Host, canvas: Canvas, plan: TilePlan, settings: Settings, report: Report) -> None:
         """Asks the interrogator, if it is wanted, for all tiles that have no line and are not outside the mask."""
-        self._main, self._mode = host.prompt, settings.tile_prompt_mode
-        self._common, self._tiles = settings.tile_prompt, report.tiles if settings.prompts_by_tile else []
+        self._host, self._settings = host, settings
+        self._tiles = report.tiles if settings.prompts_by_tile else []
         lines = parse_lines(settings.tile_prompts)
         for tile in self._tiles:
             tile.prompt = lines.get(tile.number)
@@ -40,10 +51,7 @@ class TilePrompts:
         if not self._tiles:
             return None
         nearest = min(self._tiles, key=lambda tile: _distance(tile.area, area))
-        own = ", ".join(filter(None, (self._common, nearest.prompt)))
-        if not own:
-            return None
-        return own if self._mode == "replace" else ", ".join(filter(None, (self._main, own)))
+        return _told(self._host, self._settings, nearest.prompt)
 
 
 def _distance(one: Rect, other: Rect) -> int:

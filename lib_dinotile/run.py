@@ -138,7 +138,7 @@ class Run:
             self.canvas.paint(tile, pixels, blend.weight(tile))
             self._neighbours.add(tile, latents)
             if self._journal and not painted.kept:
-                self._journal.put(step, tile, pixels, latents)
+                self._journal.put(step, tile, pixels, latents, painted.notes)
         for note in painted.notes:
             self.report.note(note)
         self._progress(tiles[: len(painted.tiles)])
@@ -146,7 +146,7 @@ class Run:
     def _batch(self, step: int, tiles: Sequence[Rect], denoise: float | None) -> Painted:
         kept = self._journal.get(step, tiles) if self._journal else None
         if kept is not None:
-            return Painted(kept, kept=True)
+            return Painted(*kept, kept=True)
         done: list[tuple[Tensor, Tensor]] = []
         known, error = len(self.report.notes), None
         try:

@@ -187,6 +187,26 @@ def test_a_run_that_broke_off_is_resumed_to_the_same_image(photo, tmp_path, samp
     assert sorted(file.name for file in tmp_path.iterdir()) == ["broken.png", "in.png", "whole.png"]
 
 
+def test_a_tile_that_failed_before_a_run_broke_off_is_named_after_all(photo, tmp_path, monkeypatch, capsys):
+    sample, calls = DiffusersHost.sample, []
+
+    def fails(self, *arguments):
+        calls.append(1)
+        if len(calls) > 3:
+            raise RuntimeError("the power went")
+        return sample(self, *arguments) * (np.nan if len(calls) < 3 else 1)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(DiffusersHost, "sample", fails)
+        assert run(photo, tmp_path / "out.png", *QUICK[1:], "--batch", 1) == 1
+    line = "tile 1 is kept from the source: the model gave what is not a number"
+    assert f"in.png: {line}\n" in capsys.readouterr().out
+    report = tmp_path / "report.jsonl"
+    assert run(photo, tmp_path / "out.png", *QUICK[1:], "--batch", 1, "--resume", "--report", report) == 0
+    assert json.loads(report.read_text())["notes"] == [line]
+    assert f"in.png: {line}\n" in capsys.readouterr().out
+
+
 def test_resuming_with_other_settings_is_refused_and_starting_anew_is_not(photo, tmp_path, sampled, capsys):
     sampled.stop = 1
     with pytest.raises(SystemExit):

@@ -36,6 +36,9 @@ class StubHost:
     def upscalers(self):
         return ["Lanczos"]
 
+    def check_prompt(self, prompt):
+        pass
+
     def interrogators(self):
         return ["Stub"]
 

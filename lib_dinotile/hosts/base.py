@@ -97,6 +97,9 @@ class Host(Protocol):
     prompt: str
     """The main prompt."""
 
+    def check_prompt(self, prompt: str | None) -> None:
+        """DinotileError if the model would not read all of a tile's prompt; None is the main prompt."""
+
     def upscalers(self) -> Sequence[str]:
         """Names that `upscale` takes."""
 

@@ -92,6 +92,10 @@ class DiffusersHost:
         self.prompt = generation.prompt
         self._done = self._total = 0
 
+    def check_prompt(self, prompt: str | None) -> None:
+        if self._text is not None:
+            self._text(self.prompt if prompt is None else prompt)
+
     def upscalers(self) -> Sequence[str]:
         return list(RESAMPLING)
 

@@ -125,6 +125,9 @@ class WebUIHost:
     def upscale(self, image: Image.Image, size: tuple[int, int], upscaler: str) -> Image.Image:
         return upscalers.upscale(image, size, upscaler)
 
+    def check_prompt(self, prompt: str | None) -> None:
+        """The WebUI cuts prompts of any length into as many parts as the model needs."""
+
     def interrogators(self) -> Sequence[str]:
         return list(INTERROGATORS)
 
