@@ -19,7 +19,7 @@ PIECE, LEAST, OVERLAP = 640, 256, 64
 """What is encoded or decoded apart from tiles has at most so many pixels a side, or as many as a tile if that is more;
 if the memory does not hold it, half as many again and again, but no fewer than the second. Neighbours share some."""
 
-CACHE = 512 * 2**20
+CACHE = 128 * 2**20
 """Bytes of encoded pieces that are kept. Those of a larger canvas are encoded again when they are needed again."""
 
 

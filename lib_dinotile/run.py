@@ -94,7 +94,12 @@ class Run:
             if tiles.order == "fused":
                 self._fuse(blend, wanted)
             else:
-                self._waves(step, tiles, blend, denoise, wanted)
+                self._latents = SourceLatents(self._host, self.canvas, self._pieces, self.report.note)
+                self._neighbours = Neighbours(self.canvas, tiles, blend, self._host.factor)
+                try:
+                    self._waves(step, tiles, blend, denoise, wanted)
+                finally:  # an image of the canvas is made now, and the memory may not be there for both
+                    del self._latents, self._neighbours
             if self._settings.colour != "none":
                 self._level(blend, wanted)
 
@@ -119,8 +124,7 @@ class Run:
 
     def _waves(self, step: int, plan: Tiles, blend: Blend, denoise: float | None, wanted: Sequence[Rect]) -> None:
         """Tiles sampled and painted, one wave after the other."""
-        chosen, self._neighbours = set(wanted), Neighbours(self.canvas, plan, blend, self._host.factor)
-        self._latents = SourceLatents(self._host, self.canvas, self._pieces, self.report.note)
+        chosen = set(wanted)
         for wave in plan.waves:
             batches = chunks([tile for tile in wave if tile in chosen], self._settings.batch)
             for group in chunks(batches, self._team.size):
