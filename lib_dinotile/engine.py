@@ -132,4 +132,4 @@ def upscale(
 
 
 def _result(run: Run) -> Result:
-    return Result(run.canvas.image(), run.done, run.total, run.report)
+    return Result(run.canvas.finish(), run.done, run.total, run.report)

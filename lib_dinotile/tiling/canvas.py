@@ -93,11 +93,15 @@ class Canvas:
             self._base[rows] = to_bytes(self.painted(band))
             self._change[rows] = 0
 
-    def image(self) -> Image.Image:
-        """The canvas as it stands, RGB, exactly the size of the plan's canvas."""
+    def finish(self) -> Image.Image:
+        """The canvas as it stands, RGB, exactly the size of the plan's canvas. Nothing can be painted any more."""
+        for band in self._bands(*self._padded):
+            self._base[(slice(None), *band.slices)] = to_bytes(self.crop(band))
+        del self._change, self._original  # the memory may not be there for both these and an image
         image = Image.new("RGB", self._size)
         for band in self._bands(*self._size):
-            image.paste(self.picture(band), (0, band.y))
+            rows = self._base[(slice(None), *band.slices)].permute(1, 2, 0)
+            image.paste(Image.fromarray(rows.contiguous().numpy()), (0, band.y))
         return image
 
     @staticmethod
