@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import hashlib
+import io
 import json
+import os
 import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -17,10 +20,9 @@ from PIL import Image, PngImagePlugin
 from lib_dinotile import DinotileError, __version__
 from lib_dinotile.condition.conditioner import MINI, Conditioner
 from lib_dinotile.engine import UnfinishedError, canvas_size, upscale
-from lib_dinotile.images import check_writable, read_image, write_image
+from lib_dinotile.images import check_writable, read_image, read_mask, write_image
 from lib_dinotile.journal import open_journal
-from lib_dinotile.report import Report
-from lib_dinotile.settings import NONE, Generation, Options, Settings
+from lib_dinotile.settings import MAX_SIDE, NONE, Generation, Options, Settings
 from lib_dinotile.team import Team, make_team
 from lib_dinotile.tiling.noise import NoiseField
 
@@ -67,8 +69,13 @@ def _jobs(source: Path, target: Path) -> list[tuple[Path, Path]]:
         raise DinotileError(f"{target} cannot be made a folder of images: {error.strerror}") from error
     if target.samefile(source):
         raise DinotileError(f"{target} is where the images come from; give another folder")
-    stems = Counter(file.stem for file in files)
-    return [(file, target / f"{file.stem if stems[file.stem] == 1 else file.name}.png") for file in files]
+    if not os.access(target, os.W_OK):
+        raise DinotileError(f"the folder {target} is not writable")
+    stems = Counter(file.stem.casefold() for file in files)
+    names = [file.stem if stems[file.stem.casefold()] == 1 else file.name for file in files]
+    if len({name.casefold() for name in names}) < len(names):
+        names = [file.name for file in files]
+    return [(file, target / f"{name}.png") for file, name in zip(files, names)]
 
 
 def _parameters(settings: Settings, generation: Generation, size: tuple[int, int]) -> str:
@@ -120,7 +127,7 @@ def _is_done(target: Path, recipe: Mapping[str, Any]) -> bool:
 def _read_mask(name: str, size: tuple[int, int]) -> Image.Image | None:
     if not name:
         return None
-    mask = read_image(Path(name)).convert("L")
+    mask = read_mask(Path(name))
     if mask.size != size:
         raise DinotileError(f"mask: {name} is {mask.width}x{mask.height}, the image is {size[0]}x{size[1]}")
     if mask.getbbox() is None:
@@ -146,18 +153,18 @@ def _upscale(arguments: argparse.Namespace) -> None:
         adapters[settings.adapter] = Path(settings.adapter)
     if settings.adapter in adapters and not adapters[settings.adapter].is_file():
         raise DinotileError(f"adapter: there is no file {adapters[settings.adapter]}")
+    if arguments.report:
+        _add_line(Path(arguments.report), "")
 
-    team, alone = make_team(), Team()
-    if Path(arguments.IN).is_dir():  # every process has images of its own
-        jobs, sharing = jobs[team.rank :: team.size], alone
-    else:
-        sharing = team
-    quiet = arguments.quiet or (sharing is team and team.rank > 0)
+    team = make_team()
+    folder = Path(arguments.IN).is_dir()  # then every process has images of its own
+    mine, sharing = (jobs[team.rank :: team.size], Team()) if folder else (jobs, team)
+    quiet = arguments.quiet or (team.rank > 0 and not folder)
     bar = tqdm(unit="tile", disable=None if not quiet else True, position=team.rank)
 
-    def tell(source: Path, report: Report) -> None:
-        for line in report.lines if not quiet else []:
-            bar.write(f"{source.name}: {line}")
+    def say(*lines: str) -> None:
+        for line in lines if not quiet else ():
+            bar.write(line)
 
     def progress(done: int, total: int) -> None:
         bar.total, bar.n = total, done
@@ -165,53 +172,66 @@ def _upscale(arguments: argparse.Namespace) -> None:
 
     host = load_host(generation, progress, team.rank)
     conditioner = Conditioner.load(settings, host, adapters)
-    failures = []
-    for source, target in jobs:
-        bar.set_description(source.name)
+
+    def make(source: Path, target: Path) -> None:
+        image = read_image(source)
+        size = canvas_size(image.size, settings, (generation.width, generation.height))
+        check_writable(target, size)
+        parameters = _parameters(settings, generation, size)
+        recipe = _recipe(settings, generation, source)
+        if arguments.resume and _is_done(target, recipe):
+            say(f"{target}: is there already")
+            return
+        mask = _read_mask(generation.mask, image.size)
+        journal = open_journal(target, recipe, arguments.resume, sharing)
+        noise = NoiseField(generation.seed, host.channels)
         try:
-            image = read_image(source)
-            size = canvas_size(image.size, settings, (generation.width, generation.height))
-            parameters = _parameters(settings, generation, size)
-            recipe = _recipe(settings, generation, source)
-            if arguments.resume and _is_done(target, recipe):
-                bar.write(f"{target}: is there already")
-                continue
-            mask = _read_mask(generation.mask, image.size)
-            journal = open_journal(target, recipe, arguments.resume, sharing)
-            noise = NoiseField(generation.seed, host.channels)
             result = upscale(
                 host, image, settings, noise, conditioner, size=size, mask=mask, journal=journal, team=sharing
             )
-            if sharing.rank == 0:
-                write_image(result.image, target, {"parameters": parameters, RECIPE: _digest(recipe)})
-                if arguments.report:
-                    _write_report(Path(arguments.report), source, result.report)
-            journal.close()
-            tell(source, result.report)
-            if not quiet:
-                bar.write(f"{target}: {result.image.width}x{result.image.height}, tiles: {result.painted}")
         except UnfinishedError as error:
-            tell(source, error.result.report)
+            say(*(f"{source.name}: {line}" for line in error.result.report.lines))
             if not error.result.painted or sharing.rank > 0:
                 raise
-            kept = target.with_stem(target.stem + "-unfinished")
-            write_image(error.result.image, kept, {"parameters": parameters})
-            where = f" (kept in {kept}; --resume goes on with it)"
+            where, kept = journal.kept, target.with_stem(target.stem + "-unfinished")
+            with contextlib.suppress(DinotileError):  # for want of space, say, and that is told already
+                write_image(error.result.image, kept, {"parameters": parameters})
+                where = f" (kept in {kept}; --resume goes on with it)"
             raise UnfinishedError(error.__cause__, error.result, where) from error.__cause__
+        if sharing.rank == 0:
+            try:
+                write_image(result.image, target, {"parameters": parameters, RECIPE: _digest(recipe)})
+            except DinotileError as error:
+                raise DinotileError(f"{error}{journal.kept}", error.status_code) from error
+            if arguments.report:
+                line = json.dumps({"image": str(source), **result.report.json()})
+                _add_line(Path(arguments.report), line + "\n")
+        journal.close()
+        say(*(f"{source.name}: {line}" for line in result.report.lines))
+        say(f"{target}: {result.image.width}x{result.image.height}, tiles: {result.painted}")
+
+    failures: list[tuple[str, int]] = []
+    for source, target in mine:
+        bar.set_description(source.name)
+        try:
+            make(source, target)
         except DinotileError as error:
-            if len(jobs) == 1:
+            if not folder or isinstance(error.__cause__, KeyboardInterrupt):
                 raise
-            failures.append(f"{source.name}: {error}")
+            failures.append((f"{source.name}: {error}", error.status_code))
     bar.close()
-    if failures:
-        raise DinotileError(f"{len(failures)} of {len(jobs)} images were left out: " + "; ".join(failures))
+    # Before all are done none may end with an error: launchers stop the others then.
+    failures = [failure for each in team.gather(failures) for failure in each]
+    if failures and team.rank == 0:
+        lines, codes = zip(*failures)
+        raise DinotileError(f"{len(lines)} of {len(jobs)} images were left out: " + "; ".join(lines), max(codes))
 
 
-def _write_report(path: Path, source: Path, report: Report) -> None:
-    """One line of JSON for every image, added to the file."""
+def _add_line(path: Path, line: str) -> None:
+    """Add to the file of reports: one line of JSON for every image."""
     try:
         with path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"image": str(source), **report.json()}) + "\n")
+            file.write(line)
     except OSError as error:
         raise DinotileError(f"report: {path} cannot be written: {error}", 500) from error
 
@@ -233,8 +253,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     _add_options(command, Generation)
     command.set_defaults(run=_upscale)
     parsed = parser.parse_args(arguments)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a file's name must not be what a run breaks off at
+            stream.reconfigure(errors="backslashreplace")
+    Image.MAX_IMAGE_PIXELS = MAX_SIDE**2  # the files are the user's own, and what was written is to be read again
     try:
         parsed.run(parsed)
+    except KeyboardInterrupt:
+        print("dinotile: cancelled", file=sys.stderr)
+        return 130
     except DinotileError as error:
         print(f"dinotile: {error}", file=sys.stderr)
         if isinstance(error.__cause__, KeyboardInterrupt):

@@ -16,7 +16,7 @@ from lib_dinotile.journal import Journal
 from lib_dinotile.prompts import check_prompts
 from lib_dinotile.report import Report
 from lib_dinotile.run import Run
-from lib_dinotile.sampling import chunks
+from lib_dinotile.sampling import OutOfMemoryError, chunks, is_out_of_memory
 from lib_dinotile.settings import MAX_SIDE, Settings
 from lib_dinotile.team import Team
 from lib_dinotile.tiling.canvas import Canvas
@@ -114,12 +114,7 @@ def upscale(
     check_prompts(host, plan, settings)
     with torch.no_grad():
         features = conditioner.features(source, size) if conditioner else None
-        image = host.upscale(source, size, settings.upscaler)
-        if mask is not None:
-            mask = mask.resize(size, Image.Resampling.BILINEAR)
-        start = fill(image, mask) if fill and mask else None
-        canvas = Canvas(image, plan, mask, start)
-        del image, start, mask
+        canvas = _canvas(host, source, plan, settings, mask, fill)
         condition = functools.partial(conditioner.condition, features) if features else None
         run = Run(host, settings, noise, canvas, plan, condition, journal, team or Team())
         try:
@@ -129,6 +124,26 @@ def upscale(
         except (Exception, KeyboardInterrupt) as error:
             raise UnfinishedError(error, _result(run)) from error
         return _result(run)
+
+
+def _canvas(
+    host: Host,
+    source: Image.Image,
+    plan: TilePlan,
+    settings: Settings,
+    mask: Image.Image | None,
+    fill: Callable[[Image.Image, Image.Image], Image.Image] | None,
+) -> Canvas:
+    size = plan.width, plan.height
+    try:
+        image = host.upscale(source, size, settings.upscaler)
+        mask = mask and mask.resize(size, Image.Resampling.BILINEAR)
+        return Canvas(image, plan, mask, fill(image, mask) if fill and mask else None)
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        message = f"out of memory before the first tile: make the result smaller than {size[0]}x{size[1]}"
+        raise OutOfMemoryError(message, 500) from error
 
 
 def _result(run: Run) -> Result:

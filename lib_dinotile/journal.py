@@ -28,7 +28,8 @@ class Journal:
         """recipe: everything that the image depends on, as JSON. resume: go on with what the folder holds.
 
         Changes nothing yet: the tiles of an earlier run give way when the first is painted. DinotileError if those to
-        go on with were painted by another recipe, or if the folder holds other files.
+        go on with were painted by another recipe, if those of this recipe are not gone on with, or if the folder holds
+        other files.
         """
         self._folder, self._writes = folder, writes
         self._recipe = json.loads(json.dumps(recipe))
@@ -40,6 +41,10 @@ class Journal:
         if before is not None and resume:
             self._check(before, self._recipe)
             self._begun = True
+        if before == self._recipe and not resume:
+            raise DinotileError(
+                f"{folder} holds painted tiles of this image: --resume goes on with them; to start anew, delete it"
+            )
         if before is None and folder.exists() and not all(map(_is_ours, folder.glob("*"))):
             raise DinotileError(f"{folder} holds other files, painted tiles are kept there: move it away")
 
@@ -94,6 +99,11 @@ class Journal:
             os.replace(file.with_suffix(".part"), file)
         except (OSError, SafetensorError) as error:
             raise self._unusable(error) from error
+
+    @property
+    def kept(self) -> str:
+        """Words for a run that broke off: where its tiles are, if there are any."""
+        return f" (painted tiles are kept in {self._folder}; --resume goes on with them)" if self._begun else ""
 
     def close(self) -> None:
         """The image is done: the tiles are no longer needed."""

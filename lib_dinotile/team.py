@@ -2,11 +2,22 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
+from datetime import timedelta
 from typing import Any, TypeVar
+
+import torch
+
+from lib_dinotile import DinotileError
 
 T = TypeVar("T")
 R = TypeVar("R")
+
+SIZES = ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")
+"""Where launchers say how many processes they started; those that accelerate knows."""
+PATIENCE = timedelta(days=30)
+"""How long a process waits for the others: one may have done its images of a folder long before them."""
 
 
 class Team:
@@ -40,7 +51,7 @@ class Team:
 
 
 class Processes(Team):
-    """The processes that `accelerate launch` started. Tensors travel as they are, on the CPU."""
+    """The processes that a launcher started. Tensors travel as they are, on the CPU."""
 
     def __init__(self, state: Any) -> None:
         """state: accelerate's PartialState."""
@@ -53,11 +64,13 @@ class Processes(Team):
 
 
 def make_team() -> Team:
-    """The processes that `accelerate launch` started this one among, or this one alone."""
-    import os
-
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+    """The processes that a launcher (accelerate's, torchrun, mpirun) started this one among, or this one alone."""
+    count = max(int(os.environ.get(name, "1")) for name in SIZES)
+    if count == 1:
         return Team()
     from accelerate import PartialState
 
-    return Processes(PartialState())
+    state = PartialState(cpu=not torch.cuda.is_available(), timeout=PATIENCE)
+    if state.num_processes != count:
+        raise DinotileError(f"{count} processes were started, but they do not find each other", 500)
+    return Processes(state)

@@ -9,8 +9,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageCms
 
+from lib_dinotile import DinotileError
 from lib_dinotile import __main__ as cli
 from lib_dinotile.hosts.diffusers import DiffusersHost
 from lib_dinotile.images import read_image
@@ -113,10 +114,10 @@ def test_bad_files_are_one_line_and_exit_code_2(photo, tmp_path, capsys):
         (tmp_path / "gone.png", tmp_path / "o.png", "gone.png is not there"),
         (tmp_path / "text.png", tmp_path / "o.png", "cannot be read as an image"),
         (tmp_path / "empty", tmp_path / "o", "has no images"),
-        (photo, tmp_path / "o.xyz", "no image format has the ending '.xyz'"),
+        (photo, tmp_path / "o.xyz", "no image is written with the ending '.xyz'"),
         (photo, tmp_path / "gone" / "o.png", "is not there or not writable"),
-        (photo, tmp_path, "no image format has the ending"),
-        (photo, tmp_path / "o.psd", "no image format has the ending '.psd'"),
+        (photo, tmp_path, "no image is written with the ending"),
+        (photo, tmp_path / "o.psd", "no image is written with the ending '.psd'"),
         (photo.parent, photo.parent, "is where the images come from"),
         (photo.parent, photo, "cannot be made a folder of images"),
         (photo.parent, photo / "x", "cannot be made a folder of images"),
@@ -207,6 +208,76 @@ def test_a_tile_that_failed_before_a_run_broke_off_is_named_after_all(photo, tmp
     assert f"in.png: {line}\n" in capsys.readouterr().out
 
 
+def test_painted_tiles_are_not_painted_over_by_mistake(photo, tmp_path, sampled, capsys):
+    sampled.stop = 2
+    with pytest.raises(SystemExit):
+        run(photo, tmp_path / "out.png", *QUICK, "--batch", 1)
+    sampled[:], sampled.stop = [], None
+    assert run(photo, tmp_path / "out.png", *QUICK, "--batch", 1) == 2 and not sampled
+    assert "out.png.tiles holds painted tiles of this image: --resume goes on with them" in capsys.readouterr().err
+    assert run(photo, tmp_path / "out.png", *QUICK, "--batch", 1, "--resume") == 0
+
+
+def test_what_has_no_room_on_the_disk_is_said_with_where_the_tiles_are(photo, tmp_path, monkeypatch, capsys):
+    def full(*arguments):
+        raise DinotileError("out.png cannot be written: No space left on device", 500)
+
+    monkeypatch.setattr(cli, "write_image", full)
+    assert run(photo, tmp_path / "out.png", *QUICK) == 1
+    kept = re.escape(f"(painted tiles are kept in {tmp_path / 'out.png.tiles'}; --resume goes on with them)")
+    assert re.fullmatch(rf"dinotile: out.png cannot .* left on device {kept}\n", capsys.readouterr().err)
+    sample, calls = DiffusersHost.sample, []
+
+    def breaks(self, *arguments):
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return sample(self, *arguments)
+
+    monkeypatch.setattr(DiffusersHost, "sample", breaks)
+    assert run(photo, tmp_path / "other.png", *QUICK, "--batch", 1) == 130
+    assert "other.png.tiles; --resume" in capsys.readouterr().err
+    monkeypatch.undo()
+    assert run(photo, tmp_path / "out.png", *QUICK, "--resume") == 0
+
+
+def test_one_image_that_breaks_off_does_not_stop_a_folder(tmp_path, monkeypatch, capsys):
+    (tmp_path / "in").mkdir()
+    for name in ("a.png", "b.png"):
+        random_image(40, 30).save(tmp_path / "in" / name)
+    sample, calls = DiffusersHost.sample, []
+
+    def breaks(self, *arguments):
+        calls.append(1)
+        if len(calls) == 2:
+            raise RuntimeError("something")
+        return sample(self, *arguments)
+
+    monkeypatch.setattr(DiffusersHost, "sample", breaks)
+    assert run(tmp_path / "in", tmp_path / "out", *QUICK, "--batch", 1) == 1
+    assert "1 of 2 images were left out: a.png: stopped after 1 of" in capsys.readouterr().err
+    assert {file.name for file in (tmp_path / "out").glob("*.png")} == {"a-unfinished.png", "b.png"}
+
+
+def test_files_of_like_names_all_get_one_of_their_own(tmp_path):
+    (tmp_path / "in").mkdir()
+    for name in ("a.jpg", "a.png", "a.jpg.png"):
+        random_image(8, 8).save(tmp_path / "in" / name)
+    assert run(tmp_path / "in", tmp_path / "out", *QUICK, "--order", "none") == 0
+    assert len(list((tmp_path / "out").iterdir())) == 3
+
+
+def test_a_name_that_cannot_be_printed_stops_nothing(photo, tmp_path):
+    photo.rename(tmp_path / "猫.png")
+    for given in ([tmp_path / "猫.png", tmp_path / "鳥.png"],):
+        done = subprocess.run(
+            [sys.executable, "-m", "lib_dinotile", "upscale", *given, *QUICK[1:], "--order", "none"],
+            env={**os.environ, "PYTHONIOENCODING": "cp1252:strict", "PYTHONPATH": str(Path(cli.__file__).parents[1])},
+            capture_output=True,
+        )
+        assert done.returncode == 0 and b"Traceback" not in done.stderr and (tmp_path / "鳥.png").is_file()
+
+
 def test_resuming_with_other_settings_is_refused_and_starting_anew_is_not(photo, tmp_path, sampled, capsys):
     sampled.stop = 1
     with pytest.raises(SystemExit):
@@ -290,6 +361,17 @@ def test_a_mask_a_size_and_a_report(photo, tmp_path):
     assert told["image"] == str(photo) and told["notes"] == []
 
 
+def test_what_is_transparent_in_a_mask_is_not_painted(photo, tmp_path):
+    Image.new("L", (50, 37)).save(tmp_path / "mask.png")
+    clear = Image.new("RGBA", (50, 37), (255, 255, 255, 0))
+    clear.paste((255, 255, 255, 255), (5, 5, 20, 20))
+    clear.save(tmp_path / "mask.png")
+    assert run(photo, tmp_path / "out.png", *QUICK, "--mask", tmp_path / "mask.png") == 0
+    plain = np.asarray(Image.open(photo).resize((100, 74), Image.Resampling.LANCZOS)).astype(int)
+    changed = (pixels(tmp_path / "out.png") != plain).any(2)
+    assert changed[12:38, 12:38].any() and not changed[44:].any() and not changed[:, 44:].any()
+
+
 def test_a_mask_that_does_not_fit_is_refused(photo, tmp_path, capsys):
     for image, says in (
         (Image.new("L", (8, 8), 255), "is 8x8, the image is 50x37"),
@@ -300,32 +382,50 @@ def test_a_mask_that_does_not_fit_is_refused(photo, tmp_path, capsys):
         assert says in capsys.readouterr().err
 
 
-def test_two_processes_give_the_image_of_one(photo, tmp_path):
-    """`accelerate launch`, over gloo: a wave of one image is shared out, and so are the images of a folder."""
+@pytest.fixture
+def two(tmp_path):
+    """The command line in two processes that `accelerate launch` starts; they speak over gloo."""
+    script = tmp_path / "two.py"
+    script.write_text(
+        "import sys; from lib_dinotile import __main__, team; assert team.make_team().size == 2; "
+        "sys.exit(__main__.main(sys.argv[1:]))"
+    )
+    flags = "--multi_gpu --num_processes 2 --num_machines 1 --mixed_precision no --dynamo_backend no"
+    launch = [sys.executable, "-m", "accelerate.commands.launch", *flags.split(), "--main_process_port", "0", script]
+    return lambda *arguments: apart(launch, arguments)
+
+
+def apart(start, arguments):
+    """One thread each: sums of floats depend on their number."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(cli.__file__).parents[1])}
+    command = [*map(str, start), "upscale", *map(str, arguments)]
+    return subprocess.run(command, env=environment, capture_output=True, text=True)
+
+
+def test_two_processes_give_the_image_of_one(photo, tmp_path, two):
+    """A wave of one image is shared out, and so are the images of a folder."""
     (tmp_path / "in").mkdir()
     for name in ("a.png", "b.png", "c.png"):
         random_image(30, 20, seed=ord(name[0])).save(tmp_path / "in" / name)
-    launch = [
-        sys.executable,
-        "-m",
-        "accelerate.commands.launch",
-        "--cpu",
-        "--num_processes",
-        "2",
-        "--num_machines",
-        "1",
-    ]
-    launch += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0", "-m", "lib_dinotile"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(cli.__file__).parents[1])}
+    more = [*QUICK, "--batch", "1", "--seams", "bands"]
     for source, name in ((photo, ".png"), (tmp_path / "in", "")):
-        # As many threads for both: sums of floats depend on them.
-        for start, out in ((launch, f"two{name}"), ([sys.executable, "-m", "lib_dinotile"], f"one{name}")):
-            arguments = map(str, ["upscale", source, tmp_path / out, *QUICK, "--batch", "1", "--seams", "bands"])
-            done = subprocess.run([*start, *arguments], env=environment, capture_output=True, text=True)
-            assert done.returncode == 0, done.stderr[-2000:]
+        done = two(source, tmp_path / f"two{name}", *more)
+        assert done.returncode == 0, done.stderr[-2000:]
+        done = apart([sys.executable, "-m", "lib_dinotile"], [source, tmp_path / f"one{name}", *more])
+        assert done.returncode == 0, done.stderr[-2000:]
     assert abs(pixels(tmp_path / "two.png") - pixels(tmp_path / "one.png")).max() == 0
     for name in ("a.png", "b.png", "c.png"):
         assert abs(pixels(tmp_path / "two" / name) - pixels(tmp_path / "one" / name)).max() == 0
+
+
+def test_a_bad_file_stops_no_process(tmp_path, two):
+    (tmp_path / "in").mkdir()
+    for name in ("a.png", "c.png", "e.png"):
+        random_image(30, 20).save(tmp_path / "in" / name)
+    (tmp_path / "in" / "b.png").write_bytes(b"no image")
+    done = two(tmp_path / "in", tmp_path / "out", *QUICK)
+    assert done.returncode != 0 and "dinotile: 1 of 4 images were left out: b.png: " in done.stderr
+    assert sorted(file.name for file in (tmp_path / "out").iterdir()) == ["a.png", "c.png", "e.png"]
 
 
 def test_every_option_is_a_flag(capsys):
@@ -348,7 +448,6 @@ def test_images_of_every_kind_are_read_as_rgb(tmp_path):
         "cmyk.jpg": base.convert("CMYK"),
         "one.png": base.convert("1"),
         "sixteen.png": sixteen,
-        "float.tiff": Image.fromarray(np.linspace(0, 255, 96, dtype=np.float32).reshape(8, 12)),
     }.items():
         image.save(tmp_path / name)
         read = read_image(tmp_path / name)
@@ -364,3 +463,61 @@ def test_images_of_every_kind_are_read_as_rgb(tmp_path):
     exif[0x0112] = 6
     turned.save(tmp_path / "turned.jpg", exif=exif)
     assert read_image(tmp_path / "turned.jpg").size == (3, 6)
+
+
+@pytest.mark.parametrize("kind", [np.float32, np.int32])
+def test_an_image_whose_white_is_not_known_is_refused(tmp_path, kind):
+    Image.fromarray(np.ones((8, 12), kind)).save(tmp_path / "deep.tiff")
+    with pytest.raises(DinotileError, match=r"deep\.tiff has 32 bits a channel"):
+        read_image(tmp_path / "deep.tiff")
+
+
+def test_colours_are_those_of_the_profile(tmp_path):
+    srgb = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    swapped = srgb.replace(b"rXYZ", b"....").replace(b"gXYZ", b"rXYZ").replace(b"....", b"gXYZ")
+    swapped = swapped.replace("sRGB".encode("utf-16-be"), "test".encode("utf-16-be"))
+    for profile, red in ((srgb, (200, 30, 40)), (swapped, (30, 200, 40)), (b"damaged", (200, 30, 40))):
+        plain = Image.new("RGB", (4, 4), (200, 30, 40))
+        for image in (plain, plain.convert("RGBA"), plain.quantize(2)):
+            image.save(tmp_path / "in.png", icc_profile=profile)
+            read = read_image(tmp_path / "in.png").getpixel((0, 0))
+            assert max(abs(one - other) for one, other in zip(read, red)) <= 2, (image.mode, profile[:8])
+    Image.new("CMYK", (4, 4), (10, 200, 100, 0)).save(tmp_path / "in.jpg", icc_profile=swapped)
+    assert read_image(tmp_path / "in.jpg").mode == "RGB"
+
+
+@pytest.mark.parametrize("name", ["out.webp", "out.ico", "out.avif"])
+def test_a_file_that_cannot_hold_the_image_is_refused_before_it_is_made(tmp_path, name, sampled, capsys):
+    random_image(2100, 1).save(tmp_path / "in.png")
+    assert run(tmp_path / "in.png", tmp_path / name, *QUICK, "--scale", 8) == 2 and not sampled
+    assert "try .png" in capsys.readouterr().err
+
+
+def test_what_was_written_can_be_read_again_however_large_it_is(photo, tmp_path, monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    assert run(photo, tmp_path / "out.png", *QUICK, "--order", "none") == 0
+
+
+def test_a_report_that_cannot_be_written_is_told_before_a_tile_is_painted(photo, tmp_path, sampled, capsys):
+    assert run(photo, tmp_path / "out.png", *QUICK, "--report", tmp_path / "no" / "report.jsonl") == 1
+    assert "report: " in capsys.readouterr().err and not sampled
+
+
+def test_a_canvas_that_does_not_fit_into_memory_is_one_line(photo, tmp_path, monkeypatch, capsys):
+    def full(*arguments):
+        raise MemoryError
+
+    monkeypatch.setattr(DiffusersHost, "upscale", full)
+    assert run(photo, tmp_path / "out.png", *QUICK) == 1
+    assert capsys.readouterr().err == (
+        "dinotile: out of memory before the first tile: make the result smaller than 100x74\n"
+    )
+
+
+def test_a_cancel_before_the_first_tile_is_one_line(photo, tmp_path, monkeypatch, capsys):
+    def cancelled(*arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("lib_dinotile.hosts.diffusers.load_host", cancelled)
+    assert run(photo, tmp_path / "out.png", *QUICK) == 130
+    assert capsys.readouterr().err == "dinotile: cancelled\n"

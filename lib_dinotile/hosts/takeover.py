@@ -111,6 +111,8 @@ class Takeover:
             )
         if p.image_mask is not None and _switched_on(p, "soft inpainting"):
             raise DinotileError("Soft inpainting does not know tiles: switch it off, Mask blur softens the border, too")
+        if any(getattr(shared.opts, f"hypertile_enable_{part}", False) for part in ("unet", "vae")):
+            raise DinotileError("HyperTile takes the whole picture for a tile: switch it off in the settings")
         sizes = {image.size for image in p.init_images}
         if len(sizes) != 1:
             raise DinotileError("DINO Tile upscales a batch only if all its images have one size")

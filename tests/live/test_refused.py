@@ -77,6 +77,13 @@ def test_arguments_by_position_that_are_not_allowed(webui: WebUI, small: Image.I
     assert "is not allowed, give" in webui.refusal(small, alwayson_scripts={"dino tile": {"args": args}})
 
 
+def test_hyper_tile(webui: WebUI, small: Image.Image):
+    if "hypertile_enable_unet" not in webui.get("sdapi/v1/options").json():
+        pytest.skip("this WebUI has no HyperTile setting")
+    more = {"override_settings": {"hypertile_enable_unet": True}}
+    assert "HyperTile takes the whole picture for a tile" in webui.refusal(small, TILES, **more)
+
+
 def test_a_refiner(webui: WebUI, small: Image.Image):
     checkpoint = webui.get("sdapi/v1/sd-models").json()[0]["title"]
     assert "set Refiner to None" in webui.refusal(small, TILES, refiner_checkpoint=checkpoint, refiner_switch_at=0.5)
