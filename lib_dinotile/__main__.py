@@ -222,6 +222,7 @@ def _upscale(arguments: argparse.Namespace) -> None:
     bar.close()
     # Before all are done none may end with an error: launchers stop the others then.
     failures = [failure for each in team.gather(failures) for failure in each]
+    team.close()
     if failures and team.rank == 0:
         lines, codes = zip(*failures)
         raise DinotileError(f"{len(lines)} of {len(jobs)} images were left out: " + "; ".join(lines), max(codes))

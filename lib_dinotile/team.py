@@ -49,6 +49,9 @@ class Team:
         """What each process gave, in the order of their numbers."""
         return [mine]
 
+    def close(self) -> None:
+        """All are done: none goes while another still listens to it."""
+
 
 class Processes(Team):
     """The processes that a launcher started. Tensors travel as they are, on the CPU."""
@@ -61,6 +64,10 @@ class Processes(Team):
         from accelerate.utils import gather_object
 
         return gather_object([mine])
+
+    def close(self) -> None:
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()
 
 
 def make_team() -> Team:
