@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from adapters import Adapters
 from client import Job, Progress, WebUI, difference, fields, pixels
-from conftest import TILES
+from conftest import PREVIEWS, TILES
 from PIL import Image
 
 from lib_dinotile.tiling.plan import TilePlan
@@ -79,7 +79,7 @@ def test_a_skipped_image_does_not_mark_the_next_one(webui: WebUI, small: Image.I
 
 
 def test_progress_grows_and_shows_the_canvas(webui: WebUI, source: Image.Image):
-    job = webui.start(source, LINEAR, steps=STEPS)
+    job = webui.start(source, LINEAR, steps=STEPS, **PREVIEWS)
     seen = [look for look in job.looks() if look.tiles is not None]
     assert job.reply().image.size == (PLAN.width, PLAN.height)
     shares, tiles = [look.share for look in seen], [look.tiles for look in seen]

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 from client import Job, Reply, WebUI, correlation, difference, pixels
-from conftest import TILES
+from conftest import PREVIEWS, TILES
 from PIL import Image
 
 from lib_dinotile.tiling.plan import ORDERS, TilePlan
@@ -220,7 +220,7 @@ def test_an_interrupted_fused_run_is_the_upscaled_source(webui: WebUI, source: I
 
 
 def test_a_fused_run_shows_how_far_it_is(webui: WebUI, source: Image.Image):
-    job = webui.start(source, {**TILES, "order": "fused"}, steps=20, denoising_strength=0.6)
+    job = webui.start(source, {**TILES, "order": "fused"}, steps=20, denoising_strength=0.6, **PREVIEWS)
     looks = [look for look in job.looks() if look.running]
     assert job.reply().image.size == (PLAN.width, PLAN.height)
     assert any("all tiles" in look.text for look in looks)
