@@ -19,7 +19,6 @@ TILES = {"scale": 2.0, "tile": 96, "overlap": 16, "batch": 4}
 
 SETTINGS = {
     "batch_cond_uncond": True,
-    "hypertile_enable_unet": False,
     "img2img_background_color": "#ffffff",
     "img2img_color_correction": False,
     "img2img_extra_noise": 0.0,
@@ -58,8 +57,7 @@ def webui(request: pytest.FixtureRequest) -> WebUI:
 def settings(webui: WebUI) -> None:
     """The WebUI puts an overridden setting back only if its configuration has it: see to it that it has."""
     present = webui.get("sdapi/v1/options").json()
-    known = {name: present.get(name, default) for name, default in SETTINGS.items() if name in present}
-    webui.post("options", known).raise_for_status()
+    webui.post("options", {name: present.get(name, default) for name, default in SETTINGS.items()}).raise_for_status()
 
 
 @pytest.fixture(scope="session")

@@ -78,8 +78,9 @@ def test_arguments_by_position_that_are_not_allowed(webui: WebUI, small: Image.I
 
 
 def test_hyper_tile(webui: WebUI, small: Image.Image):
-    if "hypertile_enable_unet" not in webui.get("sdapi/v1/options").json():
-        pytest.skip("this WebUI has no HyperTile setting")
+    if "Hypertile" not in webui.get("sdapi/v1/scripts").json()["img2img"]:
+        pytest.skip("this WebUI has no HyperTile")
+    webui.post("options", {"hypertile_enable_unet": False}).raise_for_status()
     more = {"override_settings": {"hypertile_enable_unet": True}}
     assert "HyperTile takes the whole picture for a tile" in webui.refusal(small, TILES, **more)
 
