@@ -111,7 +111,9 @@ class Takeover:
             )
         if p.image_mask is not None and _switched_on(p, "soft inpainting"):
             raise DinotileError("Soft inpainting does not know tiles: switch it off, Mask blur softens the border, too")
-        if any(getattr(shared.opts, f"hypertile_enable_{part}", False) for part in ("unet", "vae")):
+        # Settings for this generation alone are not in force yet.
+        switches = ("hypertile_enable_unet", "hypertile_enable_vae")
+        if any(p.override_settings.get(name, getattr(shared.opts, name, False)) for name in switches):
             raise DinotileError("HyperTile takes the whole picture for a tile: switch it off in the settings")
         sizes = {image.size for image in p.init_images}
         if len(sizes) != 1:
