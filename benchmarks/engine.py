@@ -27,11 +27,11 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from lib_dinotile.condition.conditioner import MINI, Conditioner
 from lib_dinotile.engine import upscale
-from lib_dinotile.hosts.base import Residuals
+from lib_dinotile.hosts.base import Views
 from lib_dinotile.hosts.diffusers import DiffusersHost, load_host
 from lib_dinotile.settings import Generation, Settings
 from lib_dinotile.tiling.canvas import Canvas
-from lib_dinotile.tiling.noise import NoiseField
+from lib_dinotile.tiling.noise import NoiseField, TileNoise
 
 TILES = 8
 """How many tiles of each canvas are timed."""
@@ -70,12 +70,19 @@ class Watched:
     def decode(self, latents: Tensor) -> Tensor:
         return self.model(self._host.decode, latents)
 
-    def sample(self, latents: Tensor, tiles: Any, noise: Any, condition: Residuals | None) -> Tensor:
+    def sample(self, latents: Tensor, views: Views, noise: TileNoise, *more: Any) -> Tensor:
         """The sampler's time is the model's, but for the noise and the residuals that it asks us for."""
-        ours = self.ours
-        drawn = SimpleNamespace(next=lambda: ours(noise.next))
-        asked = condition and SimpleNamespace(residuals=lambda *a: ours(condition.residuals, *a))
-        return self.model(self._host.sample, latents, tiles, drawn, asked)
+        drawn = SimpleNamespace(next=lambda: self.ours(noise.next))
+        return self.model(self._host.sample, latents, views, drawn, *more)
+
+    def watch(self, conditioner: Conditioner) -> Any:
+        """The conditioner, its residuals timed."""
+
+        def condition(*arguments: Any) -> Any:
+            made = conditioner.condition(*arguments)
+            return SimpleNamespace(residuals=lambda *a: self.ours(made.residuals, *a), forget=made.forget)
+
+        return SimpleNamespace(features=conditioner.features, condition=condition)
 
     def interrupted(self) -> bool:
         return self._tiles is not None and self.done >= self._tiles
@@ -92,7 +99,8 @@ def source(side: int) -> Image.Image:
 def overhead(host: DiffusersHost, conditioner: Conditioner | None, image: Image.Image) -> float:
     """A whole run over the model calls in it."""
     watched, whole = Watched(host), Clock()
-    whole(upscale, watched, image, SETTINGS, NoiseField(0, host.channels), conditioner)
+    asked = conditioner and watched.watch(conditioner)
+    whole(upscale, watched, image, SETTINGS, NoiseField(0, host.channels), asked)
     return whole.seconds / (watched.model.seconds - watched.ours.seconds)
 
 
