@@ -109,7 +109,7 @@ class DiffusersHost:
         raise NotImplementedError(interrogator)
 
     def encode(self, pixels: Tensor) -> Tensor:
-        return self._codec.encode(fast((pixels * 2 - 1).to(self.device, self.dtype))).to(self.dtype)
+        return self._codec.encode(fast((pixels * 2).sub_(1).to(self.device, self.dtype))).to(self.dtype)
 
     def decode(self, latents: Tensor) -> Tensor:
         return (self._codec.decode(fast(latents)).float().cpu() + 1) / 2

@@ -53,11 +53,11 @@ class Canvas:
 
     def source(self, tile: Rect) -> Tensor:
         """What tiles of this pass started from (3, h, w) in [0, 1]: at first the upscaled image."""
-        return self._base[(slice(None), *tile.slices)].float() / 255
+        return self._base[(slice(None), *tile.slices)].float().div_(255)
 
     def mask(self, tile: Rect) -> Tensor | None:
         """The mask's pixels (1, h, w) in [0, 1], or None if all of the canvas is to be painted."""
-        return None if self._mask is None else self._mask[(slice(None), *tile.slices)].float() / 255
+        return None if self._mask is None else self._mask[(slice(None), *tile.slices)].float().div_(255)
 
     def crop(self, tile: Rect, pixels: Tensor | None = None) -> Tensor:
         """The canvas's pixels (3, h, w) in [0, 1], with what is painted already, or with these instead."""

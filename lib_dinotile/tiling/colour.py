@@ -30,16 +30,24 @@ def correct(pixels: Tensor, source: Tensor, method: str, within: Tensor | None =
         within = torch.ones(pixels.shape[1:], dtype=torch.bool)
     if method == "none" or not within.any():
         return pixels
-    painted, wanted = pixels[:, within].unsqueeze(2), source[:, within].unsqueeze(2)  # (3, n, 1)
+    chosen = within.flatten().nonzero()[:, 0]
+    # Rows of the n pixels (C, n, 1); one index for all, and none where there is nothing to leave out.
+    whole = len(chosen) == within.numel()
+    painted, wanted = (
+        (image.flatten(1) if whole else image.flatten(1).index_select(1, chosen)).unsqueeze(2)
+        for image in (pixels, source)
+    )
     if method == "AdaIN":
         painted = _adain(painted, wanted)
     else:
         # Linear, so the detail of one plus the colour of the other takes one decomposition, of what lies between them.
         coarse = _coarse(torch.cat([(source - pixels) * within, within[None].float()]))
-        painted = painted + (coarse[:3] / coarse[3:].clamp(min=1e-3))[:, within].unsqueeze(2)
-    corrected = pixels.clone()
-    corrected[:, within] = _with_mean(painted, wanted)[..., 0]
-    return corrected
+        shift = (coarse[:3] / coarse[3:].clamp(min=1e-3)).flatten(1)
+        painted = painted + (shift if whole else shift.index_select(1, chosen)).unsqueeze(2)
+    corrected = _with_mean(painted, wanted)[..., 0]
+    if not whole:
+        corrected = pixels.flatten(1).index_copy(1, chosen, corrected)
+    return corrected.reshape(pixels.shape)
 
 
 def _adain(pixels: Tensor, source: Tensor) -> Tensor:
