@@ -74,7 +74,12 @@ class Journal:
                 with safe_open(self._file(step, tile), framework="pt") as file:
                     painted.append((file.get_tensor("pixels").clone(), file.get_tensor("latents").clone()))
                     notes.update(dict.fromkeys(json.loads(file.metadata()["notes"])))
-        except (OSError, SafetensorError):  # not there, or cut off when the machine went down
+        except (
+            OSError,
+            SafetensorError,
+            TypeError,
+            KeyError,
+        ):  # not there, cut off when the machine went down, or older
             return None
         return painted, list(notes)
 
