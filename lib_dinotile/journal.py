@@ -74,7 +74,7 @@ class Journal:
                 with safe_open(self._file(step, tile), framework="pt") as file:
                     painted.append((file.get_tensor("pixels").clone(), file.get_tensor("latents").clone()))
                     notes.update(dict.fromkeys(json.loads(file.metadata()["notes"])))
-        except (OSError, SafetensorError, TypeError, KeyError):  # not there, cut off by a power cut, or of an older kind
+        except (OSError, SafetensorError, TypeError, KeyError):  # not there, cut off, or of an older kind
             return None
         return painted, list(notes)
 
