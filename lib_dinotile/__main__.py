@@ -1,9 +1,10 @@
-"""python -m lib_dinotile upscale IN OUT"""
+"""python -m lib_dinotile upscale IN OUT; python -m lib_dinotile analyze IN OUT"""
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 import hashlib
 import io
 import json
@@ -11,7 +12,6 @@ import os
 import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -19,13 +19,15 @@ from PIL import Image, PngImagePlugin
 
 from lib_dinotile import DinotileError, __version__
 from lib_dinotile.condition.conditioner import MINI, Conditioner
-from lib_dinotile.engine import UnfinishedError, canvas_size, upscale
+from lib_dinotile.engine import UnfinishedError, analyze, canvas_size, upscale
 from lib_dinotile.images import check_writable, read_image, read_mask, write_image
 from lib_dinotile.journal import open_journal
-from lib_dinotile.settings import MAX_SIDE, NONE, Generation, Options, Settings
+from lib_dinotile.settings import BOTH, MAX_SIDE, NONE, SEMANTIC, Generation, Options, Settings
 from lib_dinotile.team import Team, make_team
 from lib_dinotile.tiling.noise import NoiseField
 
+LOOKING = ("scale", "tile", "overlap", "encoder", "patches", "windows", "head", "guard_strictness")
+"""Options that maps of an image depend on."""
 RECIPE = "dinotile recipe"
 """Key in a PNG for what tells whether an image is the one that is asked for."""
 
@@ -37,9 +39,9 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: {message}\n")
 
 
-def _add_options(parser: argparse.ArgumentParser, table: type[Options]) -> None:
+def _add_options(parser: argparse.ArgumentParser, table: type[Options], names: Sequence[str] | None = None) -> None:
     for option in table.table():
-        if option.name == "enabled":
+        if option.name == "enabled" or (names is not None and option.name not in names):
             continue
         default = f" (default: {option.default})" if option.default != "" else ""
         flags = [f"--{option.flag or option.name.replace('_', '-')}"]
@@ -104,9 +106,12 @@ def _stamp(name: str) -> Any:
 
 def _recipe(settings: Settings, generation: Generation, source: Path) -> dict[str, Any]:
     """Everything that an image depends on."""
-    options = {**asdict(settings), **asdict(generation)}
-    del options["enabled"], options["batch"]
-    names = {"source": str(source), **{key: options[key] for key in ("mask", "model", "config", "adapter", "encoder")}}
+    options = {**dataclasses.asdict(settings), **dataclasses.asdict(generation)}
+    del options["enabled"], options["batch"], options["maps"]
+    names = {
+        "source": str(source),
+        **{key: options[key] for key in ("mask", "model", "config", "adapter", "encoder", "head")},
+    }
     stamps = {f"{key}'s files": _stamp(name) for key, name in names.items() if name}
     return {"version": __version__, **options, **stamps}
 
@@ -171,7 +176,7 @@ def _upscale(arguments: argparse.Namespace) -> None:
         bar.refresh()
 
     host = load_host(generation, progress, team.rank)
-    conditioner = Conditioner.load(settings, host, adapters)
+    conditioner = Conditioner.load(settings, host, adapters, heads=_heads(settings))
 
     def make(source: Path, target: Path) -> None:
         image = read_image(source)
@@ -203,6 +208,8 @@ def _upscale(arguments: argparse.Namespace) -> None:
                 write_image(result.image, target, {"parameters": parameters, RECIPE: _digest(recipe)})
             except DinotileError as error:
                 raise DinotileError(f"{error}{journal.kept}", error.status_code) from error
+            for name, picture in result.maps.items():
+                write_image(picture, target.with_name(f"{target.stem}-{name}.png"), {})
             if arguments.report:
                 line = json.dumps({"image": str(source), **result.report.json()})
                 _add_line(Path(arguments.report), line + "\n")
@@ -226,6 +233,32 @@ def _upscale(arguments: argparse.Namespace) -> None:
     if failures and team.rank == 0:
         lines, codes = zip(*failures)
         raise DinotileError(f"{len(lines)} of {len(jobs)} images were left out: " + "; ".join(lines), max(codes))
+
+
+def _heads(settings: Settings) -> dict[str, Path]:
+    """The restoration head: on the command line its name is that of its file."""
+    if settings.head != NONE and not Path(settings.head).is_file():
+        raise DinotileError(f"head: there is no file {settings.head}")
+    return {settings.head: Path(settings.head)}
+
+
+def _analyze(arguments: argparse.Namespace) -> None:
+    """Maps of one image, without a diffusion model."""
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    settings = dataclasses.replace(_options(Settings, arguments), maps=BOTH, adapter=NONE)
+    target = Path(arguments.OUT)
+    check_writable(target)
+    source = read_image(Path(arguments.IN))
+    result = read_image(Path(arguments.result)) if arguments.result else None
+    size = canvas_size(source.size, settings) if result is None else result.size
+    conditioner = Conditioner.without_model(settings, _heads(settings))
+    for name, picture in analyze(conditioner, source, settings, size, result).items():
+        file = target if name == SEMANTIC else target.with_name(f"{target.stem}-{name}{target.suffix}")
+        write_image(picture, file, {})
+        print(f"{file}: {name} map")
 
 
 def _add_line(path: Path, line: str) -> None:
@@ -253,6 +286,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     _add_options(command, Settings)
     _add_options(command, Generation)
     command.set_defaults(run=_upscale)
+    command = commands.add_parser(
+        "analyze", help="show what DINO sees in an image, and how well a result agrees with it", allow_abbrev=False
+    )
+    command.add_argument("IN", help="the source image")
+    command.add_argument(
+        "OUT", help="the semantic map to write; the consistency map goes beside it, with -consistency in its name"
+    )
+    command.add_argument(
+        "--result", metavar="FILE", help="the upscaled image to compare; without it the plain enlarged source is"
+    )
+    _add_options(command, Settings, LOOKING)
+    command.set_defaults(run=_analyze)
     parsed = parser.parse_args(arguments)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a file's name must not be what a run breaks off at

@@ -2,26 +2,25 @@
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import torch
 from PIL import Image
 
 from lib_dinotile import DinotileError
-from lib_dinotile.condition.conditioner import Conditioner
+from lib_dinotile.condition.conditioner import Conditioner, Conditions
 from lib_dinotile.hosts.base import Host, Interrupted, check_name
 from lib_dinotile.journal import Journal
 from lib_dinotile.prompts import check_prompts
 from lib_dinotile.report import Report
 from lib_dinotile.run import Run
 from lib_dinotile.sampling import OutOfMemoryError, chunks, is_out_of_memory
-from lib_dinotile.settings import MAX_SIDE, Settings
+from lib_dinotile.settings import BOTH, CONSISTENCY, MAX_SIDE, SEMANTIC, Settings
 from lib_dinotile.team import Team
 from lib_dinotile.tiling.canvas import Canvas
 from lib_dinotile.tiling.noise import NoiseField
-from lib_dinotile.tiling.plan import TilePlan
+from lib_dinotile.tiling.plan import Rect, TilePlan
 from lib_dinotile.tiling.seams import seam_passes
 
 
@@ -36,6 +35,8 @@ class Result:
     total: int
     """Tiles to paint; more than are painted if the run was stopped."""
     report: Report
+    maps: Mapping[str, Image.Image] = field(default_factory=dict)
+    """Pictures of what DINO sees, by name, as far as they are asked for; none of an unfinished run."""
 
     @property
     def complete(self) -> bool:
@@ -115,15 +116,30 @@ def upscale(
     with torch.no_grad():
         features = conditioner.features(source, size) if conditioner else None
         canvas = _canvas(host, source, plan, settings, mask, fill)
-        condition = functools.partial(conditioner.condition, features) if features else None
-        run = Run(host, settings, noise, canvas, plan, condition, journal, team or Team())
+        conditions = conditioner.conditions(source, features, canvas, plan) if conditioner else Conditions()
+        run = Run(host, settings, noise, canvas, plan, conditions, journal, team or Team())
         try:
             run.paint()
         except Interrupted:
             pass
         except (Exception, KeyboardInterrupt) as error:
             raise UnfinishedError(error, _result(run)) from error
-        return _result(run)
+        maps = draw_maps(settings, conditions, canvas, plan, run.painted) if settings.maps != "none" else {}
+        return _result(run, maps)
+
+
+def draw_maps(
+    settings: Settings, conditions: Conditions, canvas: Canvas, plan: TilePlan, tiles: Sequence[Rect]
+) -> dict[str, Image.Image]:
+    """The maps that `settings` ask for, by name; consistency where these tiles are painted."""
+    from lib_dinotile import maps  # matplotlib takes long to load
+
+    found, image = {}, canvas.picture(Rect(0, 0, plan.width, plan.height))
+    if conditions.shown:
+        found[SEMANTIC] = maps.semantic_map(image, conditions.shown, plan)
+    if settings.maps in (CONSISTENCY, BOTH):
+        found[CONSISTENCY] = maps.consistency_map(image, *maps.consistency(conditions.guard, canvas, plan, tiles))
+    return found
 
 
 def _canvas(
@@ -146,5 +162,25 @@ def _canvas(
         raise OutOfMemoryError(message, 500) from error
 
 
-def _result(run: Run) -> Result:
-    return Result(run.canvas.finish(), run.done, run.total, run.report)
+def analyze(
+    conditioner: Conditioner,
+    source: Image.Image,
+    settings: Settings,
+    size: tuple[int, int],
+    result: Image.Image | None = None,
+) -> dict[str, Image.Image]:
+    """The maps that `settings` ask for, of a source (RGB) and its result of (width, height); without one, of the source
+    itself enlarged by Lanczos."""
+    plan = TilePlan(*size, settings.tile, settings.overlap)
+    with torch.no_grad():
+        features = conditioner.features(source, size)
+        canvas = Canvas(source.resize(size, Image.Resampling.LANCZOS), plan)
+        conditions = conditioner.conditions(source, features, canvas, plan)
+        if result is not None:
+            whole = Rect(0, 0, *plan.padded)
+            canvas.add(whole, Canvas(result, plan).source(whole) - canvas.source(whole))
+        return draw_maps(settings, conditions, canvas, plan, plan.tiles)
+
+
+def _result(run: Run, maps: Mapping[str, Image.Image] | None = None) -> Result:
+    return Result(run.canvas.finish(), run.done, run.total, run.report, maps or {})

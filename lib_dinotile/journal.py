@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from lib_dinotile import DinotileError
+from lib_dinotile.condition.guard import Verdict
 from lib_dinotile.team import Team
 from lib_dinotile.tiling.plan import Rect
 
@@ -64,21 +66,29 @@ class Journal:
     def _file(self, step: int, tile: Rect) -> Path:
         return self._folder / f"pass{step}-x{tile.x}-y{tile.y}.safetensors"
 
-    def get(self, step: int, tiles: Sequence[Rect]) -> tuple[list[tuple[Tensor, Tensor]], list[str]] | None:
-        """The tiles (pixels, latents) as they were painted in that pass, and the notes; None if not all are there."""
+    def get(
+        self, step: int, tiles: Sequence[Rect]
+    ) -> tuple[list[tuple[Tensor, Tensor]], list[str], list[Verdict]] | None:
+        """The tiles (pixels, latents) as they were painted in that pass, the notes, and the guard's verdicts if there
+        was a guard; None if not all are there."""
         if not self._begun:
             return None
-        painted, notes = [], {}
+        painted, notes, verdicts = [], {}, []
         try:
             for tile in tiles:
                 with safe_open(self._file(step, tile), framework="pt") as file:
                     painted.append((file.get_tensor("pixels").clone(), file.get_tensor("latents").clone()))
                     notes.update(dict.fromkeys(json.loads(file.metadata()["notes"])))
+                    verdict = json.loads(file.metadata()["verdict"])
+                    if verdict is not None:
+                        verdicts.append(Verdict(**verdict))
         except (OSError, SafetensorError, TypeError, KeyError):  # not there, cut off, or of an older kind
             return None
-        return painted, list(notes)
+        return painted, list(notes), verdicts
 
-    def put(self, step: int, tile: Rect, pixels: Tensor, latents: Tensor, notes: Sequence[str]) -> None:
+    def put(
+        self, step: int, tile: Rect, pixels: Tensor, latents: Tensor, notes: Sequence[str], verdict: Verdict | None
+    ) -> None:
         """Keep a painted tile (3, H, W), sampled as these latents (C, h, w), and what there was to say then.
 
         DinotileError if the disk is full.
@@ -95,7 +105,8 @@ class Journal:
                 os.replace(recipe.with_suffix(".part"), recipe)
                 self._begun = True
             tensors = {"pixels": pixels.contiguous(), "latents": latents.contiguous()}
-            save_file(tensors, file.with_suffix(".part"), {"notes": json.dumps(list(notes))})
+            told = {"notes": json.dumps(list(notes)), "verdict": json.dumps(verdict and asdict(verdict))}
+            save_file(tensors, file.with_suffix(".part"), told)
             os.replace(file.with_suffix(".part"), file)
         except (OSError, SafetensorError) as error:
             raise self._unusable(error) from error

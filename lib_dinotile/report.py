@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from lib_dinotile.condition.guard import Verdict
 from lib_dinotile.tiling.plan import Rect
 
 PAINTED, WAITING = "painted", "not reached"
@@ -22,6 +23,10 @@ class TileReport:
     prompt: str | None = None
     """What it was told of its own: a caption or the user's words."""
     state: str = WAITING
+    seconds: float | None = None
+    """How long it took, a share of its batch's time; None if it was kept from an earlier run."""
+    verdict: Verdict | None = None
+    """The guard's."""
 
 
 @dataclass
@@ -31,6 +36,15 @@ class Report:
     tiles: list[TileReport]
     notes: list[str] = field(default_factory=list)
     """Lines for the user: memory that ran out, tiles that failed."""
+
+    threshold: float | None = None
+    """Cosine below which the guard may doubt a patch."""
+
+    def tell(self, tiles: Sequence[Rect], seconds: float | None, verdicts: Mapping[Rect, Verdict]) -> None:
+        """What is known of tiles that are painted: seconds for each, the guard's verdicts on some."""
+        for tile in self.tiles:
+            if tile.area in tiles:
+                tile.seconds, tile.verdict = seconds, verdicts.get(tile.area)
 
     def note(self, line: str) -> None:
         if line not in self.notes:
@@ -49,7 +63,27 @@ class Report:
     def lines(self) -> list[str]:
         """All of it that is worth telling in words."""
         told = [f"tiles passed over as flat: {ranges(self.numbers(FLAT))}"] if self.numbers(FLAT) else []
-        return told + self.notes
+        return told + self._guarded + self.notes
+
+    @property
+    def _guarded(self) -> list[str]:
+        """What the guard found, in a line."""
+        judged = [tile for tile in self.tiles if tile.verdict is not None]
+        if not judged:
+            return []
+
+        def named(tiles: list[TileReport]) -> str:
+            return ranges([tile.number for tile in tiles])
+
+        doubted = [tile for tile in judged if tile.verdict.doubt_before]
+        if not doubted:
+            return [f"guard: all {len(judged)} tiles show what the source shows"]
+        blended = [tile for tile in doubted if tile.verdict.blended]
+        left = [tile for tile in doubted if tile.verdict.doubt_after and tile not in blended]
+        mended = [tile for tile in doubted if tile not in blended and tile not in left]
+        outcomes = (("mended by painting again", mended), ("blended back in part", blended), ("still in doubt", left))
+        told = "; ".join(f"{words}: {named(tiles)}" for words, tiles in outcomes if tiles)
+        return [f"guard: {len(doubted)} of {len(judged)} tiles were in doubt ({told})"]
 
     def json(self) -> dict[str, Any]:
         """All of it."""
@@ -62,10 +96,13 @@ class Report:
                 "height": tile.area.height,
                 "state": tile.state,
                 **({"prompt": tile.prompt} if tile.prompt else {}),
+                **({} if tile.seconds is None else {"seconds": round(tile.seconds, 3)}),
+                **(asdict(tile.verdict) if tile.verdict else {}),
             }
             for tile in self.tiles
         ]
-        return {"tiles": tiles, "notes": self.lines}
+        guard = {} if self.threshold is None else {"threshold": self.threshold}
+        return {"tiles": tiles, "notes": self.lines, **guard}
 
 
 def ranges(numbers: Sequence[int]) -> str:

@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import functools
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lib_dinotile.hosts.base import Batch, Host, Interrupted, Residuals
+from lib_dinotile.condition.conditioner import Conditions
+from lib_dinotile.condition.guard import OFF, Verdict
+from lib_dinotile.hosts.base import Batch, Host, Interrupted
 from lib_dinotile.journal import Journal
 from lib_dinotile.latents import SourceLatents, decode, pieces
-from lib_dinotile.neighbours import Neighbours, Seen
+from lib_dinotile.neighbours import HALF, Neighbours, Seen
 from lib_dinotile.prompts import TilePrompts
 from lib_dinotile.report import FLAT, PAINTED, UNMASKED, Report, TileReport
+from lib_dinotile.retry import Attempt, Watch
 from lib_dinotile.sampling import BatchSize, Fused, Whole, chunks, in_full_precision
 from lib_dinotile.settings import Settings
 from lib_dinotile.team import Team
@@ -39,6 +45,10 @@ class Painted:
     """What broke it off."""
     kept: bool = False
     """Whether the journal has them already."""
+    verdicts: Sequence[Verdict] = ()
+    """The guard's, one a tile, if there is a guard."""
+    seconds: float | None = None
+    """How long a tile took, where they were not kept."""
 
 
 class Run:
@@ -51,14 +61,18 @@ class Run:
         noise: NoiseField,
         canvas: Canvas,
         plan: TilePlan,
-        condition: Callable[[Sequence[Rect], tuple[int, int]], Residuals] | None,
+        conditions: Conditions,
         journal: Journal | None,
         team: Team,
     ) -> None:
-        """condition: gives that of some tiles with this latent (h, w)."""
         self.canvas, self._host, self._settings, self._noise, self._plan = canvas, host, settings, noise, plan
-        self._condition, self._journal, self._team = condition, journal, team
+        self._conditions, self._journal, self._team = conditions, journal, team
         self.report = Report([TileReport(number, tile) for number, tile in enumerate(plan.tiles, 1)])
+        self.report.notes += conditions.notes
+        self._watch = None
+        if conditions.guard and settings.guard != OFF:
+            self.report.threshold = 1 - conditions.guard.limit
+            self._watch = Watch(conditions.guard, canvas, settings, host.factor, lambda tile: self._encoded(tile))
         self._pieces = pieces(plan, plan.padded, host.factor)
         self._size = BatchSize(settings.batch, host.free_memory, self.report.note)
         for tile in self.report.tiles:
@@ -70,6 +84,11 @@ class Run:
         passes += [(grid, blend, settings.seam_denoise) for grid, blend in seams]
         self._passes = [(*entry, [tile for tile in entry[0].tiles if not self._left_out(tile)]) for entry in passes]
         self.done, self.total = 0, sum(len(wanted) for *_, wanted in self._passes)
+
+    @property
+    def painted(self) -> list[Rect]:
+        """The tiles of the plan that are painted."""
+        return [tile.area for tile in self.report.tiles if tile.state == PAINTED]
 
     def _left_out(self, tile: Rect) -> str | None:
         """Why this tile is not painted, if it is not."""
@@ -91,15 +110,16 @@ class Run:
                 raise Interrupted
             if not wanted:
                 continue
-            if tiles.order == "fused":
-                self._fuse(blend, wanted)
-            else:
-                self._latents = SourceLatents(self._host, self.canvas, self._pieces, self.report.note)
-                self._neighbours = Neighbours(self.canvas, tiles, blend, self._host.factor)
-                try:
+            # What a tile starts from, as latents (C, h, w).
+            self._encoded = SourceLatents(self._host, self.canvas, self._pieces, self.report.note).crop
+            self._neighbours = Neighbours(self.canvas, tiles, blend, self._host.factor)
+            try:
+                if tiles.order == "fused":
+                    self._fuse(blend, wanted)
+                else:
                     self._waves(step, tiles, blend, denoise, wanted)
-                finally:  # an image of the canvas is made now, and the memory may not be there for both
-                    del self._latents, self._neighbours
+            finally:  # an image of the canvas is made now, and the memory may not be there for both
+                del self._encoded, self._neighbours
             if self._settings.colour != "none":
                 self._level(blend, wanted)
 
@@ -138,11 +158,13 @@ class Run:
                         raise painted.error
 
     def _paint(self, step: int, blend: Blend, tiles: Sequence[Rect], painted: Painted) -> None:
+        verdicts = dict(zip(tiles, painted.verdicts))
+        self.report.tell(tiles[: len(painted.tiles)], painted.seconds, verdicts)
         for tile, (pixels, latents) in zip(tiles, painted.tiles):
             self.canvas.paint(tile, pixels, blend.weight(tile))
             self._neighbours.add(tile, latents)
             if self._journal and not painted.kept:
-                self._journal.put(step, tile, pixels, latents, painted.notes)
+                self._journal.put(step, tile, pixels, latents, painted.notes, verdicts.get(tile))
         for note in painted.notes:
             self.report.note(note)
         self._progress(tiles[: len(painted.tiles)])
@@ -150,30 +172,56 @@ class Run:
     def _batch(self, step: int, tiles: Sequence[Rect], denoise: float | None) -> Painted:
         kept = self._journal.get(step, tiles) if self._journal else None
         if kept is not None:
-            return Painted(*kept, kept=True)
+            painted, notes, verdicts = kept
+            return Painted(painted, notes, kept=True, verdicts=verdicts)
         done: list[tuple[Tensor, Tensor]] = []
-        known, error = len(self.report.notes), None
+        verdicts: list[Verdict] = []
+        known, error, began = len(self.report.notes), None, time.perf_counter()
+
+        def work(part: Sequence[Rect]) -> None:
+            painted, found = self._work(part, denoise)
+            done.extend(painted)
+            verdicts.extend(found)
+
         try:
-            self._size.run(tiles, lambda part: done.extend(self._work(part, denoise)))
+            self._size.run(tiles, work)
         except (Exception, KeyboardInterrupt) as caught:
             error = caught
-        return Painted(done, self.report.notes[known:], error)
+        seconds = (time.perf_counter() - began) / max(1, len(done))
+        return Painted(done, self.report.notes[known:], error, verdicts=verdicts, seconds=seconds)
 
-    def _work(self, tiles: Sequence[Rect], denoise: float | None) -> list[tuple[Tensor, Tensor]]:
-        """The tiles as `Painted` has them; what is not finite is done again in full precision, once."""
+    def _work(
+        self, tiles: Sequence[Rect], denoise: float | None
+    ) -> tuple[list[tuple[Tensor, Tensor]], Sequence[Verdict]]:
+        """The tiles as `Painted` has them, watched by the guard."""
         seen = [self._neighbours.seen(tile) for tile in tiles]
-        done = self._sample(tiles, seen, denoise)
+        done, verdicts = self._attempt(tiles, seen, denoise, self._noise), []
+        if self._watch:
+            done, verdicts = self._watch(tiles, seen, done, functools.partial(self._repaint, denoise))
+        return [(pixels.half(), latents.half()) for pixels, latents in done], verdicts
+
+    def _attempt(
+        self, tiles: Sequence[Rect], seen: Sequence[Seen | None], denoise: float | None, noise: NoiseField
+    ) -> list[tuple[Tensor, Tensor]]:
+        """The tiles sampled and finished; what is not finite is done again in full precision, once."""
+        done = self._sample(tiles, seen, denoise, noise)
         for number, (tile, one) in enumerate(zip(tiles, seen)):
             if done[number][0].isfinite().all():
                 continue
-            mended = in_full_precision(self._host, lambda tile=tile, one=one: self._sample([tile], [one], denoise)[0])
+            mended = in_full_precision(
+                self._host, lambda tile=tile, one=one: self._sample([tile], [one], denoise, noise)[0]
+            )
             finite = mended is not None and bool(mended[0].isfinite().all())
-            done[number] = mended if finite else (self.canvas.source(tile), self._latents.crop(tile).cpu())
+            done[number] = mended if finite else (self.canvas.source(tile), self._encoded(tile).cpu())
             self._not_a_number(tile, finite)
-        return [
-            (self._finish(tile, one, pixels).half(), latents.half())
-            for tile, one, (pixels, latents) in zip(tiles, seen, done)
-        ]
+        return [(self._finish(tile, one, pixels), latents) for tile, one, (pixels, latents) in zip(tiles, seen, done)]
+
+    def _repaint(
+        self, denoise: float | None, tiles: Sequence[Rect], seen: Sequence[Seen], attempt: Attempt
+    ) -> list[tuple[Tensor, Tensor]]:
+        """The tiles once more, for the guard."""
+        denoise = self._host.denoise if denoise is None else denoise
+        return self._attempt(tiles, seen, denoise * attempt.denoise, self._noise.reseeded(attempt.seed))
 
     def _not_a_number(self, tile: Rect, mended: bool) -> None:
         numbers = [known.number for known in self.report.tiles if known.area == tile]
@@ -189,8 +237,10 @@ class Run:
 
     def _make(self, tiles: Sequence[Rect]) -> Batch:
         latent = tiles[0].height // self._host.factor, tiles[0].width // self._host.factor
-        condition = self._condition(tiles, latent) if self._condition else None
-        return Batch(tiles, [self._prompts.of(tile) for tile in tiles], condition)
+        adapted, guidance = self._conditions.adapted, self._conditions.guidance
+        guide = guidance and guidance.of(self.canvas, tiles, self._encoded)
+        prompts = [self._prompts.of(tile) for tile in tiles]
+        return Batch(tiles, prompts, adapted and adapted(tiles, latent), guide)
 
     def _mask(self, tiles: Sequence[Rect], seen: Sequence[Seen | None]) -> Tensor | None:
         """(k, 1, h, w): 1 for latent cells that may change, all those that show any of the mask and are not held."""
@@ -207,7 +257,7 @@ class Run:
         return self.canvas.crop(tile, pixels if seen is None else torch.lerp(pixels, seen.pixels, seen.hold))
 
     def _sample(
-        self, tiles: Sequence[Rect], seen: Sequence[Seen | None], denoise: float | None
+        self, tiles: Sequence[Rect], seen: Sequence[Seen | None], denoise: float | None, field: NoiseField
     ) -> list[tuple[Tensor, Tensor]]:
         """The tiles as the model paints them (3, h, w), and their latents (C, h, w).
 
@@ -215,12 +265,12 @@ class Run:
         source. So it fits to what is there, and yet no pixel is denoised twice.
         """
         host = self._host
-        latents = torch.stack([self._latents.crop(tile) for tile in tiles])
+        latents = torch.stack([self._encoded(tile) for tile in tiles])
         for latent, one in zip(latents, seen):
             if one is not None:
                 latent.copy_(torch.where(one.held.to(latent.device), one.latents.to(latent), latent))
         views = Whole(self._make(tiles), lambda: torch.stack([*map(self._start, tiles, seen)]))
-        noise = TileNoise(self._noise, [tile.shrink(host.factor) for tile in tiles])
+        noise = TileNoise(field, [tile.shrink(host.factor) for tile in tiles])
         size = self._plan.width, self._plan.height
         sampled = host.sample(latents, views, noise, size, denoise, self._mask(tiles, seen))
         return list(zip(host.decode(sampled), sampled.cpu()))
@@ -229,8 +279,13 @@ class Run:
         """The canvas sampled as a whole through its tiles; encoded and decoded in few large pieces."""
         host, plan, factor = self._host, self._plan, self._host.factor
         whole = Rect(0, 0, *plan.padded)
-        latents = SourceLatents(host, self.canvas, self._pieces, self.report.note).crop(whole)[None]
+        latents, began = self._encoded(whole)[None], time.perf_counter()
         mask = self._mask([whole], [None])
+
+        def cells(tile: Rect) -> tuple[Any, ...]:
+            return (0, slice(None), *tile.shrink(factor).slices)
+
+        self._encoded = lambda tile: latents[cells(tile)]
 
         def sample() -> tuple[Tensor, set[Rect]]:
             views = Fused(plan, wanted, factor, self._make, self._size, self._team)
@@ -245,8 +300,26 @@ class Run:
             for tile in first:
                 self._not_a_number(tile, mended=tile not in lost)
         good = [tile for tile in wanted if tile not in lost]
-        self._decode(blend, good, torch.where(sampled.isfinite(), sampled, latents))
+        sampled = torch.where(sampled.isfinite(), sampled, latents)
+        self._decode(blend, good, sampled)
+        verdicts = self._watch_fused(blend, good, lambda tile: sampled[cells(tile)].cpu()) if self._watch else {}
+        self.report.tell(wanted, (time.perf_counter() - began) / len(wanted), verdicts)
         self._progress(wanted)
+
+    def _watch_fused(
+        self, blend: Blend, tiles: Sequence[Rect], latents: Callable[[Rect], Tensor]
+    ) -> dict[Rect, Verdict]:
+        """The guard's verdicts on a canvas that was sampled as a whole. What it mends fades out as tiles do."""
+        canvas, verdicts = self.canvas, {}
+        for batch in chunks(tiles, self._size.limit):
+            if self._host.interrupted():
+                break
+            done = [(canvas.painted(tile), latents(tile)) for tile in batch]
+            mended, found = self._watch(batch, [None] * len(batch), done, functools.partial(self._repaint, None))
+            verdicts.update(zip(batch, found))
+            for tile, (before, _), (after, _) in zip(batch, done, mended):
+                canvas.add(tile, (after - before) * (blend.weight(tile) / HALF).clamp(max=1))
+        return verdicts
 
     def _decode(self, blend: Blend, tiles: Sequence[Rect], latents: Tensor) -> None:
         """Paint the canvas's latents, as far as they belong to these tiles."""

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from lib_dinotile import DinotileError
+from lib_dinotile.condition.guard import OFF, POLICIES, RETRY
+from lib_dinotile.condition.guidance import DISTANCES
 from lib_dinotile.options import Options, option
 from lib_dinotile.tiling.colour import CORRECTIONS
 from lib_dinotile.tiling.plan import ORDERS
@@ -25,7 +27,11 @@ NONE = "None"
 """The choice that stands for no adapter, and for no captions."""
 
 AUTOMATIC = "Automatic"
-"""The choice that stands for the encoder that the adapter names."""
+"""The choice that stands for what fits best: of encoders the one that the adapter names, of decoders a cheap one."""
+
+DECODERS = (AUTOMATIC, "TAESD", "approximate", "full VAE")
+SEMANTIC, CONSISTENCY, BOTH = "semantic", "consistency", "both"
+MAPS = ("none", SEMANTIC, CONSISTENCY, BOTH)
 
 
 def parse_lines(text: str) -> dict[int, str]:
@@ -43,6 +49,14 @@ def parse_lines(text: str) -> dict[int, str]:
 
 def _adapted(settings: Settings) -> bool:
     return settings.adapter != NONE
+
+
+def _guided(settings: Settings) -> bool:
+    return settings.guidance > 0
+
+
+def _looking(settings: Settings) -> bool:
+    return settings.looks
 
 
 @dataclass(frozen=True)
@@ -225,12 +239,132 @@ class Settings(Options):
         infotext="DINO Tile end",
         only_with=_adapted,
     )
+    guidance: float = option(
+        0.25,
+        "Guidance strength",
+        "Steers the sampler towards what DINO sees in the source, with any checkpoint: how far, as a share of what the "
+        "model changes. 0 is off.",
+        minimum=0.0,
+        maximum=4.0,
+        step=0.05,
+        infotext="DINO Tile guidance",
+    )
+    guidance_start: float = option(
+        0.0,
+        "Guidance start",
+        "Share of the steps after which guidance begins.",
+        minimum=0.0,
+        maximum=1.0,
+        step=0.05,
+        infotext="DINO Tile guidance start",
+        only_with=_guided,
+    )
+    guidance_end: float = option(
+        1.0,
+        "Guidance end",
+        "Share of the steps after which guidance stops.",
+        minimum=0.0,
+        maximum=1.0,
+        step=0.05,
+        infotext="DINO Tile guidance end",
+        only_with=_guided,
+    )
+    every: int = option(
+        2,
+        "Guidance every",
+        "Guides at every n-th step; more is faster.",
+        minimum=1,
+        maximum=20,
+        step=1,
+        infotext="DINO Tile guidance every",
+        only_with=_guided,
+    )
+    distance: str = option(
+        "patches",
+        "Guidance distance",
+        "What is to agree with the source: patches one by one, or how they resemble each other.",
+        choices=DISTANCES,
+        infotext="DINO Tile guidance distance",
+        only_with=_guided,
+    )
+    layer: int = option(
+        2,
+        "Guidance layer",
+        "Layer of the encoder that guidance looks at, counted from the end: 1 is the last.",
+        minimum=1,
+        maximum=40,
+        step=1,
+        infotext="DINO Tile guidance layer",
+        only_with=_guided,
+    )
+    decoder: str = option(
+        AUTOMATIC,
+        "Guidance decoder",
+        "What guidance sees the unfinished picture through. Automatic: TAESD if it is there, else the approximate "
+        "decoder, else the full VAE.",
+        choices=DECODERS,
+        infotext="DINO Tile guidance decoder",
+        only_with=_guided,
+    )
+    guard: str = option(
+        "retry",
+        "Guard",
+        "Compares every painted tile with the source. report: only says what is in doubt; blend back: shows the source "
+        "there; retry: paints it again first.",
+        choices=POLICIES,
+        infotext="DINO Tile guard",
+    )
+    guard_seeds: int = option(
+        2,
+        "Retries with other seeds",
+        "How often what is in doubt is painted again.",
+        minimum=0,
+        maximum=16,
+        step=1,
+        infotext="DINO Tile guard seeds",
+        only_with=lambda settings: settings.guard == RETRY,
+    )
+    guard_weaker: int = option(
+        1,
+        "Retries with less denoise",
+        "How often after that, with 0.7 of the denoising strength each time.",
+        minimum=0,
+        maximum=16,
+        step=1,
+        infotext="DINO Tile guard weaker",
+        only_with=lambda settings: settings.guard == RETRY,
+    )
+    guard_strictness: float = option(
+        4.0,
+        "Guard threshold",
+        "How much worse than the plain enlarged source a place must look to be in doubt, in standard deviations of "
+        "that: less is stricter.",
+        minimum=0.0,
+        maximum=20.0,
+        step=0.25,
+        infotext="DINO Tile guard threshold",
+        only_with=lambda settings: settings.guard != OFF,
+    )
+    maps: str = option(
+        "none",
+        "Show maps",
+        "Besides the image: what DINO sees in the source, with the tiles; how well the result agrees with it.",
+        choices=MAPS,
+    )
+    head: str = option(
+        NONE,
+        "Restoration head",
+        "Trained weights that tell what DINO would see if the source were sharp.",
+        infotext="DINO Tile head",
+        only_with=_looking,
+    )
     encoder: str = option(
         AUTOMATIC,
         "DINO encoder",
-        "The DINOv2 model that looks at the source. Automatic: the one that the adapter was trained with.",
+        "The DINOv2 model that looks at the source. Automatic: the one that the adapter was trained with, else one "
+        "that is installed.",
         infotext="DINO Tile encoder",
-        only_with=_adapted,
+        only_with=_looking,
         flag="dino",
     )
     patches: int = option(
@@ -241,7 +375,7 @@ class Settings(Options):
         maximum=256,
         step=1,
         infotext="DINO Tile patches",
-        only_with=_adapted,
+        only_with=_looking,
     )
     windows: int = option(
         1,
@@ -251,8 +385,18 @@ class Settings(Options):
         maximum=8,
         step=1,
         infotext="DINO Tile windows",
-        only_with=_adapted,
+        only_with=_looking,
     )
+
+    @property
+    def looks(self) -> bool:
+        """Whether anything looks at the source with DINO."""
+        return bool(self.guidance) or self.adapter != NONE or self.guard != OFF or self.maps != "none"
+
+    @property
+    def judges(self) -> bool:
+        """Whether the result is compared with the source."""
+        return self.guard != OFF or self.maps in (CONSISTENCY, BOTH)
 
     @property
     def prompts_by_tile(self) -> bool:
@@ -274,10 +418,12 @@ class Settings(Options):
             raise DinotileError(
                 f"overlap: {self.overlap} is not allowed with tile {self.tile}, give at most {self.tile // 2}"
             )
-        if self.start > self.end:
-            raise DinotileError(
-                f"start: {self.start:g} is not allowed with end {self.end:g}, give at most {self.end:g}"
-            )
+        for kind in ("", "guidance_"):
+            start, end = getattr(self, f"{kind}start"), getattr(self, f"{kind}end")
+            if start > end:
+                raise DinotileError(
+                    f"{kind}start: {start:g} is not allowed with {kind}end {end:g}, give at most {end:g}"
+                )
 
 
 @dataclass(frozen=True)

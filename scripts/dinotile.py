@@ -31,6 +31,7 @@ class Script(scripts.Script):
             refuse(p, error)
 
     def postprocess(self, p, processed, *args):
+        Takeover.publish(p, processed)
         Takeover.undo(p)
 
 

@@ -33,7 +33,7 @@ class ToyEncoder:
     dtype: torch.dtype = torch.float32
     seen: list[tuple[int, ...]] = dataclasses.field(default_factory=list)
 
-    def __call__(self, pixels: Tensor, layer: int = -1) -> Tensor:
+    def __call__(self, pixels: Tensor, layer: int = -1, facet: str = "tokens") -> Tensor:
         self.seen.append(tuple(pixels.shape))
         return F.avg_pool2d(pixels, self.patch) * (range(self.depth)[layer] + 1)
 
@@ -181,7 +181,7 @@ def test_windows_overlap_and_their_borders_are_blended():
     class Edges(ToyEncoder):
         """One at a window's right border, zero elsewhere."""
 
-        def __call__(self, pixels: Tensor, layer: int = -1) -> Tensor:
+        def __call__(self, pixels: Tensor, layer: int = -1, facet: str = "tokens") -> Tensor:
             features = super().__call__(pixels * 0, layer)
             features[..., -1] = 1
             return features
@@ -196,7 +196,7 @@ def test_the_field_is_in_the_range_and_place_of_the_source():
     """Bicubic resizing overshoots at edges; the encoder gets [0, 1] all the same. And left stays left."""
 
     class Range(ToyEncoder):
-        def __call__(self, pixels: Tensor, layer: int = -1) -> Tensor:
+        def __call__(self, pixels: Tensor, layer: int = -1, facet: str = "tokens") -> Tensor:
             assert pixels.min() >= 0 and pixels.max() <= 1
             return super().__call__(pixels, layer)
 

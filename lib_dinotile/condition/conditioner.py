@@ -1,31 +1,40 @@
-"""From names in the settings to a condition for every batch of tiles."""
+"""From names in the settings to what looks at a source: adapter, guidance and guard."""
 
 from __future__ import annotations
 
+import dataclasses
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
 from PIL import Image
+from torch import Tensor
 
 from lib_dinotile import DinotileError
 from lib_dinotile.condition.adapter import Adapter, AdapterCondition
 from lib_dinotile.condition.adapter_file import check_encoder, check_fit, load_adapter, read_config
+from lib_dinotile.condition.guard import GUARD_LAYER, Floor, Floors, Guard, rehearse
+from lib_dinotile.condition.guidance import SELF_SIMILARITY, Guidance
+from lib_dinotile.condition.look import Look
 from lib_dinotile.dino.cache import FeatureCache
-from lib_dinotile.dino.encoder import KNOWN, PatchEncoder, installed, load_encoder
+from lib_dinotile.dino.encoder import BUILT_IN, KNOWN, PatchEncoder, installed, load_encoder
 from lib_dinotile.dino.field import FeatureField
-from lib_dinotile.hosts.base import Host
-from lib_dinotile.settings import AUTOMATIC, NONE, Settings
-from lib_dinotile.tiling.plan import Rect
+from lib_dinotile.dino.head import RestorationHead, load_heads
+from lib_dinotile.hosts.base import Host, Residuals
+from lib_dinotile.settings import AUTOMATIC, BOTH, NONE, SEMANTIC, Settings
+from lib_dinotile.tiling.canvas import Canvas
+from lib_dinotile.tiling.plan import Rect, TilePlan
 
 MINI = Path(__file__).parents[1] / "mini"
 """The built-in model's folder."""
 
 
-def installed_adapters(folder: Path) -> dict[str, Path]:
-    """Names and files of the adapters in a folder and below it."""
+def installed_weights(folder: Path) -> dict[str, Path]:
+    """Names and files of the adapters, or heads, in a folder and below it."""
     return {file.relative_to(folder).with_suffix("").as_posix(): file for file in sorted(folder.rglob("*.safetensors"))}
 
 
@@ -42,11 +51,45 @@ def _encoder(name: str, folder: Path | None, modified: float, device: torch.devi
     return load_encoder(name, folder, device=device)
 
 
-class Conditioner:
-    """Looks at a source once and gives every batch of tiles its condition."""
+@dataclass(frozen=True)
+class Features:
+    """What a source shows, as fields over the canvas; None where nothing asks for it."""
 
-    def __init__(self, adapter: Adapter, encoder: PatchEncoder, settings: Settings) -> None:
-        self._adapter, self._encoder, self._settings = adapter, encoder, settings
+    adapter: FeatureField | None
+    guidance: FeatureField | None
+    guard: FeatureField | None
+    shown: FeatureField | None
+    """For the semantic map: as the encoder sees the source, whatever the head says."""
+
+
+@dataclass(frozen=True)
+class Conditions:
+    """What there is for the tiles of one canvas."""
+
+    adapted: Callable[[Sequence[Rect], tuple[int, int]], Residuals] | None = None
+    """Gives some tiles with this latent (h, w) their residuals."""
+    guidance: Guidance | None = None
+    guard: Guard | None = None
+    shown: FeatureField | None = None
+    """For the semantic map."""
+    notes: Sequence[str] = ()
+    """What a user should know of it."""
+
+
+class Conditioner:
+    """Looks at a source once: what an adapter is given, what guidance aims at and what the guard compares with."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        encoder: PatchEncoder,
+        adapter: Adapter | None = None,
+        heads: Mapping[int, RestorationHead] | None = None,
+        decoder: tuple[str, Callable[[Tensor], Tensor]] | None = None,
+    ) -> None:
+        """heads: restoration heads by layer; decoder: name and function of what guidance sees the latents through."""
+        self._settings, self.encoder, self._adapter = settings, encoder, adapter
+        self._heads, self._decoder = heads or {}, decoder
 
     @classmethod
     def load(
@@ -55,52 +98,170 @@ class Conditioner:
         host: Host,
         adapters: Mapping[str, Path],
         encoders: Path | None = None,
+        heads: Mapping[str, Path] | None = None,
         trusted: bool = True,
     ) -> Conditioner | None:
-        """What `settings` ask for, or None if they ask for no adapter.
+        """What `settings` ask for, or None if they ask for nothing that looks at the source.
 
-        adapters: names and files to choose from; encoders: folder of installed encoders. Unless `trusted`, an encoder
-        is one of those or a published one, never a path. DinotileError, before a tile is painted, if the adapter is
-        not there or does not fit the host's checkpoint or the encoder.
+        adapters, heads: names and files to choose from; encoders: folder of installed encoders. Unless `trusted`, an
+        encoder is one of those or a published one, never a path. DinotileError, before a tile is painted, if anything
+        is not there or does not fit the host's checkpoint or the encoder.
         """
-        name = settings.adapter
-        if name == NONE:
+        if not settings.looks:
             _adapter.cache_clear()
             _encoder.cache_clear()
             return None
-        if name not in adapters:
-            listed = ", ".join((NONE, *adapters))
-            raise DinotileError(f"adapter: {name!r} is not installed, give one of {listed}")
-        config = read_config(adapters[name])
-        if host.shape is None:
-            raise DinotileError(f"adapter {name!r}: this checkpoint's UNet takes no residuals; choose adapter {NONE}")
-        check_fit(config, name, host.base, host.shape)
-        wanted = config.encoder if settings.encoder == AUTOMATIC else settings.encoder
-        choices = [*installed(encoders), *KNOWN]
-        if not trusted and wanted not in choices:
-            listed = ", ".join([AUTOMATIC, *choices])
-            raise DinotileError(f"encoder: {wanted!r} is not installed in {encoders}, give one of {listed}")
-        files = encoders.glob("*/model.safetensors") if encoders else ()
-        modified = max((file.stat().st_mtime for file in files), default=0.0)
-        encoder = _encoder(wanted, encoders, modified, torch.device(host.device))
-        check_encoder(config, name, encoder.id, encoder.width)
-        modified = adapters[name].stat().st_mtime
-        return cls(_adapter(adapters[name], modified, torch.device(host.device), host.dtype), encoder, settings)
+        config, device = None, torch.device(host.device)
+        if settings.adapter != NONE:
+            name = settings.adapter
+            config = read_config(_chosen("adapter", name, adapters))
+            if host.shape is None:
+                raise DinotileError(
+                    f"adapter {name!r}: this checkpoint's UNet takes no residuals; choose adapter {NONE}"
+                )
+            check_fit(config, name, host.base, host.shape)
+        encoder = _eye(settings, config.encoder if config else None, encoders, device, trusted)
+        if settings.guidance and settings.layer > encoder.depth:
+            raise DinotileError(f"layer: encoder {encoder.id!r} has {encoder.depth} layers, give at most that")
+        adapter = None
+        if config:
+            check_encoder(config, name, encoder.id, encoder.width)
+            adapter = _adapter(adapters[name], adapters[name].stat().st_mtime, device, host.dtype)
+        decoder = host.guidance_decoder(settings.decoder) if settings.guidance else None
+        return cls(settings, encoder, adapter, _restored(settings, encoder, heads or {}), decoder)
 
-    def features(self, source: Image.Image, size: tuple[int, int]) -> FeatureField:
-        """The source's (RGB) features as a field over a canvas of (width, height)."""
-        pixels = torch.from_numpy(np.array(source)).permute(2, 0, 1).float() / 255
-        return _features.field(
-            self._encoder,
-            pixels,
-            size,
-            patches=self._settings.patches,
-            windows=self._settings.windows,
-            layer=self._adapter.config.layer,
+    @classmethod
+    def without_model(
+        cls, settings: Settings, heads: Mapping[str, Path], device: torch.device | str = "cpu"
+    ) -> Conditioner:
+        """Only looks: for maps. The encoder is any that `load_encoder` finds; heads as in `load`."""
+        encoder = _eye(settings, None, None, torch.device(device), trusted=True)
+        return cls(dataclasses.replace(settings, guidance=0.0), encoder, heads=_restored(settings, encoder, heads))
+
+    @property
+    def notes(self) -> list[str]:
+        """What a user should know of what was chosen for them."""
+        told = []
+        if self._decoder:
+            told.append(f"guidance looked through {self._decoder[0]}")
+        if self.encoder.id == BUILT_IN and self._settings.encoder == AUTOMATIC and self._adapter is None:
+            told.append("looked with the small built-in encoder; a DINOv2 has better eyes, see DINO encoder")
+        return told
+
+    def features(self, source: Image.Image, size: tuple[int, int]) -> Features:
+        """The source's (RGB) features as fields over a canvas of (width, height)."""
+        settings = self._settings
+        return Features(
+            self._field(source, size, self._adapter.config.layer) if self._adapter else None,
+            self._field(source, size, *self._guided) if settings.guidance else None,
+            self._field(source, size, self._guarded) if settings.judges else None,
+            self._field(source, size, -1, restored=False) if settings.maps in (SEMANTIC, BOTH) else None,
         )
 
-    def condition(self, features: FeatureField, tiles: Sequence[Rect], latent: tuple[int, int]) -> AdapterCondition:
-        """The condition of a batch of tiles with this latent (h, w)."""
+    def _field(
+        self,
+        source: Image.Image,
+        size: tuple[int, int],
+        layer: int,
+        facet: Literal["tokens", "keys"] = "tokens",
+        restored: bool = True,
+    ) -> FeatureField:
         settings = self._settings
-        crops = features.crop(tiles, self._adapter.grid(latent))
+        found = _features.field(
+            self.encoder, to_tensor(source), size, settings.patches, settings.windows, layer=layer, facet=facet
+        )
+        head = self._heads.get(layer) if restored and facet == "tokens" else None
+        if head is None:
+            return found
+        with torch.inference_mode(False), torch.no_grad():
+            return FeatureField(head(found.features[None])[0], size)
+
+    @property
+    def _guided(self) -> tuple[int, Literal["tokens", "keys"]]:
+        """(layer, facet) that guidance looks at."""
+        return -self._settings.layer, "keys" if self._settings.distance == SELF_SIMILARITY else "tokens"
+
+    @property
+    def _guarded(self) -> int:
+        """The layer that the guard looks at: another than guidance, which would please the judge otherwise."""
+        return GUARD_LAYER if not self._settings.guidance or self._guided[0] != GUARD_LAYER else GUARD_LAYER - 1
+
+    def condition(self, features: Features, tiles: Sequence[Rect], latent: tuple[int, int]) -> AdapterCondition:
+        """The adapter's condition of a batch of tiles with this latent (h, w)."""
+        settings = self._settings
+        crops = features.adapter.crop(tiles, self._adapter.grid(latent))
         return AdapterCondition(self._adapter, crops, latent, settings.strength, settings.start, settings.end)
+
+    def conditions(self, source: Image.Image, features: Features, canvas: Canvas, plan: TilePlan) -> Conditions:
+        """What the tiles of a canvas are told, steered by and judged by."""
+        settings = self._settings
+        adapted, guidance, guard = None, None, None
+        if self._adapter:
+            adapted = functools.partial(self.condition, features)
+        if features.guidance:
+            layer, facet = self._guided
+            guidance = Guidance(
+                Look(self.encoder, features.guidance, plan.padded, layer, facet),
+                self._decoder[1],
+                settings.guidance,
+                settings.guidance_start,
+                settings.guidance_end,
+                settings.every,
+                settings.distance,
+            )
+        if features.guard:
+            look = Look(self.encoder, features.guard, plan.padded, self._guarded)
+            guard = Guard(look, canvas, self._floors(source, canvas, plan), settings.guard_strictness)
+        return Conditions(adapted, guidance, guard, features.shown, self.notes)
+
+    def _floors(self, source: Image.Image, canvas: Canvas, plan: TilePlan) -> Floors:
+        head = self._heads.get(self._guarded)
+        if head is not None and head.floor[1] > 0:
+            return Floors(Floor(*head.floor.tolist()), None)
+        size = plan.width, plan.height
+
+        def look(image: Image.Image) -> Look:
+            return Look(self.encoder, self._field(image, size, self._guarded), plan.padded, self._guarded)
+
+        return rehearse(look, source, canvas, plan, size)
+
+
+def _eye(
+    settings: Settings, named: str | None, folder: Path | None, device: torch.device, trusted: bool
+) -> PatchEncoder:
+    """The encoder that `settings` ask for; named: the one that the adapter was trained with."""
+    wanted = settings.encoder
+    if wanted == AUTOMATIC:
+        wanted = named or automatic_encoder(folder)
+    choices = [*installed(folder), *KNOWN]
+    if not trusted and wanted not in choices:
+        listed = ", ".join([AUTOMATIC, *choices])
+        raise DinotileError(f"encoder: {wanted!r} is not installed in {folder}, give one of {listed}")
+    files = folder.glob("*/model.safetensors") if folder else ()
+    modified = max((file.stat().st_mtime for file in files), default=0.0)
+    return _encoder(wanted, folder, modified, device)
+
+
+def _restored(settings: Settings, encoder: PatchEncoder, files: Mapping[str, Path]) -> dict[int, RestorationHead]:
+    if settings.head == NONE:
+        return {}
+    return load_heads(_chosen("head", settings.head, files), encoder.id, encoder.width, encoder.device)
+
+
+def automatic_encoder(folder: Path | None) -> str:
+    """The encoder where neither the user nor an adapter names one: an installed DINOv2, small ones first; else the
+    built-in one, so that nothing is downloaded that nobody has asked for."""
+    found = [name for name in installed(folder) if name != BUILT_IN]
+    sizes = ("small", "base", "large")
+    return min(found, key=lambda name: next((n for n, size in enumerate(sizes) if size in name), 9), default=BUILT_IN)
+
+
+def _chosen(kind: str, name: str, files: Mapping[str, Path]) -> Path:
+    if name not in files:
+        raise DinotileError(f"{kind}: {name!r} is not installed, give one of {', '.join((NONE, *files))}")
+    return files[name]
+
+
+def to_tensor(image: Image.Image) -> Tensor:
+    """(3, H, W) in [0, 1] of an RGB image."""
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 255

@@ -41,6 +41,17 @@ def load_blocks(checkpoint: Checkpoint, backend: str) -> tuple[str, nn.ModuleLis
     raise DinotileError(f"DINOv2 needs transformers 4.32 or later, or timm 0.9 or later: {'; '.join(lacks)}")
 
 
+def keys(block: nn.Module, tokens: torch.Tensor) -> torch.Tensor:
+    """What a block's attention makes of (N, L, D) for others to find it by, all heads side by side: (N, L, D)."""
+    seen = block.norm1(tokens)
+    attention = getattr(block, "attn", None)
+    if attention is not None:  # timm
+        return attention.qkv(seen).chunk(3, dim=-1)[1]
+    attention = block.attention  # transformers 5; up to 4 it is one deeper
+    project = attention.k_proj if hasattr(attention, "k_proj") else attention.attention.key
+    return project(seen)
+
+
 class _LibraryMissing(Exception):
     """The library is not installed, too old or does not import; the message says which."""
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import threading
 from collections import OrderedDict
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -35,13 +36,14 @@ class FeatureCache:
         patches: int = 64,
         windows: int = 1,
         layer: int = -1,
+        facet: Literal["tokens", "keys"] = "tokens",
     ) -> FeatureField:
         """`feature_field` of the same arguments, from memory if it was made before, for whatever canvas.
 
         The features may be the very tensor that is kept: not to be written into.
         """
         encoder_key = (encoder.id, encoder.fingerprint, encoder.dtype)
-        key = (_digest(source), encoder_key, patches, windows, layer)
+        key = (_digest(source), encoder_key, patches, windows, layer, facet)
         with self._lock:
             features = self._kept.get(key)
             if features is not None:
@@ -50,7 +52,7 @@ class FeatureCache:
             # A copy made under inference mode could not take part in a gradient.
             with torch.inference_mode(False):
                 return FeatureField(features.to(encoder.device), canvas)
-        field = feature_field(encoder, source, canvas, patches, windows, layer)
+        field = feature_field(encoder, source, canvas, patches, windows, layer, facet)
         with torch.inference_mode(False):
             self._keep(key, field.features.cpu())
         return field

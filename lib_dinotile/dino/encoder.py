@@ -12,10 +12,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lib_dinotile.dino.backends import load_blocks
+from lib_dinotile.dino.backends import keys, load_blocks
 from lib_dinotile.dino.checkpoint import BUILT_IN, KNOWN, Checkpoint, installed, locate, read_checkpoint
 
-__all__ = ["BUILT_IN", "KNOWN", "PatchEncoder", "installed", "interpolate_positions", "load_encoder"]
+__all__ = ["BUILT_IN", "FACETS", "KNOWN", "PatchEncoder", "installed", "interpolate_positions", "load_encoder"]
+
+FACETS = ("tokens", "keys")
+"""What of a layer: the tokens that it gives out, or the keys of its attention."""
 
 # ImageNet's, as DINOv2 was trained with.
 _MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -91,12 +94,12 @@ class PatchEncoder(nn.Module):
         """What is computed in; features are float32 all the same."""
         return self.mean.dtype
 
-    def forward(self, pixels: Tensor, layer: int = -1) -> Tensor:
+    def forward(self, pixels: Tensor, layer: int = -1, facet: Literal["tokens", "keys"] = "tokens") -> Tensor:
         """Pixels (N, 3, H, W) in [0, 1] -> patch features (N, D, H / patch, W / patch), float32.
 
-        They are on the encoder's device. `layer` counts the layers, from the end if negative; the features of any layer
-        go through the model's final LayerNorm. Class and register tokens are left out. ValueError if H or W is not a
-        positive multiple of `patch`, or if there is no such layer.
+        They are on the encoder's device. `layer` counts the layers, from the end if negative; the tokens of any layer
+        go through the model's final LayerNorm, keys come as they are. Class and register tokens are left out.
+        ValueError if H or W is not a positive multiple of `patch`, or if there is no such layer or facet.
         """
         if (
             pixels.ndim != 4
@@ -105,17 +108,19 @@ class PatchEncoder(nn.Module):
             or any(s % self.patch for s in pixels.shape[2:])
         ):
             raise ValueError(f"pixels {tuple(pixels.shape)} are not (N, 3, H, W) in whole patches of {self.patch}")
-        if not -self.depth <= layer < self.depth:
-            raise ValueError(f"layer {layer} of an encoder of {self.depth} layers")
+        if not -self.depth <= layer < self.depth or facet not in FACETS:
+            raise ValueError(f"{facet} of layer {layer} of an encoder of {self.depth} layers")
         with _without_autocast(self.device):
             patches = self.embed((pixels.to(self.mean) - self.mean) / self.std)
             grid = (patches.shape[2], patches.shape[3])
             tokens = patches.flatten(2).transpose(1, 2) + self._positions(grid)
             tokens = torch.cat([self.prefix.expand(len(tokens), -1, -1), tokens], 1)
-            for block in itertools.islice(self.blocks, range(self.depth)[layer] + 1):
+            index = range(self.depth)[layer]
+            for block in itertools.islice(self.blocks, index + (facet == "tokens")):
                 output = block(tokens)
                 tokens = output[0] if isinstance(output, tuple) else output
-            tokens = self.norm(tokens)[:, self.prefix.shape[1] :]
+            tokens = self.norm(tokens) if facet == "tokens" else keys(self.blocks[index], tokens)
+            tokens = tokens[:, self.prefix.shape[1] :]
         return tokens.transpose(1, 2).unflatten(2, grid).float().contiguous()
 
     def _positions(self, grid: tuple[int, int]) -> Tensor:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -89,6 +90,7 @@ def feature_field(
     patches: int = 64,
     windows: int = 1,
     layer: int = -1,
+    facet: Literal["tokens", "keys"] = "tokens",
 ) -> FeatureField:
     """The features of the whole source, laid over the canvas.
 
@@ -107,11 +109,11 @@ def feature_field(
         # On the patch grid a window is a tile. A quarter shared takes no more windows than an eighth, up to n = 4.
         plan = TilePlan(gw, gh, tile=patches, overlap=patches // 4, factor=1)
         if len(plan) == 1:
-            return FeatureField(encoder(pixels, layer)[0], canvas)
+            return FeatureField(encoder(pixels, layer, facet)[0], canvas)
         blend, features = Blend(plan), None
         for window in plan.tiles:
             rows, columns = (slice(s.start * encoder.patch, s.stop * encoder.patch) for s in window.slices)
-            seen = encoder(pixels[:, :, rows, columns], layer)[0]
+            seen = encoder(pixels[:, :, rows, columns], layer, facet)[0]
             if features is None:
                 features = seen.new_zeros(seen.shape[0], gh, gw)
             features[(..., *window.slices)] += seen * blend.weight(window).to(seen)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -18,7 +18,7 @@ from lib_dinotile.hosts.base import Batch, Views
 from lib_dinotile.hosts.hints import crop_hint, is_spatial
 from lib_dinotile.hosts.ldm import LdmResiduals, cfg_rows
 from lib_dinotile.hosts.overridden import in_float32, overridden
-from lib_dinotile.hosts.webui import WebUIHost
+from lib_dinotile.hosts.webui import WebUIHost, noise_for, picture_for
 
 
 def timestep_to_sigma(alphas_cumprod: Tensor, timestep: float) -> float:
@@ -45,6 +45,23 @@ class A1111Host(WebUIHost):
     @property
     def channels(self) -> int:
         return getattr(self._p.sd_model, "latent_channels", 4)
+
+    def _picture(self, denoiser: Any, x: Tensor, output: Tensor, sigma: Tensor) -> Tensor:
+        # Timestep samplers are answered with the noise, also in the callback.
+        return picture_for(x, output, self._alpha(denoiser, sigma)) if self._estimates_noise(denoiser) else output
+
+    def _prediction(self, denoiser: Any, x: Tensor, picture: Tensor, sigma: Tensor) -> Tensor:
+        return noise_for(x, picture, self._alpha(denoiser, sigma)) if self._estimates_noise(denoiser) else picture
+
+    def full_decoder(self) -> Callable[[Tensor], Tensor]:
+        model = self._p.sd_model
+        vae = model.first_stage_model
+
+        def decode(latents: Tensor) -> Tensor:
+            with devices.without_autocast():
+                return vae.decode((latents / model.scale_factor).to(devices.dtype_vae)).float()
+
+        return decode
 
     def check_residuals(self) -> None:
         option = sd_unet.get_unet_option()

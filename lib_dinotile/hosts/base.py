@@ -35,6 +35,16 @@ class Residuals(Protocol):
         """Other batches come before this one's next step: nothing large need be kept until then."""
 
 
+class Steering(Protocol):
+    """What a host lets change the picture that the model predicts for a batch of k tiles."""
+
+    def __call__(self, x0: Tensor, step: int, total: int, chosen: Sequence[int] | None = None) -> Tensor | None:
+        """The predicted picture, as latents (k, C, h, w), moved; None if this step (from 0) of so many is left alone.
+
+        chosen: numbers of the tiles in the batch that it shows, if not all. It may be called under inference mode.
+        """
+
+
 @dataclass(frozen=True)
 class Batch:
     """Tiles that the model sees together."""
@@ -44,6 +54,7 @@ class Batch:
     prompts: Sequence[str | None]
     """What each of them is told; None is the main prompt."""
     condition: Residuals | None
+    guide: Steering | None = None
 
 
 See = Callable[[Tensor, Batch], Tensor]
@@ -96,6 +107,8 @@ class Host(Protocol):
     """In which precision conditions are computed."""
     prompt: str
     """The main prompt."""
+    denoise: float
+    """The generation's denoising strength."""
 
     def check_prompt(self, prompt: str | None) -> None:
         """DinotileError if the model would not read all of a tile's prompt; None is the main prompt."""
@@ -134,6 +147,13 @@ class Host(Protocol):
 
     def decode(self, latents: Tensor) -> Tensor:
         """Latents to pixels."""
+
+    def guidance_decoder(self, choice: str) -> tuple[str, Callable[[Tensor], Tensor]]:
+        """(name, function) of what latents (k, C, h, w) are seen through as pixels (k, 3, H, W), about in [0, 1].
+
+        Gradients work, and float32 comes and goes, also under inference mode. choice: one of `settings.DECODERS`.
+        DinotileError if that is not to be had.
+        """
 
     def full_precision(self) -> AbstractContextManager[None]:
         """While open, the model computes in float32."""

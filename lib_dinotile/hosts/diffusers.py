@@ -89,7 +89,7 @@ class DiffusersHost:
         self._sigmas = ((1 - alphas) / alphas).sqrt().tolist()
         self._guided = text is not None and generation.cfg > 1
         self._text = functools.lru_cache(maxsize=None)(text) if text else None
-        self.prompt = generation.prompt
+        self.prompt, self.denoise = generation.prompt, generation.denoise
         self._done = self._total = 0
 
     def check_prompt(self, prompt: str | None) -> None:
@@ -136,10 +136,14 @@ class DiffusersHost:
         free = None if mask is None else mask.to(latents)
         x = scheduler.add_noise(latents, start, timesteps[:1].repeat(len(latents)))
         for number, timestep in enumerate(timesteps):
-            progress = number / len(timesteps)
 
-            def see(tiles: Tensor, batch: Batch, timestep: Tensor = timestep, progress: float = progress) -> Tensor:
-                return self._predict(scheduler.scale_model_input(tiles, timestep), timestep, batch, progress)
+            def see(tiles: Tensor, batch: Batch, timestep: Tensor = timestep, number: int = number) -> Tensor:
+                progress = number / len(timesteps)
+                prediction = self._predict(scheduler.scale_model_input(tiles, timestep), timestep, batch, progress)
+                if batch.guide is None:
+                    return prediction
+                moved = batch.guide(self._picture(tiles, prediction, timestep), number, len(timesteps))
+                return prediction if moved is None else self._prediction_for(tiles, moved, timestep)
 
             def known(x: Tensor = x, timestep: Tensor = timestep) -> Tensor:
                 return self._prediction_for(x, latents, timestep)
@@ -160,6 +164,16 @@ class DiffusersHost:
             return latents
         epsilon = (x - alpha.sqrt() * latents) / (1 - alpha).sqrt()
         return epsilon if kind == "epsilon" else alpha.sqrt() * epsilon - (1 - alpha).sqrt() * latents
+
+    def _picture(self, x: Tensor, prediction: Tensor, timestep: Tensor) -> Tensor:
+        """The latents without noise that the UNet's prediction at x stands for, float32."""
+        alpha = self._scheduler.alphas_cumprod[int(timestep)].to(x.device)
+        x, prediction, kind = x.float(), prediction.float(), self._scheduler.config.prediction_type
+        if kind == "sample":
+            return prediction
+        if kind == "epsilon":
+            return (x - (1 - alpha).sqrt() * prediction) / alpha.sqrt()
+        return alpha.sqrt() * x - (1 - alpha).sqrt() * prediction
 
     def _predict(self, x: Tensor, timestep: Tensor, batch: Batch, progress: float) -> Tensor:
         """The UNet's prediction for k tiles, guided by the prompts if there are any (rows: prompts, then negative)."""
@@ -186,6 +200,18 @@ class DiffusersHost:
         prompt, negative = prediction.chunk(2)
         return negative + self._generation.cfg * (prompt - negative)
 
+    def guidance_decoder(self, choice: str) -> tuple[str, Callable[[Tensor], Tensor]]:
+        codec = self._codec
+        if isinstance(codec, PixelCodec):
+            return "the model's own pixels", lambda latents: (codec.decode(latents) + 1) / 2
+        if choice == "approximate":
+            raise DinotileError("decoder: only the WebUIs have an approximate decoder; choose TAESD or full VAE")
+        tiny = None if choice == "full VAE" else _taesd(self.base, download=choice == "TAESD")
+        if tiny is None:
+            return "the full VAE", lambda latents: (codec.decode(latents.to(codec.vae.dtype)).float() + 1) / 2
+        tiny.to(self.device)
+        return "TAESD", lambda latents: (tiny.decode(latents).sample + 1) / 2
+
     @contextlib.contextmanager
     def full_precision(self) -> Iterator[None]:
         with in_float32([self._unet, self._codec]), overridden(self, dtype=torch.float32):
@@ -201,6 +227,24 @@ class DiffusersHost:
     def progress(self, done: int, total: int, canvas: Canvas) -> None:
         self._done, self._total = done, total
         self._progress(done, total)
+
+
+def _taesd(base: str, download: bool) -> Any:
+    """The tiny autoencoder of a family of checkpoints, or None if it is not on this machine and not to be downloaded.
+
+    DinotileError if the download fails.
+    """
+    from diffusers import AutoencoderTiny
+
+    name = f"madebyollin/{'taesdxl' if base == 'sdxl' else 'taesd'}"
+    try:
+        tiny = AutoencoderTiny.from_pretrained(name, use_safetensors=True, local_files_only=not download)
+    except Exception as error:  # whatever the Hub's client raises
+        if not download:
+            return None
+        line = str(error).strip().split("\n")[0]
+        raise DinotileError(f"decoder: {name} cannot be downloaded: {line}; choose full VAE") from error
+    return tiny.float().eval().requires_grad_(False)
 
 
 def _single_file(path: Path, config: str) -> Any:

@@ -19,6 +19,11 @@ def adapters() -> Path:
     return _folder("dinotile_adapters_dir", "adapters")
 
 
+def heads() -> Path:
+    """The folder with restoration heads, one .safetensors file each."""
+    return _folder("dinotile_heads_dir", "heads")
+
+
 def encoders() -> Path:
     """The folder with DINOv2 models, one folder with config.json and model.safetensors each."""
     return _folder("dinotile_encoders_dir", "encoders")

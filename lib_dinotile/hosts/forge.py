@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from lib_dinotile.condition.shape import UNetShape
 from lib_dinotile.hosts.base import Batch, Views
+from lib_dinotile.hosts.decoders import own_copy
 from lib_dinotile.hosts.hints import crop_hint, is_spatial
 from lib_dinotile.hosts.overridden import in_float32, overridden
 from lib_dinotile.hosts.webui import WebUIHost
@@ -61,6 +62,16 @@ class ForgeHost(WebUIHost):
     @property
     def channels(self) -> int:
         return self._p.sd_model.forge_objects.vae.latent_channels
+
+    def full_decoder(self) -> Callable[[Tensor], Tensor]:
+        # A copy: Forge moves its own to and fro while it makes room for the UNet.
+        vae = own_copy(self._p.sd_model.forge_objects.vae.first_stage_model, self.device)
+
+        def decode(latents: Tensor) -> Tensor:
+            with devices.without_autocast():
+                return vae.decode(vae.process_out(latents))
+
+        return decode
 
     @contextlib.contextmanager
     def seeing(self, batch: Batch, chosen: Sequence[int], parts: int) -> Iterator[None]:

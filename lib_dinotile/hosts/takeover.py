@@ -19,18 +19,21 @@ from PIL import Image
 from torch import Tensor
 
 from lib_dinotile import DinotileError, engine
-from lib_dinotile.condition.conditioner import Conditioner, installed_adapters
+from lib_dinotile.condition.conditioner import Conditioner, installed_weights
+from lib_dinotile.condition.guard import OFF
 from lib_dinotile.hosts import folders
 from lib_dinotile.hosts.area import Area
 from lib_dinotile.hosts.base import check_name
 from lib_dinotile.hosts.overridden import overridden
-from lib_dinotile.hosts.webui import LATENT_NOISE, LATENT_NOTHING, WebUIHost
+from lib_dinotile.hosts.webui import LATENT_NOISE, LATENT_NOTHING, ORIGINAL, WebUIHost
 from lib_dinotile.prompts import check_prompts
 from lib_dinotile.settings import NONE, Settings
 from lib_dinotile.tiling.noise import NoiseField
 
 UNDO = "_dinotile_undo"
 """Where what gives a processing object back waits on it."""
+FOUND = "_dinotile_found"
+"""Where reports and maps wait on it for the gallery: (report, maps) of each image."""
 
 
 RIVALS = (
@@ -126,6 +129,8 @@ class Takeover:
                 raise DinotileError("tile prompts cannot load networks such as LoRA: write them into the main prompt")
         if p.image_mask is not None and p.inpainting_fill in (LATENT_NOISE, LATENT_NOTHING):
             settings = dataclasses.replace(settings, colour="none")  # what is new has colours of its own
+        if p.image_mask is not None and p.inpainting_fill != ORIGINAL:
+            settings = dataclasses.replace(settings, guidance=0.0, guard=OFF)  # and is not to show what was there
         self._p, self._settings = p, settings
         self._area = Area(p, settings, sizes.pop())
         self._host: WebUIHost | None = None
@@ -139,6 +144,7 @@ class Takeover:
         stack = contextlib.ExitStack()
         stack.enter_context(overridden(p, width=width, height=height, init=self.init, sample=self.sample))
         setattr(p, UNDO, stack)
+        setattr(p, FOUND, [])
         # A new dict: the cells of an X/Y/Z plot share theirs.
         p.extra_generation_params = {**p.extra_generation_params, **self._settings.infotext, **self._area.infotext}
 
@@ -148,6 +154,21 @@ class Takeover:
         stack = p.__dict__.pop(UNDO, None)
         if stack is not None:
             stack.close()
+
+    @staticmethod
+    def publish(p: Any, processed: Any) -> None:
+        """Maps into the gallery, behind the images; reports into what the API tells."""
+        found = p.__dict__.pop(FOUND, None)
+        if not found:
+            return
+        texts = processed.infotexts[processed.index_of_first_image :]
+        for number, (_, maps) in enumerate(found):
+            for name, picture in maps.items():
+                processed.images.append(picture)
+                processed.infotexts.append(f"{texts[min(number, len(texts) - 1)]}, DINO Tile map: {name}")
+        # Behind the images' own texts, which are made by now.
+        reports = {"DINO Tile report": [report.json() for report, _ in found]}
+        processed.extra_generation_params = {**processed.extra_generation_params, **reports}
 
     def init(self, all_prompts: list[str], all_seeds: list[int], all_subseeds: list[int]) -> None:
         """In place of `p.init`: everything that can go wrong before the first tile goes wrong here."""
@@ -183,9 +204,14 @@ class Takeover:
 
         self._host = make_host(p)
         self._conditioner = Conditioner.load(
-            self._settings, self._host, installed_adapters(folders.adapters()), folders.encoders(), trusted=False
+            self._settings,
+            self._host,
+            installed_weights(folders.adapters()),
+            folders.encoders(),
+            installed_weights(folders.heads()),
+            trusted=False,
         )
-        if self._conditioner:
+        if self._settings.adapter != NONE:
             self._host.check_residuals()
         plan = engine.make_plan(self._host, self._area.canvas, self._settings)
         check_name("upscaler", self._settings.upscaler, self._host.upscalers())
@@ -231,6 +257,7 @@ class Takeover:
                 raise engine.UnfinishedError(error.__cause__, error.result, where) from error.__cause__
             global _last_prompts
             _last_prompts = result.report.prompts
+            p.__dict__[FOUND].append((result.report, result.maps))
             for line in result.report.lines:
                 p.comment(f"DINO Tile: {line}")
             told["DINO Tile painted"].append(None if result.complete else f"{result.painted} of {result.total}")

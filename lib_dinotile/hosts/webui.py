@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import contextlib
 from abc import abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from modules import devices, processing, prompt_parser, sd_samplers_common, shared
+from modules import devices, processing, prompt_parser, script_callbacks, sd_samplers_common, shared
 from PIL import Image
 from torch import Tensor
 
 from lib_dinotile import DinotileError
 from lib_dinotile.condition.shape import UNetShape
-from lib_dinotile.hosts import upscalers
+from lib_dinotile.hosts import decoders, upscalers
 from lib_dinotile.hosts.base import Batch, Interrupted, Views
 from lib_dinotile.hosts.interrogators import INTERROGATORS
 from lib_dinotile.hosts.layout import fast, fast_input
@@ -25,7 +25,7 @@ from lib_dinotile.tiling.noise import TileNoise
 
 PREVIEW_SIDE = 1024
 """Longest side of the live preview, in pixels."""
-LATENT_NOISE, LATENT_NOTHING = 2, 3
+ORIGINAL, LATENT_NOISE, LATENT_NOTHING = 1, 2, 3
 """What inpainting can start from besides the picture itself, or what fills it."""
 
 
@@ -44,6 +44,16 @@ def _form(cond: Any) -> Any:
         return (entry["crossattn"] if isinstance(entry, dict) else entry).shape[0]
 
     return tuple((part.weight, tuple((at.end_at_step, length(at.cond)) for at in part.schedules)) for part in cond)
+
+
+def noise_for(x: Tensor, picture: Tensor, alpha: Tensor) -> Tensor:
+    """The noise that leaves this picture of x at a cumulated alpha, float32."""
+    return (x.float() - alpha.sqrt() * picture.float()) / (1 - alpha).sqrt()
+
+
+def picture_for(x: Tensor, noise: Tensor, alpha: Tensor) -> Tensor:
+    """The picture that this noise leaves of x, float32."""
+    return (x.float() - (1 - alpha).sqrt() * noise.float()) / alpha.sqrt()
 
 
 class SamplerNoise:
@@ -75,6 +85,11 @@ class WebUIHost:
         self._negative = ""
         self._main: tuple[Any, Any] = (None, None)
         self._others: dict[tuple[str | None, tuple[int, int]], tuple[Any, Any]] = {}
+
+    @property
+    def denoise(self) -> float:
+        """The generation's denoising strength."""
+        return self._p.denoising_strength
 
     @property
     @abstractmethod
@@ -233,7 +248,10 @@ class WebUIHost:
                 seen = extra["image_cond"]
                 seen = seen[chosen] if views.whole else tiles.new_zeros(len(chosen), *seen.shape[1:])
                 own = {"cond": cond, "uncond": uncond, "image_cond": seen}
-                with self.seeing(batch, chosen, len(cond.batch[0])):
+                with (
+                    self.seeing(batch, chosen, len(cond.batch[0])),
+                    self._steered(batch, chosen, denoiser, tiles[chosen], sigma),
+                ):
                     return whole(tiles[chosen], sigma[:1].expand(len(chosen)), **{**extra, **own})
 
             def see(tiles: Tensor, batch: Batch) -> Tensor:
@@ -260,6 +278,49 @@ class WebUIHost:
 
         return forward
 
+    @contextlib.contextmanager
+    def _steered(self, batch: Batch, chosen: Sequence[int], denoiser: Any, x: Tensor, sigma: Tensor) -> Iterator[None]:
+        """While open, the picture predicted for these tiles of the batch is moved as the batch's guide says.
+
+        x (k, C, h, w): their noisy latents, as the denoiser gets them.
+        """
+        failed: list[Exception] = []
+
+        def after(params: script_callbacks.AfterCFGCallbackParams) -> None:
+            try:
+                x0 = self._picture(denoiser, x, params.x, sigma)
+                moved = batch.guide(x0, denoiser.step, denoiser.total_steps, chosen)
+                if moved is not None:
+                    params.x = self._prediction(denoiser, x, moved, sigma).to(params.x)
+            except Exception as error:  # the WebUI would only log it
+                failed.append(error)
+
+        if batch.guide is None:
+            yield
+            return
+        script_callbacks.on_cfg_after_cfg(after)
+        try:
+            yield
+        finally:
+            script_callbacks.remove_callbacks_for_function(after)
+        if failed:
+            raise failed[0]
+
+    def _picture(self, denoiser: Any, x: Tensor, output: Tensor, sigma: Tensor) -> Tensor:
+        """The picture that an answer in the WebUI's after-CFG callback stands for; for most samplers it is that."""
+        return output
+
+    def _prediction(self, denoiser: Any, x: Tensor, picture: Tensor, sigma: Tensor) -> Tensor:
+        """The other way round."""
+        return picture
+
+    @abstractmethod
+    def full_decoder(self) -> Callable[[Tensor], Tensor]:
+        """The full VAE with gradients: (k, C, h, w) to (k, 3, H, W) in [-1, 1], float32."""
+
+    def guidance_decoder(self, choice: str) -> tuple[str, Callable[[Tensor], Tensor]]:
+        return decoders.guidance_decoder(choice, self.device, self.full_decoder)
+
     @staticmethod
     def _estimates_noise(denoiser: Any) -> bool:
         """Whether the denoiser answers with the noise, as for DDIM, PLMS and UniPC, and not with the picture."""
@@ -269,8 +330,12 @@ class WebUIHost:
         """What the denoiser would have to answer at x to say that these are the latents without noise."""
         if not self._estimates_noise(denoiser):
             return latents.to(x)
-        alpha = denoiser.inner_model.inner_model.alphas_cumprod.to(x.device)[sigma[:1].round().long()].float()
-        return ((x.float() - alpha.sqrt() * latents.to(x.device).float()) / (1 - alpha).sqrt()).to(x)
+        return noise_for(x, latents.to(x.device), self._alpha(denoiser, sigma)).to(x)
+
+    @staticmethod
+    def _alpha(denoiser: Any, sigma: Tensor) -> Tensor:
+        """Cumulated, (1,), for samplers whose noise levels are timesteps."""
+        return denoiser.inner_model.inner_model.alphas_cumprod.to(sigma.device)[sigma[:1].round().long()].float()
 
     def _image_conditioning(self, latents: Tensor, views: Views, mask: Tensor | None) -> Tensor:
         """Zeros, but for inpainting, depth and editing checkpoints, which look at a tile's own pixels."""

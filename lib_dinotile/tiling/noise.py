@@ -27,6 +27,10 @@ class NoiseField:
         self._seed, self._subseed = seed % 2**64, subseed % 2**64
         self._channels, self._subseed_strength = channels, subseed_strength
 
+    def reseeded(self, number: int) -> NoiseField:
+        """Another field, by the number-th seed after this one's; variation seed and strength stay."""
+        return NoiseField(self._seed + number, self._channels, self._subseed, self._subseed_strength)
+
     def _block(self, seed: int, draw: int, row: int, column: int) -> np.ndarray:
         stream = np.random.default_rng([seed, draw, row, column])
         return stream.standard_normal((self._channels, BLOCK, BLOCK), dtype=np.float32)

@@ -12,7 +12,7 @@ from modules.ui_common import create_refresh_button
 from modules.ui_components import InputAccordion
 
 from lib_dinotile import DinotileError
-from lib_dinotile.condition.conditioner import installed_adapters
+from lib_dinotile.condition.conditioner import installed_weights
 from lib_dinotile.dino.encoder import KNOWN, installed
 from lib_dinotile.hosts import folders
 from lib_dinotile.hosts.interrogators import INTERROGATORS
@@ -36,14 +36,32 @@ GROUPS: tuple[tuple[str | None, tuple[tuple[str, ...], ...]], ...] = (
         "Flat tiles, prompts by tile",
         (("flat",), ("tile_prompt", "tile_prompt_mode"), ("captions",), ("tile_prompts",)),
     ),
-    ("DINO adapter", (("adapter",), ("strength",), ("start", "end"), ("encoder",), ("patches", "windows"))),
+    (
+        "DINO: true to the source",
+        (
+            ("guidance", "guard"),
+            ("guidance_start", "guidance_end", "every"),
+            ("distance", "layer", "decoder"),
+            ("guard_seeds", "guard_weaker", "guard_strictness"),
+            ("maps",),
+        ),
+    ),
+    (
+        "DINO: adapter and encoder",
+        (("adapter",), ("strength",), ("start", "end"), ("encoder", "head"), ("patches", "windows")),
+    ),
 )
 """Titles of foldable groups, and which options stand side by side in them; `enabled` is the accordion's own switch."""
 
 
 def adapter_choices() -> list[str]:
     """None and the names of the installed adapters."""
-    return [NONE, *installed_adapters(folders.adapters())]
+    return [NONE, *installed_weights(folders.adapters())]
+
+
+def head_choices() -> list[str]:
+    """None and the names of the installed restoration heads."""
+    return [NONE, *installed_weights(folders.heads())]
 
 
 def encoder_choices() -> list[str]:
@@ -59,6 +77,7 @@ def upscaler_choices() -> list[str]:
 CHOICES: dict[str, Callable[[], list[str]]] = {
     "adapter": adapter_choices,
     "encoder": encoder_choices,
+    "head": head_choices,
     "upscaler": upscaler_choices,
     "captions": lambda: [NONE, *INTERROGATORS],
 }

@@ -1,0 +1,192 @@
+"""The guard: does a painted tile still show what the source shows?
+
+Its measure is one minus the cosine of `Look`, patch by patch. Features of a sharp picture differ from those of the
+blurred one that it was made from even where both show the same. How much they may differ is told
+
+- by the restoration head, if there is one: it was measured when that was trained;
+- else by a rehearsal with this very source: it is shrunk by the scale and enlarged again, and how the plain enlarged
+  source looks beside that is how a true result may look beside the source. A patch is in doubt only if it also looks
+  worse than the plain one at its place.
+
+What a model invents covers more than a patch: single patches are no doubt.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+
+from lib_dinotile.condition.look import Look
+from lib_dinotile.tiling.canvas import Canvas
+from lib_dinotile.tiling.plan import Rect, Tiles
+
+OFF, REPORT, BLEND, RETRY = "off", "report", "blend back", "retry"
+POLICIES = (OFF, REPORT, BLEND, RETRY)
+
+GUARD_LAYER = -1
+"""The layer whose tokens it compares, unless guidance has steered by that."""
+SAMPLED = 8
+"""How many tiles are looked at for the floor, at most."""
+LEAST_SCALE = 1.5
+"""How much the source is shrunk for the rehearsal, at least."""
+
+
+@dataclass(frozen=True)
+class Floor:
+    """How values of true patches spread."""
+
+    median: float
+    spread: float
+    """Median absolute deviation times 1.4826, which for a normal distribution is its standard deviation."""
+
+    @classmethod
+    def of(cls, values: Tensor) -> Floor:
+        median = values.median()
+        return cls(float(median), max(float((values - median).abs().median()) * 1.4826, 1e-4))
+
+    def limit(self, strictness: float) -> float:
+        """So many deviations above the median."""
+        return self.median + strictness * self.spread
+
+
+@dataclass(frozen=True)
+class Floors:
+    """What is true for a canvas."""
+
+    distance: Floor
+    """Of distances from the source."""
+    excess: Floor | None
+    """Of how much larger they are than those of the plain enlarged source at the same place; None if that is no
+    measure: with a head the plain source is as far from what is aimed at as a wrong result."""
+
+
+@dataclass
+class Verdict:
+    """What the guard found at a tile and did about it."""
+
+    before: float
+    """Lowest cosine of two by two patches with the source, as the tile was painted first."""
+    after: float
+    """The same at last."""
+    doubt_before: float
+    """Share of the tile's patches that were in doubt."""
+    doubt_after: float
+    """The same at last."""
+    retries: int = 0
+    seeds: tuple[int, ...] = ()
+    """The seeds of the retries, counted from the image's own: 1 is the next."""
+    blended: float = 0.0
+    """Share of the tile's patches that were blended back to the source."""
+
+
+class Guard:
+    """Judges the tiles of one canvas."""
+
+    def __init__(self, look: Look, canvas: Canvas, floors: Floors, strictness: float) -> None:
+        self._look, self._canvas, self.floors = look, canvas, floors
+        self.limit = floors.distance.limit(strictness)
+        """Distance from which on a patch is in doubt."""
+        self._excess = None if floors.excess is None else floors.excess.limit(strictness)
+
+    def distances(self, tiles: Sequence[Rect], pixels: Tensor) -> Tensor:
+        """One minus the cosine (k, h, w) of the windows' patches, on the CPU, for tiles that show pixels (k, 3, H, W).
+
+        Where the inpaint mask leaves the picture alone, that is what shows.
+        """
+        shown = torch.stack([self._canvas.crop(tile, image) for tile, image in zip(tiles, pixels)])
+        return 1 - self._look.similarity(self._canvas.crop, tiles, shown).cpu()
+
+    def plain(self, tile: Rect) -> Tensor:
+        """The distances (h, w) of the plain enlarged source."""
+        return self.distances([tile], self._canvas.source(tile)[None])[0]
+
+    def score(self, tile: Rect, distances: Tensor, free: Tensor | None = None) -> float:
+        """The lowest cosine of two by two of a tile's own patches; free as for `doubt`."""
+        own = self.own(tile, distances, free)
+        sides = [min(2, side) for side in distances.shape]
+        mean = F.avg_pool2d(torch.where(own, 1 - distances, 1.0)[None, None], sides, 1)
+        return float(mean.min())
+
+    def doubt(
+        self,
+        tile: Rect,
+        distances: Tensor,
+        free: Tensor | None = None,
+        plain: Callable[[], Tensor] | None = None,
+    ) -> Tensor:
+        """(h, w), true for the window's patches that are the tile's own and in doubt.
+
+        free: (H, W) in [0, 1], the share of each pixel that the tile may change, if not all; patches that it may
+        hardly change are not in doubt. plain: gives the distances of the plain enlarged source; it is asked for only
+        where there are any to doubt.
+        """
+        doubt = self.own(tile, distances, free) & ~(distances <= self.limit)
+        if self._excess is not None and _blocks(doubt).any():
+            doubt &= ~(distances - (self.plain(tile) if plain is None else plain()) <= self._excess)
+        return _blocks(doubt)
+
+    def own(self, tile: Rect, distances: Tensor, free: Tensor | None = None) -> Tensor:
+        """(h, w), true for the window's patches that are the tile's own to change; all if it may hardly change any."""
+        own = torch.zeros(distances.shape, dtype=torch.bool)
+        own[self._look.own(tile)] = True
+        if free is None:
+            return own
+        window = self._look.window(tile)
+        whole = torch.zeros(window.height, window.width)
+        whole[tile.within(window).slices] = free
+        mine = own & (F.adaptive_avg_pool2d(whole[None, None], distances.shape)[0, 0] > 0.5)
+        return mine if mine.any() else own
+
+    def to_pixels(self, tile: Rect, values: Tensor, mode: str = "bilinear") -> Tensor:
+        """Values (h, w) of a window's patches, at the pixels (H, W) of the tile."""
+        return self._look.to_pixels(tile, values, mode)
+
+    def area(self, tile: Rect, patches: Tensor) -> Tensor:
+        """(1, H, W) in [0, 1]: 1 for the pixels of these patches (h, w) of the window, fading out over half of one."""
+        return self._look.to_pixels(tile, patches)[None].clamp(max=0.5) * 2
+
+
+def _blocks(patches: Tensor) -> Tensor:
+    """Of (h, w) those that are part of two by two that are all true (a morphological opening)."""
+    height, width = (min(2, side) for side in patches.shape)
+    whole = -F.max_pool2d(-patches[None, None].float(), (height, width), 1)
+    grown = F.pad(whole, (width - 1, width - 1, height - 1, height - 1))
+    return F.max_pool2d(grown, (height, width), 1)[0, 0] > 0
+
+
+def rehearse(
+    look: Callable[[Image.Image], Look], source: Image.Image, canvas: Canvas, plan: Tiles, size: tuple[int, int]
+) -> Floors:
+    """The floors of a canvas of (width, height) for an RGB source, from a rehearsal with some tiles of the plan.
+
+    look: gives the `Look` at a source in place of this one.
+    """
+    scale = max(size[0] / source.width, size[1] / source.height, LEAST_SCALE)
+    small = source.resize([max(1, round(side / scale)) for side in source.size], Image.Resampling.LANCZOS)
+    blurred, ratio = look(small), (small.width / size[0], small.height / size[1])
+
+    def plain(area: Rect) -> Tensor:
+        """The small one enlarged: as blurred beside the source as the source is beside a result."""
+        right, bottom = min(area.right, size[0]), min(area.bottom, size[1])
+        box = (area.x * ratio[0], area.y * ratio[1], right * ratio[0], bottom * ratio[1])
+        image = small.resize((right - area.x, bottom - area.y), Image.Resampling.LANCZOS, box)
+        pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 255
+        return F.pad(pixels[None], (0, area.right - right, 0, area.bottom - bottom), mode="replicate")[0]
+
+    distances, excess = [], []
+    tiles = plan.tiles
+    for tile in tiles[:: max(1, len(tiles) // SAMPLED)][:SAMPLED]:
+        own = blurred.own(tile)
+        true, self_ = (
+            1 - blurred.similarity(crop, [tile], crop(tile)[None])[0][own].flatten().cpu()
+            for crop in (canvas.source, plain)
+        )
+        distances.append(true)
+        excess.append(true - self_)
+    return Floors(Floor.of(torch.cat(distances)), Floor.of(torch.cat(excess)))

@@ -1,0 +1,103 @@
+"""Training-free guidance: the denoiser's picture is moved towards what the source shows, at some of its steps.
+
+The gradient is taken with respect to the predicted picture x0, not through the UNet (MPGD, arXiv 2311.16424). As in
+FreeDoM (arXiv 2303.09833) the step's length is a share of another one that the sampler takes anyway; there that is
+from the negative prompt's picture to the prompt's, here it is from the source's latent to x0, which there is also
+without a negative prompt (CFG scale 1, distilled models), and in all hosts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lib_dinotile.condition.look import Look
+from lib_dinotile.tiling.canvas import Canvas
+from lib_dinotile.tiling.plan import Rect
+
+PATCHES, SELF_SIMILARITY = "patches", "self-similarity"
+DISTANCES = (PATCHES, SELF_SIMILARITY)
+"""`patches`: one minus the cosine, patch by patch. `self-similarity`: how patches resemble each other (keys of the
+attention, their cosines, as in DiffuseIT, arXiv 2209.15264), which a change of style leaves as it is."""
+
+
+@dataclass(frozen=True)
+class Guidance:
+    """How the tiles of a canvas are guided."""
+
+    look: Look
+    decode: Callable[[Tensor], Tensor]
+    """Latents (k, C, h, w) to pixels (k, 3, H, W), about in [0, 1]; gradients work."""
+    strength: float
+    start: float
+    end: float
+    """Shares of the steps between which it is at work, in [0, 1]."""
+    every: int
+    """It is at work at every n-th step."""
+    distance: str
+
+    def at_work(self, step: int, total: int) -> bool:
+        """Whether a step (from 0) of so many is one of its own."""
+        progress = step / max(total, 1)
+        first = -(-self.start * total // 1)
+        return self.start <= progress and (progress < self.end or self.end == 1) and (step - first) % self.every == 0
+
+    def of(self, canvas: Canvas, tiles: Sequence[Rect], source: Callable[[Rect], Tensor]) -> Guide:
+        """For a batch of tiles; source: gives a tile's source as latents (C, h, w)."""
+        return Guide(self, canvas, tiles, source)
+
+
+class Guide:
+    """Guidance at work on one batch of tiles."""
+
+    def __init__(
+        self, guidance: Guidance, canvas: Canvas, tiles: Sequence[Rect], source: Callable[[Rect], Tensor]
+    ) -> None:
+        self._guidance, self._canvas, self._tiles, self._source = guidance, canvas, tiles, source
+
+    def __call__(self, x0: Tensor, step: int, total: int, chosen: Sequence[int] | None = None) -> Tensor | None:
+        """x0 (k, C, h, w), the picture predicted at a step (from 0) of so many, moved; None for steps left alone.
+
+        chosen: the tiles of the batch that it is about, if not all. Runs under inference mode, too.
+        """
+        guidance = self._guidance
+        if guidance.strength == 0 or not guidance.at_work(step, total):
+            return None
+        chosen = range(len(self._tiles)) if chosen is None else chosen
+        with torch.inference_mode(False), torch.enable_grad():
+            x = x0.detach().clone().float().requires_grad_()
+            (gradient,) = torch.autograd.grad(self._distance(x, chosen), x)
+        with torch.no_grad():
+            start = torch.stack([self._source(self._tiles[number]) for number in chosen]).to(x0.device).float()
+            length = _rms(x0.float() - start) / _rms(gradient)
+            moved = x0.float() - guidance.strength * length * gradient
+            return torch.where(moved.isfinite(), moved, x0.float()).to(x0.dtype)
+
+    def _distance(self, x: Tensor, chosen: Sequence[int]) -> Tensor:
+        """Summed over patches and tiles, which do not see each other: each has its own gradient."""
+        look, tiles = self._guidance.look, [self._tiles[number] for number in chosen]
+        with torch.no_grad():
+            targets = look.targets(tiles).clone()
+        pixels = self._guidance.decode(x).to(look.encoder.device).float()
+        features = look.features(look.windows(self._canvas.crop, tiles, pixels), targets.shape[2:])
+        measure = _patches if self._guidance.distance == PATCHES else _self_similarity
+        own = [(slice(None), *look.own(tile)) for tile in tiles]
+        return sum(measure(seen[part], wanted[part]) for seen, wanted, part in zip(features, targets, own))
+
+
+def _rms(values: Tensor) -> Tensor:
+    """(k, 1, 1, 1)."""
+    return values.square().mean((1, 2, 3), keepdim=True).sqrt()
+
+
+def _patches(seen: Tensor, wanted: Tensor) -> Tensor:
+    return (1 - F.cosine_similarity(seen, wanted, dim=0)).sum()
+
+
+def _self_similarity(seen: Tensor, wanted: Tensor) -> Tensor:
+    own, aim = (F.normalize(features.flatten(1), dim=0) for features in (seen, wanted))
+    return (own.T @ own - aim.T @ aim).square().mean() * own.shape[1]

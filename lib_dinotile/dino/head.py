@@ -1,0 +1,92 @@
+"""The restoration head: what the features of a degraded picture would be if it were sharp.
+
+A residual map over the tokens of a frozen encoder, identity until trained; the idea is that of SeeSR's
+degradation-aware prompt extractor (arXiv 2311.16518), on one encoder's tokens.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from lib_dinotile import DinotileError
+
+FORMAT, VERSION = "dinotile-head", "1"
+
+
+class RestorationHead(nn.Module):
+    """Tokens in, tokens out; each sees its 3x3 neighbours. With its last layer at zero it changes nothing."""
+
+    floor: Tensor
+    """(2,): median and robust deviation of one minus the cosine between what it makes of a degraded picture and what
+    the encoder sees in the sharp one, patch by patch, on pictures that it was not trained on. Zeros: not measured."""
+
+    def __init__(self, features: int, hidden: int) -> None:
+        """features: width of the encoder's tokens; hidden: width within."""
+        super().__init__()
+        self.features, self.hidden = features, hidden
+        self.norm = nn.LayerNorm(features)
+        self.inner = nn.Conv2d(features, hidden, 3, padding=1, padding_mode="replicate")
+        self.outer = nn.Conv2d(hidden, features, 1)
+        self.register_buffer("floor", torch.zeros(2))
+        nn.init.zeros_(self.outer.weight)
+        nn.init.zeros_(self.outer.bias)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """(n, D, h, w), float32, of a degraded picture -> those that the sharp one would have."""
+        seen = self.norm(tokens.movedim(1, -1)).movedim(-1, 1)
+        return tokens + self.outer(nn.functional.gelu(self.inner(seen)))
+
+
+def save_heads(heads: Mapping[int, RestorationHead], path: Path, encoder: str, **extra: str) -> None:
+    """Write the heads for some layers of an encoder (its id), in half precision; extra: how they were made.
+
+    Layers are counted from the end: -1 is the last.
+    """
+    first = next(iter(heads.values()))
+    metadata = {
+        **extra,
+        "format": FORMAT,
+        "version": VERSION,
+        "encoder": encoder,
+        "layers": json.dumps(sorted(heads)),
+        "features": str(first.features),
+        "hidden": str(first.hidden),
+    }
+    tensors = {f"{layer}.{name}": t for layer, head in heads.items() for name, t in head.state_dict().items()}
+    save_file({name: tensor.half().cpu().contiguous() for name, tensor in tensors.items()}, path, metadata)
+
+
+def load_heads(
+    path: Path, encoder: str, features: int, device: torch.device | str = "cpu"
+) -> dict[int, RestorationHead]:
+    """The heads in a file by layer. DinotileError, one line, if it is none or not for this encoder."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            if metadata.get("format") != FORMAT or metadata.get("version") != VERSION:
+                raise DinotileError(f"{path.name} is not a restoration head of format {FORMAT} {VERSION}")
+            if metadata["encoder"] != encoder or int(metadata["features"]) != features:
+                raise DinotileError(
+                    f"head {path.name} is for encoder {metadata['encoder']!r}, not {encoder!r}: choose that one, "
+                    "or no head"
+                )
+            heads = {}
+            # Made outside of inference mode, and without drawing from the next generation's random numbers.
+            with torch.inference_mode(False), torch.random.fork_rng(devices=[]):
+                for layer in json.loads(metadata["layers"]):
+                    head = RestorationHead(features, int(metadata["hidden"]))
+                    names = head.state_dict()
+                    head.load_state_dict({name: file.get_tensor(f"{layer}.{name}").float() for name in names})
+                    heads[int(layer)] = head.to(device).eval().requires_grad_(False)
+            return heads
+    except DinotileError:
+        raise
+    except Exception as error:  # whatever safetensors and torch raise for what is damaged
+        raise DinotileError(f"head {path.name} cannot be read: {str(error).splitlines()[0]}") from error

@@ -1,0 +1,72 @@
+"""What the WebUIs decode a picture with while it is sampled, as functions that gradients go through."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from modules import paths, sd_vae_approx, sd_vae_taesd, shared
+from torch import Tensor, nn
+
+from lib_dinotile import DinotileError
+from lib_dinotile.settings import AUTOMATIC
+
+Decoder = Callable[[Tensor], Tensor]
+
+
+def guidance_decoder(choice: str, device: torch.device, full: Callable[[], Decoder]) -> tuple[str, Decoder]:
+    """See `Host`; full: gives the full VAE, to pixels in [-1, 1]."""
+    tried = {"TAESD": _taesd, "approximate": _approximate}
+    if choice == AUTOMATIC:
+        for name, load in tried.items():
+            if _is_there(name):
+                return name, load(device)
+    elif choice in tried:
+        try:
+            return choice, tried[choice](device)
+        except Exception as error:  # whatever the download or the file raises
+            line = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise DinotileError(f"decoder: {choice} cannot be had: {line}; choose full VAE") from error
+    decode = full()
+    return "the full VAE", lambda latents: (decode(latents) + 1) / 2
+
+
+def _is_there(name: str) -> bool:
+    """Whether the WebUI would not have to download it."""
+    model = shared.sd_model
+    kind = "sd3" if getattr(model, "is_sd3", False) else "sdxl" if model.is_sdxl else ""
+    legacy = getattr(model, "is_webui_legacy_model", lambda: True)()
+    if name == "TAESD":
+        file = f"tae{'f1' if not legacy and not kind else 'sd3' if kind == 'sd3' else 'sd' + kind[2:]}_decoder.pth"
+        return (Path(paths.models_path) / "VAE-taesd" / file).is_file()
+    if not legacy:
+        return False
+    file = f"vaeapprox-{kind}.pt" if kind else "model.pt"
+    folders = Path(paths.models_path), Path(paths.script_path) / "models"
+    return any((folder / "VAE-approx" / file).is_file() for folder in folders)
+
+
+def own_copy(module: nn.Module, device: torch.device) -> nn.Module:
+    """A copy in float32: the WebUI's may be in half precision, or made under inference mode, where gradients end."""
+    with torch.inference_mode(False), torch.no_grad():
+        own = copy.deepcopy(module)
+        for parent in own.modules():
+            for name, weight in parent._parameters.items():
+                if weight is not None:
+                    parent._parameters[name] = nn.Parameter(weight.detach().float().clone(), requires_grad=False)
+        return own.to(device).eval()
+
+
+def _taesd(device: torch.device) -> Decoder:
+    return own_copy(sd_vae_taesd.decoder_model(), device)
+
+
+def _approximate(device: torch.device) -> Decoder:
+    model: Any = sd_vae_approx.model()
+    if model is None:
+        raise DinotileError("the WebUI has none for this checkpoint")
+    own = own_copy(model, device)
+    return lambda latents: (nn.functional.interpolate(own(latents), scale_factor=4) + 1) / 2

@@ -1,0 +1,162 @@
+"""Pictures of what DINO sees: the source's features as colours, and how well a result agrees with them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import matplotlib
+import numpy as np
+import torch
+from matplotlib.colors import Colormap
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+from lib_dinotile.condition.guard import Guard
+from lib_dinotile.dino.field import FeatureField
+from lib_dinotile.tiling.blend import Blend
+from lib_dinotile.tiling.canvas import Canvas
+from lib_dinotile.tiling.plan import Rect, TilePlan
+
+SIDE = 2048
+"""Longest side of a map, in pixels: larger pictures are shown smaller."""
+COLOURS = "cividis"
+"""From dark blue over grey to yellow: made to be read alike with and without colour blindness (Nunez et al. 2018)."""
+STEP = 8
+"""Pixels of the canvas along a side of a cell of the consistency map."""
+LEAST, MOST = 0.0, 1.0
+"""The ends of the scale of cosines, the same for every map."""
+
+
+def principal_colours(features: Tensor) -> Tensor:
+    """Features (D, h, w) as colours (3, h, w) in [0, 1]: their first three principal components.
+
+    The components' signs, which are arbitrary, are set so that the largest part of each is positive: the same features
+    have the same colours in every run. What lies beyond the 2nd and 98th percentile is cut off.
+    """
+    rows = features.flatten(1).T.double().cpu()
+    centred = rows - rows.mean(0)
+    _, axes = torch.linalg.eigh(centred.T @ centred)
+    axes = axes[:, -3:].flip(1)
+    axes = axes * torch.sign(axes.gather(0, axes.abs().argmax(0, keepdim=True)))
+    parts = centred @ axes
+    low, high = (parts.quantile(share, dim=0) for share in (0.02, 0.98))
+    colours = ((parts - low) / (high - low).clamp(min=1e-9)).clamp(0, 1)
+    return colours.T.reshape(3, *features.shape[1:]).float()
+
+
+def semantic_map(image: Image.Image, field: FeatureField, plan: TilePlan) -> Image.Image:
+    """What the encoder sees in the source: its features as colours over the picture (RGB), with the tiles' borders.
+
+    image: the upscaled source, or the result.
+    """
+    shown, ratio = _shown(image)
+    colours = (principal_colours(field.features) * 255).byte().permute(1, 2, 0).numpy()
+    overlay = Image.fromarray(colours).resize(shown.size, Image.Resampling.BICUBIC)
+    picture = Image.blend(shown.convert("L").convert("RGB"), overlay, 0.65)
+    draw = ImageDraw.Draw(picture)
+    for number, tile in enumerate(plan.tiles, 1):
+        left, top = tile.x * ratio, tile.y * ratio
+        right, bottom = min(tile.right, plan.width) * ratio - 1, min(tile.bottom, plan.height) * ratio - 1
+        draw.rectangle((left, top, right, bottom), outline="white")
+        middle = ((left + right) / 2, (top + bottom) / 2)
+        _label(draw, middle, str(number), 16)
+    return picture
+
+
+def consistency(guard: Guard, canvas: Canvas, plan: TilePlan, tiles: Sequence[Rect]) -> tuple[Tensor, Tensor]:
+    """(cosines (h, w) in [-1, 1], (h, w) true for what is in doubt) of what is painted, as the guard sees it now.
+
+    tiles: those of the plan to look at. One value for STEP x STEP pixels of the canvas; NaN where no tile is.
+    """
+    step = STEP
+    width, height = (-(-side // step) for side in plan.padded)
+    total, weights = torch.zeros(height, width), torch.zeros(height, width)
+    doubtful = torch.zeros(height, width, dtype=torch.bool)
+    blend = Blend(plan)
+    for tile in tiles:
+        distances = guard.distances([tile], canvas.painted(tile)[None])[0]
+        rows, columns = (
+            torch.arange(-(-start // step), min(-(-end // step), length))
+            for start, end, length in ((tile.y, tile.bottom, height), (tile.x, tile.right, width))
+        )
+        down, across = (
+            (cells * step + step // 2 - start).clamp(max=side - 1)
+            for cells, start, side in ((rows, tile.y, tile.height), (columns, tile.x, tile.width))
+        )
+        picks = down[:, None], across[None]
+        weight = blend.weight(tile)[picks].clamp(min=1e-6)
+        here = slice(int(rows[0]), int(rows[-1]) + 1), slice(int(columns[0]), int(columns[-1]) + 1)
+        total[here] += guard.to_pixels(tile, 1 - distances)[picks] * weight
+        weights[here] += weight
+        doubtful[here] |= guard.to_pixels(tile, guard.doubt(tile, distances).float(), "nearest")[picks] > 0
+    size = slice(0, -(-plan.height // step)), slice(0, -(-plan.width // step))
+    return torch.where(weights > 0, total / weights, torch.nan)[size], doubtful[size]
+
+
+def consistency_map(image: Image.Image, cosines: Tensor, doubtful: Tensor) -> Image.Image:
+    """How well a picture (RGB) agrees with its source, patch by patch, with a legend below.
+
+    cosines, doubtful: (h, w) over the picture; what is in doubt has a red and white border.
+    """
+    shown, _ = _shown(image)
+    colormap = matplotlib.colormaps[COLOURS]
+    values = ((cosines - LEAST) / (MOST - LEAST)).clamp(0, 1)
+    colours = (colormap(values.nan_to_num(0).numpy())[..., :3] * 255).astype(np.uint8)
+    overlay = Image.fromarray(colours).resize(shown.size, Image.Resampling.NEAREST)
+    grey = shown.convert("L").convert("RGB")
+    known = Image.fromarray((cosines.isfinite().numpy() * 255).astype(np.uint8)).resize(shown.size)
+    picture = Image.composite(Image.blend(grey, overlay, 0.6), grey, known)
+    mask = np.asarray(Image.fromarray((doubtful.numpy() * 255).astype(np.uint8)).resize(shown.size)) > 127
+    pixels = np.asarray(picture).copy()
+    pixels[_border(mask, 3)] = (255, 255, 255)
+    pixels[_border(mask, 1)] = (200, 0, 0)
+    return _with_legend(Image.fromarray(pixels), colormap, bool(mask.any()))
+
+
+def _border(mask: np.ndarray, width: int) -> np.ndarray:
+    """True along the inner edge of what is true."""
+    inner = mask.copy()
+    for _ in range(width):
+        padded = np.pad(inner, 1, mode="edge")
+        inner = inner & padded[:-2, 1:-1] & padded[2:, 1:-1] & padded[1:-1, :-2] & padded[1:-1, 2:]
+    return mask & ~inner
+
+
+def _with_legend(picture: Image.Image, colormap: Colormap, doubts: bool) -> Image.Image:
+    """The picture over a bar with the scale's colours, its numbers, and what they say."""
+    width, margin = max(picture.width, 260), 10
+    whole = Image.new("RGB", (width, picture.height + 62), "white")
+    whole.paste(picture, ((width - picture.width) // 2, 0))
+    bar = (colormap(np.linspace(0, 1, width - 2 * margin))[:, :3] * 255).astype(np.uint8)
+    whole.paste(Image.fromarray(np.repeat(bar[None], 14, axis=0)), (margin, picture.height + 8))
+    draw, top = ImageDraw.Draw(whole), picture.height + 24
+    for number in range(5):
+        value = LEAST + (MOST - LEAST) * number / 4
+        text = f"{value:.2f}"
+        length = draw.textlength(text, font=_font(11))
+        left = margin + (width - 2 * margin) * number / 4 - length / 2
+        draw.text((min(max(left, 2), width - length - 2), top), text, "black", _font(11))
+    words = "shows something else than the source  ...  the same" + ("     red border: in doubt" if doubts else "")
+    draw.text((margin, top + 17), words, "black", _font(11))
+    return whole
+
+
+def _label(draw: ImageDraw.ImageDraw, middle: tuple[float, float], text: str, size: int) -> None:
+    left, top, right, bottom = draw.textbbox((0, 0), text, font=_font(size))
+    x, y = middle[0] - (right - left) / 2, middle[1] - (bottom - top) / 2
+    draw.rectangle((x - 3, y - 2, x + right - left + 3, y + bottom - top + 4), fill=(0, 0, 0))
+    draw.text((x, y - top), text, "white", _font(size))
+
+
+def _font(size: int) -> ImageFont.ImageFont | ImageFont.FreeTypeFont:
+    try:
+        return ImageFont.load_default(size)
+    except TypeError:  # Pillow before 10.1 has one size only
+        return ImageFont.load_default()
+
+
+def _shown(image: Image.Image) -> tuple[Image.Image, float]:
+    """The picture at a size to be looked at, and what of its own size that is."""
+    ratio = min(1.0, SIDE / max(image.size))
+    size = [max(1, round(side * ratio)) for side in image.size]
+    return image.resize(size, Image.Resampling.BOX) if ratio < 1 else image.copy(), ratio
