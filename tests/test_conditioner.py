@@ -8,7 +8,7 @@ import torch
 from lib_dinotile import DinotileError
 from lib_dinotile.condition.adapter import AdapterCondition, AdapterConfig
 from lib_dinotile.condition.adapter_file import save_adapter
-from lib_dinotile.condition.conditioner import Conditioner, installed_adapters
+from lib_dinotile.condition.conditioner import Conditioner, installed_weights
 from lib_dinotile.settings import Settings
 from lib_dinotile.tiling.plan import Rect
 from tests.test_adapter import SMALL, random_adapter
@@ -21,11 +21,11 @@ CONFIG = AdapterConfig("sd15", SMALL.shape, "mini", features=192, width=16, bloc
 @pytest.fixture
 def adapters(tmp_path):
     save_adapter(random_adapter(CONFIG), tmp_path / "fur.safetensors", torch.float32)
-    return installed_adapters(tmp_path)
+    return installed_weights(tmp_path)
 
 
 def settings(**values):
-    return Settings(**{"adapter": "fur", "patches": 8, **values})
+    return Settings(**{"adapter": "fur", "patches": 8, "guidance": 0.0, "guard": "off", **values})
 
 
 def test_every_tile_is_conditioned_by_the_features_of_its_own_place(adapters):
@@ -35,19 +35,19 @@ def test_every_tile_is_conditioned_by_the_features_of_its_own_place(adapters):
     given = conditioner.condition(field, tiles, (8, 8)).residuals(1.0, 0.0)
     adapter = random_adapter(CONFIG)
     for number, tile in enumerate(tiles):
-        own = AdapterCondition(adapter, field.crop([tile], adapter.grid((8, 8))), (8, 8)).residuals(1.0, 0.0)
+        own = AdapterCondition(adapter, field.adapter.crop([tile], adapter.grid((8, 8))), (8, 8)).residuals(1.0, 0.0)
         for a, b in zip(given, own):
             assert torch.allclose(a[number], b[0], atol=1e-5)
     assert not torch.allclose(given[0][0], given[0][1], atol=1e-3)
 
 
 def test_none_is_asked_for_and_none_is_given(adapters):
-    assert Conditioner.load(Settings(), HOST, adapters) is None
+    assert Conditioner.load(settings(adapter="None"), HOST, adapters) is None
 
 
 def test_loading_draws_nothing_from_the_common_generator(adapters):
     torch.manual_seed(0)
-    Conditioner.load(Settings(), HOST, adapters)
+    Conditioner.load(settings(adapter="None"), HOST, adapters)
     Conditioner.load(settings(), HOST, adapters)
     after = torch.rand(1)
     torch.manual_seed(0)

@@ -17,6 +17,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 
 from lib_dinotile import DinotileError
 from lib_dinotile.condition.adapter import AdapterCondition, AdapterConfig
+from lib_dinotile.condition.conditioner import Conditions
 from lib_dinotile.condition.shape import UNetShape
 from lib_dinotile.engine import upscale
 from lib_dinotile.hosts.diffusers import load_host
@@ -124,7 +125,10 @@ class Fixed:
     def features(self, source, size):
         return True
 
-    def condition(self, features, tiles, latent):
+    def conditions(self, source, features, canvas, plan):
+        return Conditions(adapted=self.condition)
+
+    def condition(self, tiles, latent):
         areas = [tile.shrink(8) for tile in tiles]
         crops = torch.nn.functional.adaptive_avg_pool2d(self._noise.crop(areas, 0), self._adapter.grid(latent))
         return AdapterCondition(self._adapter, crops, latent)

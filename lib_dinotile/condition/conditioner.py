@@ -47,8 +47,8 @@ def _adapter(path: Path, modified: float, device: torch.device, dtype: torch.dty
 
 
 @functools.lru_cache(maxsize=1)
-def _encoder(name: str, folder: Path | None, modified: float, device: torch.device) -> PatchEncoder:
-    return load_encoder(name, folder, device=device)
+def _encoder(name: str, folder: Path | None, modified: float, device: torch.device, dtype: torch.dtype) -> PatchEncoder:
+    return load_encoder(name, folder, device=device, dtype=dtype)
 
 
 @dataclass(frozen=True)
@@ -120,7 +120,8 @@ class Conditioner:
                     f"adapter {name!r}: this checkpoint's UNet takes no residuals; choose adapter {NONE}"
                 )
             check_fit(config, name, host.base, host.shape)
-        encoder = _eye(settings, config.encoder if config else None, encoders, device, trusted)
+        dtype = host.dtype if device.type == "cuda" else torch.float32
+        encoder = _eye(settings, config.encoder if config else None, encoders, device, dtype, trusted)
         if settings.guidance and settings.layer > encoder.depth:
             raise DinotileError(f"layer: encoder {encoder.id!r} has {encoder.depth} layers, give at most that")
         adapter = None
@@ -135,7 +136,7 @@ class Conditioner:
         cls, settings: Settings, heads: Mapping[str, Path], device: torch.device | str = "cpu"
     ) -> Conditioner:
         """Only looks: for maps. The encoder is any that `load_encoder` finds; heads as in `load`."""
-        encoder = _eye(settings, None, None, torch.device(device), trusted=True)
+        encoder = _eye(settings, None, None, torch.device(device), torch.float32, trusted=True)
         return cls(dataclasses.replace(settings, guidance=0.0), encoder, heads=_restored(settings, encoder, heads))
 
     @property
@@ -227,7 +228,12 @@ class Conditioner:
 
 
 def _eye(
-    settings: Settings, named: str | None, folder: Path | None, device: torch.device, trusted: bool
+    settings: Settings,
+    named: str | None,
+    folder: Path | None,
+    device: torch.device,
+    dtype: torch.dtype,
+    trusted: bool,
 ) -> PatchEncoder:
     """The encoder that `settings` ask for; named: the one that the adapter was trained with."""
     wanted = settings.encoder
@@ -239,7 +245,7 @@ def _eye(
         raise DinotileError(f"encoder: {wanted!r} is not installed in {folder}, give one of {listed}")
     files = folder.glob("*/model.safetensors") if folder else ()
     modified = max((file.stat().st_mtime for file in files), default=0.0)
-    return _encoder(wanted, folder, modified, device)
+    return _encoder(wanted, folder, modified, device, dtype)
 
 
 def _restored(settings: Settings, encoder: PatchEncoder, files: Mapping[str, Path]) -> dict[int, RestorationHead]:

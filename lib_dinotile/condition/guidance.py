@@ -21,6 +21,8 @@ from lib_dinotile.tiling.plan import Rect
 
 PATCHES, SELF_SIMILARITY = "patches", "self-similarity"
 DISTANCES = (PATCHES, SELF_SIMILARITY)
+SCALE = 256.0
+"""Of the distance, so that gradients in half precision do not vanish; only their direction counts."""
 """`patches`: one minus the cosine, patch by patch. `self-similarity`: how patches resemble each other (keys of the
 attention, their cosines, as in DiffuseIT, arXiv 2209.15264), which a change of style leaves as it is."""
 
@@ -86,7 +88,7 @@ class Guide:
         features = look.features(look.windows(self._canvas.crop, tiles, pixels), targets.shape[2:])
         measure = _patches if self._guidance.distance == PATCHES else _self_similarity
         own = [(slice(None), *look.own(tile)) for tile in tiles]
-        return sum(measure(seen[part], wanted[part]) for seen, wanted, part in zip(features, targets, own))
+        return SCALE * sum(measure(seen[part], wanted[part]) for seen, wanted, part in zip(features, targets, own))
 
 
 def _rms(values: Tensor) -> Tensor:

@@ -17,16 +17,18 @@ from lib_dinotile.settings import AUTOMATIC
 Decoder = Callable[[Tensor], Tensor]
 
 
-def guidance_decoder(choice: str, device: torch.device, full: Callable[[], Decoder]) -> tuple[str, Decoder]:
+def guidance_decoder(
+    choice: str, device: torch.device, dtype: torch.dtype, full: Callable[[], Decoder]
+) -> tuple[str, Decoder]:
     """See `Host`; full: gives the full VAE, to pixels in [-1, 1]."""
     tried = {"TAESD": _taesd, "approximate": _approximate}
     if choice == AUTOMATIC:
         for name, load in tried.items():
             if _is_there(name):
-                return name, load(device)
+                return name, load(device, dtype)
     elif choice in tried:
         try:
-            return choice, tried[choice](device)
+            return choice, tried[choice](device, dtype)
         except Exception as error:  # whatever the download or the file raises
             line = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise DinotileError(f"decoder: {choice} cannot be had: {line}; choose full VAE") from error
@@ -49,24 +51,30 @@ def _is_there(name: str) -> bool:
     return any((folder / "VAE-approx" / file).is_file() for folder in folders)
 
 
-def own_copy(module: nn.Module, device: torch.device) -> nn.Module:
-    """A copy in float32: the WebUI's may be in half precision, or made under inference mode, where gradients end."""
+def own_copy(module: nn.Module, device: torch.device, dtype: torch.dtype) -> nn.Module:
+    """A copy: the WebUI's own may have been made under inference mode, and gradients end there."""
     with torch.inference_mode(False), torch.no_grad():
         own = copy.deepcopy(module)
         for parent in own.modules():
             for name, weight in parent._parameters.items():
                 if weight is not None:
-                    parent._parameters[name] = nn.Parameter(weight.detach().float().clone(), requires_grad=False)
+                    parent._parameters[name] = nn.Parameter(weight.detach().to(dtype).clone(), requires_grad=False)
         return own.to(device).eval()
 
 
-def _taesd(device: torch.device) -> Decoder:
-    return own_copy(sd_vae_taesd.decoder_model(), device)
+def _taesd(device: torch.device, dtype: torch.dtype) -> Decoder:
+    own = own_copy(sd_vae_taesd.decoder_model(), device, dtype)
+    return lambda latents: own(latents.to(dtype)).float()
 
 
-def _approximate(device: torch.device) -> Decoder:
+def _approximate(device: torch.device, dtype: torch.dtype) -> Decoder:
     model: Any = sd_vae_approx.model()
     if model is None:
         raise DinotileError("the WebUI has none for this checkpoint")
-    own = own_copy(model, device)
-    return lambda latents: (nn.functional.interpolate(own(latents), scale_factor=4) + 1) / 2
+    own = own_copy(model, device, dtype)
+
+    def decode(latents: Tensor) -> Tensor:
+        quarter = own(latents.to(dtype)).float()
+        return (nn.functional.interpolate(quarter, scale_factor=4, mode="bilinear") + 1) / 2
+
+    return decode

@@ -209,8 +209,8 @@ class DiffusersHost:
         tiny = None if choice == "full VAE" else _taesd(self.base, download=choice == "TAESD")
         if tiny is None:
             return "the full VAE", lambda latents: (codec.decode(latents.to(codec.vae.dtype)).float() + 1) / 2
-        tiny.to(self.device)
-        return "TAESD", lambda latents: (tiny.decode(latents).sample + 1) / 2
+        tiny.to(self.device, self.dtype)
+        return "TAESD", lambda latents: (tiny.decode(latents.to(tiny.dtype)).sample.float() + 1) / 2
 
     @contextlib.contextmanager
     def full_precision(self) -> Iterator[None]:

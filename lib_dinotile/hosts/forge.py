@@ -64,12 +64,13 @@ class ForgeHost(WebUIHost):
         return self._p.sd_model.forge_objects.vae.latent_channels
 
     def full_decoder(self) -> Callable[[Tensor], Tensor]:
+        objects = self._p.sd_model.forge_objects
         # A copy: Forge moves its own to and fro while it makes room for the UNet.
-        vae = own_copy(self._p.sd_model.forge_objects.vae.first_stage_model, self.device)
+        vae = own_copy(objects.vae.first_stage_model, self.device, objects.vae.vae_dtype)
 
         def decode(latents: Tensor) -> Tensor:
             with devices.without_autocast():
-                return vae.decode(vae.process_out(latents))
+                return vae.decode(vae.process_out(latents).to(objects.vae.vae_dtype)).float()
 
         return decode
 

@@ -319,7 +319,7 @@ class WebUIHost:
         """The full VAE with gradients: (k, C, h, w) to (k, 3, H, W) in [-1, 1], float32."""
 
     def guidance_decoder(self, choice: str) -> tuple[str, Callable[[Tensor], Tensor]]:
-        return decoders.guidance_decoder(choice, self.device, self.full_decoder)
+        return decoders.guidance_decoder(choice, self.device, self.dtype, self.full_decoder)
 
     @staticmethod
     def _estimates_noise(denoiser: Any) -> bool:

@@ -1,0 +1,295 @@
+"""What tiles show beside what the source shows; guidance towards it; the guard."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+from lib_dinotile.condition import guard as guards
+from lib_dinotile.condition.guard import Floor, Floors, Guard, rehearse
+from lib_dinotile.condition.guidance import DISTANCES, PATCHES, Guidance
+from lib_dinotile.condition.look import Look
+from lib_dinotile.dino.encoder import load_encoder
+from lib_dinotile.dino.field import FeatureField, feature_field
+from lib_dinotile.tiling.canvas import Canvas
+from lib_dinotile.tiling.plan import Rect, TilePlan
+from tests.test_tiling import random_image
+
+SIZE = 192, 128
+PLAN = TilePlan(*SIZE, tile=64, overlap=16, factor=2)
+TRUE = Floors(Floor(0.0, 0.05), None)
+
+
+class Colours:
+    """An encoder whose features are the mean colours of a patch, less grey."""
+
+    patch, width, depth, device = 4, 3, 2, torch.device("cpu")
+
+    def __call__(self, pixels, layer=-1, facet="tokens"):
+        return F.avg_pool2d(pixels, self.patch) - 0.5
+
+
+def colours(image):
+    return FeatureField(feature_field(Colours(), to_tensor(image), SIZE, patches=24).features, SIZE)
+
+
+def to_tensor(image):
+    return (
+        torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
+        .view(image.height, image.width, 3)
+        .permute(2, 0, 1)
+        .float()
+        / 255
+    )
+
+
+def look(field, **more):
+    return Look(Colours(), field, PLAN.padded, **more)
+
+
+@given(st.integers(40, 300), st.integers(40, 300), st.integers(16, 128), st.integers(1, 40), st.floats(0, 1), st.data())
+def test_windows_lie_on_the_canvas_hold_their_tile_and_have_one_size(width, height, tile, patches, context, data):
+    plan = TilePlan(width, height, tile, overlap=0, factor=4)
+    rows = max(1, round(patches * height / max(width, height)))
+    field = FeatureField(torch.zeros(3, rows, patches), (width, height))
+    seen = Look(Colours(), field, plan.padded, context=context)
+    windows = [seen.window(tile) for tile in plan.tiles]
+    assert len({(window.width, window.height) for window in windows}) == 1
+    for tile, window in zip(plan.tiles, windows):
+        assert tile.intersection(window) == tile
+        assert window.x >= 0 and window.y >= 0 and window.right <= plan.padded[0] and window.bottom <= plan.padded[1]
+        rows, columns = seen.own(tile)
+        grid = seen.grid(window)
+        inner = tile.within(window)
+        for part, cells, length, start, end in (
+            (rows, grid[0], window.height, inner.y, inner.bottom),
+            (columns, grid[1], window.width, inner.x, inner.right),
+        ):
+            centres = [(i + 0.5) * length / cells for i in range(cells)]
+            wanted = [i for i, centre in enumerate(centres) if start <= centre <= end]
+            assert 0 <= part.start < part.stop <= cells
+            if wanted:
+                assert wanted == list(range(part.start, part.stop))
+
+
+def test_a_picture_is_like_itself_and_a_tile_is_judged_at_its_own_place():
+    image = random_image(*SIZE)
+    canvas = Canvas(image, PLAN)
+    seen = look(colours(image))
+    tiles = PLAN.tiles
+    own = torch.stack([canvas.source(tile) for tile in tiles])
+    assert seen.similarity(canvas.crop, tiles, own).min() > 0.97
+    moved = seen.similarity(canvas.crop, tiles[:1], own[1:2])[0]
+    rows, columns = seen.own(tiles[0])
+    assert moved[rows, columns].mean() < 0.9
+    outside = torch.ones_like(moved, dtype=torch.bool)
+    outside[max(rows.start - 1, 0) : rows.stop + 1, max(columns.start - 1, 0) : columns.stop + 1] = False
+    assert moved[outside].min() > 0.97  # the surroundings are the canvas's
+
+
+def guidance(image, **values):
+    more = {"strength": 0.5, "start": 0.0, "end": 1.0, "every": 1, "distance": PATCHES, **values}
+    return Guidance(look(colours(image)), lambda latents: F.pixel_shuffle(latents, 2) / 2 + 0.5, **more)
+
+
+def latents(pixels):
+    return F.pixel_unshuffle(pixels * 2 - 1, 2)
+
+
+@pytest.mark.parametrize("inference", [False, True])
+@pytest.mark.parametrize("distance", DISTANCES)
+def test_guidance_moves_the_picture_towards_the_source_and_by_the_length_asked_for(inference, distance):
+    source, painted = random_image(*SIZE), random_image(*SIZE, seed=5)
+    canvas, tiles = Canvas(source, PLAN), PLAN.tiles[:3]
+    wrong = Canvas(painted, PLAN)
+    start = latents(torch.stack([canvas.source(tile) for tile in tiles]))
+    made = guidance(source, distance=distance)
+    guide = made.of(canvas, tiles, lambda tile: latents(canvas.source(tile)[None])[0])
+    with torch.inference_mode(inference):
+        x0 = latents(torch.stack([wrong.source(tile) for tile in tiles]))
+        moved = guide(x0, 0, 4)
+    assert moved.shape == x0.shape and moved.isfinite().all()
+    before, after = (
+        made.look.similarity(canvas.crop, tiles, F.pixel_shuffle(x, 2) / 2 + 0.5).mean() for x in (x0, moved)
+    )
+    if distance == PATCHES:
+        assert after > before + 0.02
+    change, reference = moved - x0, x0 - start
+    ratio = change.square().mean((1, 2, 3)).sqrt() / reference.square().mean((1, 2, 3)).sqrt()
+    assert torch.allclose(ratio, torch.full((3,), 0.5), rtol=1e-3)
+
+
+def test_every_tile_is_guided_for_itself_whatever_the_batch_and_whichever_are_chosen():
+    source, wrong = random_image(*SIZE), Canvas(random_image(*SIZE, seed=5), PLAN)
+    canvas, tiles = Canvas(source, PLAN), PLAN.tiles[:4]
+    made = guidance(source)
+    x0 = latents(torch.stack([wrong.source(tile) for tile in tiles]))
+
+    def encoded(tile):
+        return latents(canvas.source(tile)[None])[0]
+
+    together = made.of(canvas, tiles, encoded)(x0, 0, 4)
+    for number, tile in enumerate(tiles):
+        alone = made.of(canvas, [tile], encoded)(x0[number : number + 1], 0, 4)
+        assert torch.allclose(together[number], alone[0], atol=1e-5)
+    some = made.of(canvas, tiles, encoded)(x0[[3, 1]], 0, 4, [3, 1])
+    assert torch.allclose(some, together[[3, 1]], atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "values, steps",
+    [
+        ({}, [0, 1, 2, 3, 4, 5, 6, 7]),
+        ({"every": 3}, [0, 3, 6]),
+        ({"start": 0.25, "every": 2}, [2, 4, 6]),
+        ({"end": 0.5}, [0, 1, 2, 3]),
+        ({"start": 0.5, "end": 0.5}, []),
+        ({"strength": 0.0}, []),
+    ],
+)
+def test_guidance_is_at_work_at_its_own_steps_only(values, steps):
+    source = random_image(*SIZE)
+    canvas = Canvas(source, PLAN)
+    guide = guidance(source, **values).of(canvas, PLAN.tiles[:1], lambda tile: latents(canvas.source(tile)[None])[0])
+    x0 = latents(torch.rand(1, 3, 64, 64))
+    assert [step for step in range(8) if guide(x0, step, 8) is not None] == steps
+
+
+def test_a_picture_without_a_gradient_is_left_as_it_is():
+    source = random_image(*SIZE)
+    canvas = Canvas(source, PLAN)
+    made = guidance(source)
+    made = Guidance(
+        made.look,
+        lambda latents: latents[:, :3].repeat_interleave(2, 2).repeat_interleave(2, 3) * 0,
+        1,
+        0,
+        1,
+        1,
+        PATCHES,
+    )
+    x0 = latents(torch.rand(1, 3, 64, 64))
+    moved = made.of(canvas, PLAN.tiles[:1], lambda tile: latents(canvas.source(tile)[None])[0])(x0, 0, 1)
+    assert torch.equal(moved, x0)
+
+
+def test_keys_of_the_real_encoder_are_another_facet_and_take_gradients():
+    encoder = load_encoder("mini")
+    pixels = torch.rand(1, 3, 28, 42, requires_grad=True)
+    tokens, keys = (encoder(pixels, -1, facet) for facet in ("tokens", "keys"))
+    assert keys.shape == tokens.shape == (1, 192, 2, 3) and not torch.allclose(keys, tokens, atol=1e-2)
+    (gradient,) = torch.autograd.grad(keys.square().sum(), pixels)
+    assert gradient.abs().sum() > 0
+    with pytest.raises(ValueError, match="layer"):
+        encoder(pixels, 0, "values")
+
+
+def painted_guard(floors=TRUE, strictness=3.0, mask=None):
+    source = random_image(*SIZE)
+    canvas = Canvas(source, PLAN, mask)
+    return Guard(look(colours(source)), canvas, floors, strictness), canvas
+
+
+def spoiled(canvas, tile, area):
+    """A tile with something else in a part of it."""
+    pixels = canvas.source(tile).clone()
+    pixels[(slice(None), *area.slices)] = 1 - pixels[(slice(None), *area.slices)]
+    return pixels
+
+
+def test_what_is_something_else_is_in_doubt_and_nothing_besides():
+    guard, canvas = painted_guard()
+    tile, area = PLAN.tiles[4], Rect(16, 24, 24, 16)
+    distances = guard.distances([tile, tile], torch.stack([canvas.source(tile), spoiled(canvas, tile, area)]))
+    assert not guard.doubt(tile, distances[0]).any() and guard.score(tile, distances[0]) > 0.99
+    doubt = guard.doubt(tile, distances[1])
+    assert guard.score(tile, distances[1]) < 0
+    shown = guard.area(tile, doubt)[0]
+    inner = torch.zeros(64, 64, dtype=torch.bool)
+    inner[area.slices] = True
+    assert (shown[inner] > 0.4).all() and (shown[~inner] > 0.9).float().mean() < 0.1
+
+
+def test_a_single_patch_is_no_doubt_and_neither_is_what_the_tile_may_not_change():
+    guard, canvas = painted_guard()
+    tile = PLAN.tiles[4]
+    distances = guard.distances([tile], canvas.source(tile)[None])[0]
+    rows, columns = guard.own(tile, distances).nonzero().T
+    worse = distances.clone()
+    worse[rows[10], columns[10]] = 1.0
+    assert not guard.doubt(tile, worse).any()
+    spoiled_one = guard.distances([tile], spoiled(canvas, tile, Rect(0, 0, 32, 64))[None])[0]
+    free = torch.ones(64, 64)
+    assert guard.doubt(tile, spoiled_one, free).any()
+    free[:, :40] = 0
+    assert not guard.doubt(tile, spoiled_one, free).any()
+
+
+def test_what_is_not_a_number_is_in_doubt():
+    guard, canvas = painted_guard()
+    tile = PLAN.tiles[0]
+    distances = guard.distances([tile], canvas.source(tile)[None])[0]
+    assert guard.doubt(tile, distances * torch.nan).any()
+
+
+def test_the_plain_source_is_asked_for_only_where_there_is_doubt():
+    guard, canvas = painted_guard(Floors(Floor(0.0, 0.05), Floor(0.0, 0.05)))
+    tile, asked = PLAN.tiles[4], []
+
+    def plain():
+        asked.append(True)
+        return guard.plain(tile)
+
+    good = guard.distances([tile], canvas.source(tile)[None])[0]
+    assert not guard.doubt(tile, good, plain=plain).any() and not asked
+    bad = guard.distances([tile], spoiled(canvas, tile, Rect(16, 16, 32, 32))[None])[0]
+    assert guard.doubt(tile, bad, plain=plain).any() and asked
+    assert not guard.doubt(tile, bad, plain=lambda: bad).any()  # no worse than the plain source
+
+
+@given(st.integers(1, 9), st.integers(1, 9), st.data())
+def test_blocks_are_all_two_by_two_and_only_they(height, width, data):
+    flat = data.draw(st.lists(st.booleans(), min_size=height * width, max_size=height * width))
+    patches = torch.tensor(flat).view(height, width)
+    h, w = min(2, height), min(2, width)
+    wanted = torch.zeros_like(patches)
+    for y in range(height - h + 1):
+        for x in range(width - w + 1):
+            if patches[y : y + h, x : x + w].all():
+                wanted[y : y + h, x : x + w] = True
+    assert torch.equal(guards._blocks(patches), wanted)
+
+
+def test_the_floor_is_robust():
+    values = torch.cat([torch.full((60,), 0.1) + torch.linspace(-0.01, 0.01, 60), torch.full((20,), 9.0)])
+    floor = Floor.of(values)
+    assert abs(floor.median - 0.1) < 0.02 and floor.spread < 0.02
+    assert floor.limit(3) == pytest.approx(floor.median + 3 * floor.spread)
+    assert Floor.of(torch.zeros(5)).spread > 0
+
+
+def test_a_rehearsal_tells_how_much_sharpness_changes():
+    """The same photo at full resolution passes where a turned one does not, though both are sharper than the source."""
+    encoder = load_encoder("mini")
+    truth = Image.open("examples/photo.png").convert("RGB").resize((384, 256), Image.Resampling.LANCZOS)
+    source = truth.resize((192, 128), Image.Resampling.LANCZOS)
+    plan = TilePlan(384, 256, tile=128, overlap=32, factor=2)
+    canvas = Canvas(source.resize(truth.size, Image.Resampling.LANCZOS), plan)
+
+    def seen(image):
+        return Look(encoder, feature_field(encoder, to_tensor(image), truth.size, patches=32), plan.padded)
+
+    floors = rehearse(seen, source, canvas, plan, truth.size)
+    guard = Guard(seen(source), canvas, floors, 4.0)
+    sharp, turned = (Canvas(image, plan) for image in (truth, truth.transpose(Image.Transpose.ROTATE_180)))
+
+    def doubted(shown):
+        shares = []
+        for tile in plan.tiles:
+            distances = guard.distances([tile], shown.source(tile)[None])[0]
+            shares.append(guard.doubt(tile, distances).float().mean().item())
+        return sum(shares) / len(shares)
+
+    assert doubted(sharp) < 0.02 < 0.1 < doubted(turned)
