@@ -335,11 +335,11 @@ class Settings(Options):
         only_with=lambda settings: settings.guard == RETRY,
     )
     guard_strictness: float = option(
-        4.0,
+        6.0,
         "Guard threshold",
-        "How much worse than the plain enlarged source a place must look to be in doubt, in standard deviations of "
-        "that: less is stricter.",
-        minimum=0.0,
+        "How far from the source a place may look before it is in doubt, in standard deviations of what is known to be "
+        "true: less is stricter.",
+        minimum=-5.0,
         maximum=20.0,
         step=0.25,
         infotext="DINO Tile guard threshold",

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from lib_dinotile.condition import guard as guards
-from lib_dinotile.condition.guard import Floor, Floors, Guard, rehearse
+from lib_dinotile.condition.guard import Floor, Guard, rehearsal_size, rehearse
 from lib_dinotile.condition.guidance import DISTANCES, PATCHES, Guidance
 from lib_dinotile.condition.look import Look
 from lib_dinotile.dino.encoder import load_encoder
@@ -19,7 +19,7 @@ from tests.test_tiling import random_image
 
 SIZE = 192, 128
 PLAN = TilePlan(*SIZE, tile=64, overlap=16, factor=2)
-TRUE = Floors(Floor(0.0, 0.05), None)
+TRUE = Floor(0.0, 0.05)
 
 
 class Colours:
@@ -49,7 +49,7 @@ def look(field, **more):
     return Look(Colours(), field, PLAN.padded, **more)
 
 
-@given(st.integers(40, 300), st.integers(40, 300), st.integers(16, 128), st.integers(1, 40), st.floats(0, 1), st.data())
+@given(st.integers(40, 300), st.integers(40, 300), st.integers(16, 128), st.integers(1, 40), st.integers(0, 5), st.data())
 def test_windows_lie_on_the_canvas_hold_their_tile_and_have_one_size(width, height, tile, patches, context, data):
     plan = TilePlan(width, height, tile, overlap=0, factor=4)
     rows = max(1, round(patches * height / max(width, height)))
@@ -75,18 +75,18 @@ def test_windows_lie_on_the_canvas_hold_their_tile_and_have_one_size(width, heig
 
 
 def test_a_picture_is_like_itself_and_a_tile_is_judged_at_its_own_place():
-    image = random_image(*SIZE)
+    image = random_image(6, 4).resize(SIZE, Image.Resampling.BICUBIC)
     canvas = Canvas(image, PLAN)
     seen = look(colours(image))
     tiles = PLAN.tiles
     own = torch.stack([canvas.source(tile) for tile in tiles])
-    assert seen.similarity(canvas.crop, tiles, own).min() > 0.97
+    assert seen.similarity(canvas.crop, tiles, own).quantile(0.01) > 0.97
     moved = seen.similarity(canvas.crop, tiles[:1], own[1:2])[0]
     rows, columns = seen.own(tiles[0])
     assert moved[rows, columns].mean() < 0.9
     outside = torch.ones_like(moved, dtype=torch.bool)
     outside[max(rows.start - 1, 0) : rows.stop + 1, max(columns.start - 1, 0) : columns.stop + 1] = False
-    assert moved[outside].min() > 0.97  # the surroundings are the canvas's
+    assert moved[outside].quantile(0.02) > 0.97  # the surroundings are the canvas's
 
 
 def guidance(image, **values):
@@ -186,10 +186,10 @@ def test_keys_of_the_real_encoder_are_another_facet_and_take_gradients():
         encoder(pixels, 0, "values")
 
 
-def painted_guard(floors=TRUE, strictness=3.0, mask=None):
+def painted_guard(relative=False):
     source = random_image(*SIZE)
-    canvas = Canvas(source, PLAN, mask)
-    return Guard(look(colours(source)), canvas, floors, strictness), canvas
+    canvas = Canvas(source, PLAN)
+    return Guard(look(colours(source)), canvas, TRUE, 3.0, relative), canvas
 
 
 def spoiled(canvas, tile, area):
@@ -235,7 +235,7 @@ def test_what_is_not_a_number_is_in_doubt():
 
 
 def test_the_plain_source_is_asked_for_only_where_there_is_doubt():
-    guard, canvas = painted_guard(Floors(Floor(0.0, 0.05), Floor(0.0, 0.05)))
+    guard, canvas = painted_guard(relative=True)
     tile, asked = PLAN.tiles[4], []
 
     def plain():
@@ -281,8 +281,8 @@ def test_a_rehearsal_tells_how_much_sharpness_changes():
     def seen(image):
         return Look(encoder, feature_field(encoder, to_tensor(image), truth.size, patches=32), plan.padded)
 
-    floors = rehearse(seen, source, canvas, plan, truth.size)
-    guard = Guard(seen(source), canvas, floors, 4.0)
+    shrunk = source.resize(rehearsal_size(source.size, truth.size), Image.Resampling.LANCZOS)
+    guard = Guard(seen(source), canvas, rehearse(seen(source).field, seen(shrunk).field), 6.0, relative=True)
     sharp, turned = (Canvas(image, plan) for image in (truth, truth.transpose(Image.Transpose.ROTATE_180)))
 
     def doubted(shown):

@@ -17,7 +17,7 @@ from torch import Tensor
 from lib_dinotile import DinotileError
 from lib_dinotile.condition.adapter import Adapter, AdapterCondition
 from lib_dinotile.condition.adapter_file import check_encoder, check_fit, load_adapter, read_config
-from lib_dinotile.condition.guard import GUARD_LAYER, Floor, Floors, Guard, rehearse
+from lib_dinotile.condition.guard import GUARD_LAYER, Floor, Guard, rehearsal_size, rehearse
 from lib_dinotile.condition.guidance import SELF_SIMILARITY, Guidance
 from lib_dinotile.condition.look import Look
 from lib_dinotile.dino.cache import FeatureCache
@@ -211,20 +211,18 @@ class Conditioner:
                 settings.distance,
             )
         if features.guard:
-            look = Look(self.encoder, features.guard, plan.padded, self._guarded)
-            guard = Guard(look, canvas, self._floors(source, canvas, plan), settings.guard_strictness)
+            guard = self._guard(source, features, canvas, plan)
         return Conditions(adapted, guidance, guard, features.shown, self.notes)
 
-    def _floors(self, source: Image.Image, canvas: Canvas, plan: TilePlan) -> Floors:
-        head = self._heads.get(self._guarded)
+    def _guard(self, source: Image.Image, features: Features, canvas: Canvas, plan: TilePlan) -> Guard:
+        size, layer = (plan.width, plan.height), self._guarded
+        look = Look(self.encoder, features.guard, plan.padded, layer)
+        head, strictness = self._heads.get(layer), self._settings.guard_strictness
         if head is not None and head.floor[1] > 0:
-            return Floors(Floor(*head.floor.tolist()), None)
-        size = plan.width, plan.height
-
-        def look(image: Image.Image) -> Look:
-            return Look(self.encoder, self._field(image, size, self._guarded), plan.padded, self._guarded)
-
-        return rehearse(look, source, canvas, plan, size)
+            return Guard(look, canvas, Floor(*head.floor.tolist()), strictness, relative=False)
+        shrunk = source.resize(rehearsal_size(source.size, size), Image.Resampling.LANCZOS)
+        floor = rehearse(features.guard, self._field(shrunk, size, layer))
+        return Guard(look, canvas, floor, strictness, relative=True)
 
 
 def _eye(

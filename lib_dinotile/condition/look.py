@@ -14,8 +14,9 @@ from lib_dinotile.dino.encoder import PatchEncoder
 from lib_dinotile.dino.field import FeatureField
 from lib_dinotile.tiling.plan import Rect
 
-CONTEXT = 0.25
-"""How far a tile's surroundings are seen on each side, in sides of the tile."""
+CONTEXT = 2
+"""Patches around a tile that are seen with it, on each side. More costs more and shows little more: see
+benchmarks/features.py."""
 
 
 @dataclass(frozen=True)
@@ -33,18 +34,21 @@ class Look:
     """(width, height) of the canvas as it is worked on, in pixels."""
     layer: int = -1
     facet: Literal["tokens", "keys"] = "tokens"
-    context: float = CONTEXT
+    context: int = CONTEXT
 
     def window(self, tile: Rect) -> Rect:
         """What is seen of a tile and its surroundings."""
+        rows, columns = self.field.features.shape[1:]
         (x, width), (y, height) = (
-            self._widen(start, side, length)
-            for start, side, length in zip((tile.x, tile.y), (tile.width, tile.height), self.size)
+            self._widen(start, side, round(self.context * canvas / patches), length)
+            for start, side, canvas, patches, length in zip(
+                (tile.x, tile.y), (tile.width, tile.height), self.field.canvas, (columns, rows), self.size
+            )
         )
         return Rect(x, y, width, height)
 
-    def _widen(self, start: int, side: int, length: int) -> tuple[int, int]:
-        margin = round(self.context * side)
+    @staticmethod
+    def _widen(start: int, side: int, margin: int, length: int) -> tuple[int, int]:
         wide = min(length, side + 2 * margin)
         return min(max(start - margin, 0), length - wide), wide
 
