@@ -25,7 +25,7 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from lib_dinotile.condition.conditioner import MINI, Conditioner
+from lib_dinotile.condition.conditioner import MINI, Conditioner, Conditions
 from lib_dinotile.engine import upscale
 from lib_dinotile.hosts.base import Views
 from lib_dinotile.hosts.diffusers import DiffusersHost, load_host
@@ -36,7 +36,7 @@ from lib_dinotile.tiling.noise import NoiseField, TileNoise
 TILES = 8
 """How many tiles of each canvas are timed."""
 GENERATION = Generation(steps=10, denoise=0.2)  # two UNet steps a tile
-SETTINGS = Settings(scale=4.0, tile=256, overlap=32, batch=4)
+SETTINGS = Settings(scale=4.0, tile=256, overlap=32, batch=4, guidance=0.0, guard="off")
 
 
 class Clock:
@@ -78,11 +78,14 @@ class Watched:
     def watch(self, conditioner: Conditioner) -> Any:
         """The conditioner, its residuals timed."""
 
-        def condition(*arguments: Any) -> Any:
-            made = conditioner.condition(*arguments)
+        def conditions(*arguments: Any) -> Conditions:
+            made = conditioner.conditions(*arguments)
+            return replace(made, adapted=lambda *more: adapted(made.adapted(*more)))
+
+        def adapted(made: Any) -> Any:
             return SimpleNamespace(residuals=lambda *a: self.ours(made.residuals, *a), forget=made.forget)
 
-        return SimpleNamespace(features=conditioner.features, condition=condition)
+        return SimpleNamespace(features=conditioner.features, conditions=conditions)
 
     def interrupted(self) -> bool:
         return self._tiles is not None and self.done >= self._tiles

@@ -59,7 +59,7 @@ TARGET = 1.02
 SIDE, SCALE = 256, 2
 """Of the sources, and how much larger the canvases are."""
 GENERATION = Generation(steps=6, denoise=0.35)  # two UNet steps a tile
-TILES = Settings(scale=SCALE, tile=128, overlap=32, batch=4)
+TILES = Settings(scale=SCALE, tile=128, overlap=32, batch=4, guidance=0.0, guard="off")
 WEBUI_TILES = replace(TILES, tile=192, overlap=64)
 ORDERS = ("chess", "linear", "fused")
 WITH_PASS = 2

@@ -143,7 +143,7 @@ class WebUI:
 
     def dinotile(self, **options: Any) -> Request:
         """dinotile; `options` are its own."""
-        arguments = {"enabled": True, "upscaler": RESAMPLER, **options}
+        arguments = {"enabled": True, "upscaler": RESAMPLER, "guidance": 0.0, "guard": "off", **options}
         return {"alwayson_scripts": {DINOTILE: {"args": [arguments]}}}
 
     def ultimate(

@@ -66,6 +66,8 @@ class Reply:
     images: list[Image.Image]
     infotexts: list[str]
     """PNG info, one for each image."""
+    extra: dict[str, Any] = field(default_factory=dict)
+    """What the API tells besides: `extra_generation_params`."""
 
     @property
     def image(self) -> Image.Image:
@@ -182,7 +184,8 @@ class WebUI:
         """The images of an answer that must be good."""
         assert response.status_code == 200, response.text[:2000]
         answer = response.json()
-        return Reply([decode(image) for image in answer["images"]], json.loads(answer["info"])["infotexts"])
+        info = json.loads(answer["info"])
+        return Reply([decode(image) for image in answer["images"]], info["infotexts"], info["extra_generation_params"])
 
     @staticmethod
     def refused(response: requests.Response) -> str:

@@ -1,0 +1,163 @@
+"""Which features tell the true picture from a wrong one? python benchmarks/features.py [--dino NAME] [--photos FOLDER]
+
+Photos are shrunk and enlarged again; that is the source. True is the photo itself; wrong is another place of the photo
+in the colours of this one, down to shapes of some 32 pixels: what colour correction leaves of a tile that shows
+something else.
+
+auc: how surely a patch's distance from the source's features is smaller for the true picture than for the wrong one,
+by layer, by what the source's features are made from (the whole source at once, windows of it, the tile's own region
+alone) and by how many patches around a tile are seen with it.
+interpolation: the cosine of what the field gives half a patch beside its cells with what the encoder sees there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from sklearn.metrics import roc_auc_score
+from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from benchmarks.arms import to_pixels
+from lib_dinotile.condition.look import Look
+from lib_dinotile.dino.encoder import PatchEncoder, load_encoder
+from lib_dinotile.dino.field import FeatureField, feature_field
+from lib_dinotile.images import read_image
+from lib_dinotile.tiling.canvas import Canvas
+from lib_dinotile.tiling.colour import correct
+from lib_dinotile.tiling.plan import Rect, TilePlan
+
+LANCZOS = Image.Resampling.LANCZOS
+SIDE, TILE, SCALE = 512, 256, 2
+"""Of the photo as it is used, of a tile, in pixels; how much smaller the source is."""
+PATCHES = 32
+FIELDS = ("whole", "windows 2", "tile alone")
+CONTEXTS = (0, 1, 2, 4)
+
+
+@dataclass(frozen=True)
+class Case:
+    """A photo, its source, and a picture that only looks like it from afar."""
+
+    source: Image.Image
+    true: Image.Image
+    wrong: Image.Image
+
+
+def photos(folder: Path | None) -> Iterator[Image.Image]:
+    """Squares of SIDE pixels."""
+    if folder is None:
+        from skimage import data
+
+        images = [Image.fromarray(getattr(data, name)()).convert("RGB") for name in ("astronaut", "chelsea", "coffee")]
+        images += [Image.fromarray(np.asarray(data.rocket())).convert("RGB")]
+    else:
+        images = [read_image(file) for file in sorted(folder.iterdir()) if file.suffix.lower() in (".png", ".jpg")]
+    for image in images:
+        side = min(image.size)
+        left, top = (image.width - side) // 2, (image.height - side) // 2
+        yield image.crop((left, top, left + side, top + side)).resize((SIDE, SIDE), LANCZOS)
+
+
+def case(photo: Image.Image) -> Case:
+    source = photo.resize((SIDE // SCALE, SIDE // SCALE), LANCZOS)
+    base = to_pixels(source.resize(photo.size, LANCZOS))
+    elsewhere = to_pixels(photo).roll((SIDE // 2, SIDE // 3), (1, 2))
+    wrong = (correct(elsewhere, base, "wavelet") * 255).round().byte().permute(1, 2, 0).numpy()
+    return Case(source, photo, Image.fromarray(wrong))
+
+
+def field(encoder: PatchEncoder, source: Image.Image, kind: str, layer: int, plan: TilePlan) -> FeatureField:
+    """The source's features, made in one of the ways of FIELDS."""
+    pixels, size = to_pixels(source), (SIDE, SIDE)
+    if kind == "whole":
+        return feature_field(encoder, pixels, size, PATCHES, layer=layer)
+    if kind == "windows 2":
+        return feature_field(encoder, pixels, size, PATCHES // 2, windows=2, layer=layer)
+    whole = feature_field(encoder, pixels, size, PATCHES, layer=layer).features.clone()
+    cell = SIDE // PATCHES
+    for tile in plan.tiles:
+        part = pixels[(slice(None), *tile.shrink(SCALE).slices)]
+        seen = feature_field(encoder, part, (TILE, TILE), TILE // cell, layer=layer).features
+        whole[(slice(None), *tile.shrink(cell).slices)] = seen
+    return FeatureField(whole, size)
+
+
+def distances(look: Look, image: Image.Image, around: Image.Image, plan: TilePlan) -> Tensor:
+    """Of the tiles' own patches, when each tile shows the image and its surroundings another."""
+    canvas, shown, found = Canvas(around, plan), Canvas(image, plan), []
+    for tile in plan.tiles:
+        cosines = look.similarity(canvas.crop, [tile], shown.source(tile)[None])[0]
+        found.append(1 - cosines[look.own(tile)].flatten())
+    return torch.cat(found)
+
+
+def interpolation(encoder: PatchEncoder, source: Image.Image, layer: int) -> dict[str, float]:
+    """How near each way to interpolate comes, half a patch to the lower right of the cells."""
+    half = encoder.patch // 2
+    pixels = to_pixels(source.resize((PATCHES * encoder.patch,) * 2, LANCZOS))[None]
+    cells = encoder(pixels, layer)
+    shifted = encoder(F.pad(pixels, (0, half, 0, half), mode="replicate")[..., half:, half:], layer)[..., :-1, :-1]
+    whole = Rect(0, 0, PATCHES - 1, PATCHES - 1)
+    ours = FeatureField(cells[0], (2 * PATCHES, 2 * PATCHES)).crop(
+        [Rect(1, 1, 2 * PATCHES - 2, 2 * PATCHES - 2)], (PATCHES - 1, PATCHES - 1)
+    )
+    grid = torch.stack(torch.meshgrid(*[(torch.arange(PATCHES - 1) + 1.0) / PATCHES * 2 - 1] * 2, indexing="xy"), -1)
+    bicubic = F.grid_sample(cells, grid[None], "bicubic", align_corners=False)
+    ways = {"nearest": cells[(..., *whole.slices)], "bilinear (ours)": ours, "bicubic": bicubic}
+    return {name: float(F.cosine_similarity(seen, shifted, dim=1).mean()) for name, seen in ways.items()}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--dino", default="mini", help="encoder, as for dinotile's command line")
+    parser.add_argument("--photos", type=Path, help="folder of photos (default: four of scikit-image's)")
+    parser.add_argument("--layers", type=int, default=4, help="how many layers, from the last")
+    parser.add_argument("--json", action="store_true", help="one last line of JSON")
+    arguments = parser.parse_args()
+    encoder, plan = load_encoder(arguments.dino), TilePlan(SIDE, SIDE, TILE, overlap=0, factor=8)
+    cases = [case(photo) for photo in photos(arguments.photos)]
+    layers = [-1 - number for number in range(min(arguments.layers, encoder.depth))]
+    figures: dict[str, float] = {}
+    print(f"AUC, encoder {encoder.id}, {len(cases)} photos, tiles of {TILE} pixels, {PATCHES} patches a side")
+    print(f"{'layer':>5}  {'source seen as':14}" + "".join(f"  context {context}" for context in CONTEXTS))
+    for layer, kind in itertools.product(layers, FIELDS):
+        aucs = []
+        for context in CONTEXTS:
+            good, bad = [], []
+            for each in cases:
+                look = Look(
+                    encoder, field(encoder, each.source, kind, layer, plan), plan.padded, layer, context=context
+                )
+                plain = each.source.resize(each.true.size, LANCZOS)
+                good.append(distances(look, each.true, plain, plan))
+                bad.append(distances(look, each.wrong, plain, plan))
+            values = torch.cat(good + bad)
+            truth = torch.cat([torch.zeros(len(torch.cat(good))), torch.ones(len(torch.cat(bad)))])
+            aucs.append(float(roc_auc_score(truth, values)))
+            figures[f"{layer} {kind} {context}"] = round(aucs[-1], 4)
+        print(f"{layer:5}  {kind:14}" + "".join(f"  {auc:9.3f}" for auc in aucs), flush=True)
+    print("cosine with what the encoder sees half a patch aside")
+    for layer in layers:
+        found = [interpolation(encoder, each.source, layer) for each in cases]
+        means = {name: float(np.mean([one[name] for one in found])) for name in found[0]}
+        print(f"{layer:5}  " + "   ".join(f"{name} {value:.3f}" for name, value in means.items()))
+        figures |= {f"{layer} {name}": round(value, 4) for name, value in means.items()}
+    if arguments.json:
+        print(json.dumps(figures))
+
+
+if __name__ == "__main__":
+    with torch.no_grad():
+        main()
