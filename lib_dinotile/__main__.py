@@ -80,8 +80,8 @@ def _jobs(source: Path, target: Path) -> list[tuple[Path, Path]]:
     return [(file, target / f"{name}.png") for file, name in zip(files, names)]
 
 
-def _parameters(settings: Settings, generation: Generation, size: tuple[int, int]) -> str:
-    """What the WebUIs write into a PNG, in their form."""
+def _parameters(settings: Settings, generation: Generation, size: tuple[int, int], notes: Sequence[str]) -> str:
+    """What the WebUIs write into a PNG, in their form; notes: what there is to say of the tiles."""
     values = {
         "Steps": generation.steps,
         "Sampler": "DPM++ 2M",
@@ -91,6 +91,7 @@ def _parameters(settings: Settings, generation: Generation, size: tuple[int, int
         "Model": generation.model,
         "Denoising strength": generation.denoise,
         **settings.infotext,
+        **({"DINO Tile notes": "; ".join(notes)} if notes else {}),
     }
     quoted = {key: json.dumps(str(v)) if any(c in str(v) for c in ",:\n") else v for key, v in values.items()}
     listed = ", ".join(f"{key}: {value}" for key, value in quoted.items())
@@ -182,7 +183,6 @@ def _upscale(arguments: argparse.Namespace) -> None:
         image = read_image(source)
         size = canvas_size(image.size, settings, (generation.width, generation.height))
         check_writable(target, size)
-        parameters = _parameters(settings, generation, size)
         recipe = _recipe(settings, generation, source)
         if arguments.resume and _is_done(target, recipe):
             say(f"{target}: is there already")
@@ -200,11 +200,13 @@ def _upscale(arguments: argparse.Namespace) -> None:
                 raise
             where, kept = journal.kept, target.with_stem(target.stem + "-unfinished")
             with contextlib.suppress(DinotileError):  # for want of space, say, and that is told already
+                parameters = _parameters(settings, generation, size, error.result.report.lines)
                 write_image(error.result.image, kept, {"parameters": parameters})
                 where = f" (kept in {kept}; --resume goes on with it)"
             raise UnfinishedError(error.__cause__, error.result, where) from error.__cause__
         if sharing.rank == 0:
             try:
+                parameters = _parameters(settings, generation, size, result.report.lines)
                 write_image(result.image, target, {"parameters": parameters, RECIPE: _digest(recipe)})
             except DinotileError as error:
                 raise DinotileError(f"{error}{journal.kept}", error.status_code) from error

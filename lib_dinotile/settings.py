@@ -288,7 +288,7 @@ class Settings(Options):
         only_with=_guided,
     )
     layer: int = option(
-        2,
+        3,
         "Guidance layer",
         "Layer of the encoder that guidance looks at, counted from the end: 1 is the last.",
         minimum=1,

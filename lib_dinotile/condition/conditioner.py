@@ -185,7 +185,9 @@ class Conditioner:
     @property
     def _guarded(self) -> int:
         """The layer that the guard looks at: another than guidance, which would please the judge otherwise."""
-        return GUARD_LAYER if not self._settings.guidance or self._guided[0] != GUARD_LAYER else GUARD_LAYER - 1
+        if self.encoder.depth < -GUARD_LAYER or (self._settings.guidance and self._guided[0] == GUARD_LAYER):
+            return -1
+        return GUARD_LAYER
 
     def condition(self, features: Features, tiles: Sequence[Rect], latent: tuple[int, int]) -> AdapterCondition:
         """The adapter's condition of a batch of tiles with this latent (h, w)."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -14,8 +15,8 @@ from lib_dinotile.dino.encoder import PatchEncoder
 from lib_dinotile.dino.field import FeatureField
 from lib_dinotile.tiling.plan import Rect
 
-CONTEXT = 2
-"""Patches around a tile that are seen with it, on each side. More costs more and shows little more: see
+CONTEXT = 1
+"""Patches around a tile that are seen with it, on each side at least. More costs more and shows little more: see
 benchmarks/features.py."""
 
 
@@ -37,20 +38,22 @@ class Look:
     context: int = CONTEXT
 
     def window(self, tile: Rect) -> Rect:
-        """What is seen of a tile and its surroundings."""
+        """What is seen of a tile and its surroundings. Its patches are cells of the field, to the pixel."""
         rows, columns = self.field.features.shape[1:]
         (x, width), (y, height) = (
-            self._widen(start, side, round(self.context * canvas / patches), length)
-            for start, side, canvas, patches, length in zip(
+            self._widen(start, side, canvas / cells, length)
+            for start, side, canvas, cells, length in zip(
                 (tile.x, tile.y), (tile.width, tile.height), self.field.canvas, (columns, rows), self.size
             )
         )
         return Rect(x, y, width, height)
 
-    @staticmethod
-    def _widen(start: int, side: int, margin: int, length: int) -> tuple[int, int]:
-        wide = min(length, side + 2 * margin)
-        return min(max(start - margin, 0), length - wide), wide
+    def _widen(self, start: int, side: int, cell: float, length: int) -> tuple[int, int]:
+        # One cell more than a tile needs that begins with a cell: all have one size.
+        width = round(cell * (math.ceil((side + 1) / cell) + 1 + 2 * self.context))
+        if width >= length:
+            return 0, length
+        return min(max(round(cell * (math.floor(start / cell) - self.context)), 0), length - width), width
 
     def grid(self, window: Rect) -> tuple[int, int]:
         """(rows, columns) of the patches in a window."""
