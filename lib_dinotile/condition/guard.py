@@ -137,7 +137,7 @@ class Guard:
 
     def area(self, tile: Rect, patches: Tensor) -> Tensor:
         """(1, H, W) in [0, 1]: 1 for the pixels of these patches (h, w) of the window, fading out over half of one."""
-        return self._look.to_pixels(tile, patches)[None].clamp(max=0.5) * 2
+        return self._look.to_pixels(tile, patches)[None].clamp(max=0.25) * 4
 
 
 def _blocks(patches: Tensor) -> Tensor:
