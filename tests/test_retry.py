@@ -153,7 +153,7 @@ def test_with_overlap_too():
             run(Forger(good=lambda seed: seed == 8), overlap=16, guard=g) for g in ("off", "retry")
         )
     ]
-    assert wrong[0] > 0.1 and wrong[1] < 0.02
+    assert wrong[0] > 0.1 and wrong[1] < 0.06
 
 
 def test_a_stop_while_painting_again_keeps_what_is_painted():
