@@ -116,20 +116,20 @@ def shares(host: DiffusersHost, make: Callable[[Settings], Conditioner], source:
 def encoder_calls(make: Callable[[Settings], Conditioner], host: DiffusersHost) -> int:
     """How often the encoder saw the whole of a source, in two runs on it."""
     seen: list[tuple[int, ...]] = []
-    forward = PatchEncoder.forward
+    several = PatchEncoder.several
 
     def watched(self: PatchEncoder, pixels: Any, *more: Any) -> Any:
         seen.append(tuple(pixels.shape))
-        return forward(self, pixels, *more)
+        return several(self, pixels, *more)
 
     conditioners._features.clear()
-    PatchEncoder.forward = watched
+    PatchEncoder.several = watched
     try:
         for _ in range(2):
             conditioner = make(replace(SETTINGS, guard="report"))
             conditioner.features(picture(1024), (2048, 2048))
     finally:
-        PatchEncoder.forward = forward
+        PatchEncoder.several = several
     return len(seen)
 
 

@@ -124,8 +124,8 @@ def upscale(
             pass
         except (Exception, KeyboardInterrupt) as error:
             raise UnfinishedError(error, _result(run)) from error
-        maps = draw_maps(settings, conditions, canvas, plan, run.painted) if settings.maps != "none" else {}
-        return _result(run, maps)
+        asked = settings.maps != "none" and run.done == run.total
+        return _result(run, draw_maps(settings, conditions, canvas, plan, run.painted) if asked else {})
 
 
 def draw_maps(

@@ -37,6 +37,9 @@ class ToyEncoder:
         self.seen.append(tuple(pixels.shape))
         return F.avg_pool2d(pixels, self.patch) * (range(self.depth)[layer] + 1)
 
+    def several(self, pixels: Tensor, wanted: list[tuple[int, str]]) -> list[Tensor]:
+        return [self(pixels, *each) for each in wanted]
+
 
 def ramp(gh: int, gw: int, canvas: tuple[int, int]) -> FeatureField:
     """Each cell holds the canvas position (x, y) of its centre."""
@@ -301,3 +304,17 @@ def test_the_cache_may_be_used_from_several_threads():
         thread.join()
     assert not failures
     assert cache.size == sum(t.nbytes for t in cache._kept.values()) <= cache.limit
+
+
+def test_several_layers_are_made_together_and_kept_apart():
+    encoder, cache, source = ToyEncoder(), FeatureCache(), torch.rand(3, 16, 16)
+    together = []
+    encoder.several = lambda pixels, wanted: (
+        together.append(list(wanted)) or ToyEncoder.several(encoder, pixels, wanted)
+    )
+    first = cache.fields(encoder, source, (32, 32), 4, 1, [(-1, "tokens"), (-2, "tokens"), (-1, "tokens")])
+    assert together == [[(-1, "tokens"), (-2, "tokens")]]
+    assert torch.equal(first[0].features, first[2].features) and not torch.equal(first[0].features, first[1].features)
+    again = cache.fields(encoder, source, (64, 64), 4, 1, [(-2, "tokens"), (-1, "keys")])
+    assert together[1:] == [[(-1, "keys")]]
+    assert torch.equal(again[0].features, first[1].features) and again[0].canvas == (64, 64)

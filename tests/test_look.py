@@ -30,6 +30,9 @@ class Colours:
     def __call__(self, pixels, layer=-1, facet="tokens"):
         return F.avg_pool2d(pixels, self.patch) - 0.5
 
+    def several(self, pixels, wanted):
+        return [self(pixels, *each) for each in wanted]
+
 
 def colours(image):
     return FeatureField(feature_field(Colours(), to_tensor(image), SIZE, patches=24).features, SIZE)
@@ -183,6 +186,8 @@ def test_keys_of_the_real_encoder_are_another_facet_and_take_gradients():
     pixels = torch.rand(1, 3, 28, 42, requires_grad=True)
     tokens, keys = (encoder(pixels, -1, facet) for facet in ("tokens", "keys"))
     assert keys.shape == tokens.shape == (1, 192, 2, 3) and not torch.allclose(keys, tokens, atol=1e-2)
+    apart = encoder.several(pixels, [(-1, "keys"), (0, "tokens"), (-1, "tokens")])
+    assert torch.equal(apart[0], keys) and torch.equal(apart[1], encoder(pixels, 0)) and torch.equal(apart[2], tokens)
     (gradient,) = torch.autograd.grad(keys.square().sum(), pixels)
     assert gradient.abs().sum() > 0
     with pytest.raises(ValueError, match="layer"):

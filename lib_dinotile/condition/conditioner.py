@@ -7,7 +7,6 @@ import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import torch
@@ -21,7 +20,7 @@ from lib_dinotile.condition.guard import GUARD_LAYER, Floor, Guard, rehearsal_si
 from lib_dinotile.condition.guidance import SELF_SIMILARITY, Guidance
 from lib_dinotile.condition.look import Look
 from lib_dinotile.dino.cache import FeatureCache
-from lib_dinotile.dino.encoder import BUILT_IN, KNOWN, PatchEncoder, installed, load_encoder
+from lib_dinotile.dino.encoder import BUILT_IN, KNOWN, Facet, PatchEncoder, installed, load_encoder
 from lib_dinotile.dino.field import FeatureField
 from lib_dinotile.dino.head import RestorationHead, load_heads
 from lib_dinotile.hosts.base import Host, Residuals
@@ -107,8 +106,9 @@ class Conditioner:
         encoder is one of those or a published one, never a path. DinotileError, before a tile is painted, if anything
         is not there or does not fit the host's checkpoint or the encoder.
         """
-        if not settings.looks:
+        if settings.adapter == NONE:
             _adapter.cache_clear()
+        if not settings.looks:
             _encoder.cache_clear()
             return None
         config, device = None, torch.device(host.device)
@@ -152,33 +152,34 @@ class Conditioner:
     def features(self, source: Image.Image, size: tuple[int, int]) -> Features:
         """The source's (RGB) features as fields over a canvas of (width, height)."""
         settings = self._settings
-        return Features(
-            self._field(source, size, self._adapter.config.layer) if self._adapter else None,
-            self._field(source, size, *self._guided) if settings.guidance else None,
-            self._field(source, size, self._guarded) if settings.judges else None,
-            self._field(source, size, -1, restored=False) if settings.maps in (SEMANTIC, BOTH) else None,
-        )
+        wanted = {
+            "adapter": (self._adapter.config.layer, "tokens") if self._adapter else None,
+            "guidance": self._guided if settings.guidance else None,
+            "guard": (self._guarded, "tokens") if settings.judges else None,
+            "shown": (-1, "tokens") if settings.maps in (SEMANTIC, BOTH) else None,
+        }
+        asked = {name: each for name, each in wanted.items() if each}
+        fields = dict.fromkeys(wanted) | dict(zip(asked, self._fields(source, size, list(asked.values()))))
+        for name in ("adapter", "guidance", "guard"):
+            fields[name] = fields[name] and self._restored(fields[name], *asked[name])
+        return Features(**fields)
 
-    def _field(
-        self,
-        source: Image.Image,
-        size: tuple[int, int],
-        layer: int,
-        facet: Literal["tokens", "keys"] = "tokens",
-        restored: bool = True,
-    ) -> FeatureField:
+    def _fields(
+        self, source: Image.Image, size: tuple[int, int], wanted: Sequence[tuple[int, Facet]]
+    ) -> list[FeatureField]:
         settings = self._settings
-        found = _features.field(
-            self.encoder, to_tensor(source), size, settings.patches, settings.windows, layer=layer, facet=facet
-        )
-        head = self._heads.get(layer) if restored and facet == "tokens" else None
+        return _features.fields(self.encoder, to_tensor(source), size, settings.patches, settings.windows, wanted)
+
+    def _restored(self, field: FeatureField, layer: int, facet: Facet) -> FeatureField:
+        """As the head says that it would be if the source were sharp."""
+        head = self._heads.get(layer) if facet == "tokens" else None
         if head is None:
-            return found
+            return field
         with torch.inference_mode(False), torch.no_grad():
-            return FeatureField(head(found.features[None])[0], size)
+            return FeatureField(head(field.features[None])[0], field.canvas)
 
     @property
-    def _guided(self) -> tuple[int, Literal["tokens", "keys"]]:
+    def _guided(self) -> tuple[int, Facet]:
         """(layer, facet) that guidance looks at."""
         return -self._settings.layer, "keys" if self._settings.distance == SELF_SIMILARITY else "tokens"
 
@@ -223,7 +224,7 @@ class Conditioner:
         if head is not None and head.floor[1] > 0:
             return Guard(look, canvas, Floor(*head.floor.tolist()), strictness, relative=False)
         shrunk = source.resize(rehearsal_size(source.size, size), Image.Resampling.LANCZOS)
-        floor = rehearse(features.guard, self._field(shrunk, size, layer))
+        floor = rehearse(features.guard, self._fields(shrunk, size, [(layer, "tokens")])[0])
         return Guard(look, canvas, floor, strictness, relative=True)
 
 

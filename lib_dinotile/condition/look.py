@@ -5,13 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lib_dinotile.dino.encoder import PatchEncoder
+from lib_dinotile.dino.encoder import Facet, PatchEncoder
 from lib_dinotile.dino.field import FeatureField
 from lib_dinotile.tiling.plan import Rect
 
@@ -34,7 +33,7 @@ class Look:
     size: tuple[int, int]
     """(width, height) of the canvas as it is worked on, in pixels."""
     layer: int = -1
-    facet: Literal["tokens", "keys"] = "tokens"
+    facet: Facet = "tokens"
     context: int = CONTEXT
 
     def window(self, tile: Rect) -> Rect:

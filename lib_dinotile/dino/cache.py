@@ -5,13 +5,13 @@ from __future__ import annotations
 import hashlib
 import threading
 from collections import OrderedDict
-from typing import Literal
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from lib_dinotile.dino.encoder import PatchEncoder
-from lib_dinotile.dino.field import FeatureField, feature_field
+from lib_dinotile.dino.encoder import Facet, PatchEncoder
+from lib_dinotile.dino.field import FeatureField, feature_fields
 
 
 class FeatureCache:
@@ -36,26 +36,42 @@ class FeatureCache:
         patches: int = 64,
         windows: int = 1,
         layer: int = -1,
-        facet: Literal["tokens", "keys"] = "tokens",
     ) -> FeatureField:
-        """`feature_field` of the same arguments, from memory if it was made before, for whatever canvas.
+        """`feature_field` of the same arguments, from memory if it was made before, for whatever canvas."""
+        return self.fields(encoder, source, canvas, patches, windows, [(layer, "tokens")])[0]
 
-        The features may be the very tensor that is kept: not to be written into.
+    def fields(
+        self,
+        encoder: PatchEncoder,
+        source: Tensor,
+        canvas: tuple[int, int],
+        patches: int,
+        windows: int,
+        wanted: Sequence[tuple[int, Facet]],
+    ) -> list[FeatureField]:
+        """`feature_fields` of the same arguments, from memory as far as they were made before, for whatever canvas.
+
+        The features may be the very tensors that are kept: not to be written into.
         """
-        encoder_key = (encoder.id, encoder.fingerprint, encoder.dtype)
-        key = (_digest(source), encoder_key, patches, windows, layer, facet)
-        with self._lock:
-            features = self._kept.get(key)
+        look = _digest(source), (encoder.id, encoder.fingerprint, encoder.dtype), patches, windows
+        found: dict[tuple[int, Facet], FeatureField] = {}
+        for each in wanted:
+            with self._lock:
+                features = self._kept.get((look, each))
+                if features is not None:
+                    self._kept.move_to_end((look, each))
             if features is not None:
-                self._kept.move_to_end(key)
-        if features is not None:
-            # A copy made under inference mode could not take part in a gradient.
+                # A copy made under inference mode could not take part in a gradient.
+                with torch.inference_mode(False):
+                    found[each] = FeatureField(features.to(encoder.device), canvas)
+        missing = [each for each in dict.fromkeys(wanted) if each not in found]
+        if missing:
+            made = feature_fields(encoder, source, canvas, patches, windows, missing)
             with torch.inference_mode(False):
-                return FeatureField(features.to(encoder.device), canvas)
-        field = feature_field(encoder, source, canvas, patches, windows, layer, facet)
-        with torch.inference_mode(False):
-            self._keep(key, field.features.cpu())
-        return field
+                for each, field in zip(missing, made):
+                    found[each] = field
+                    self._keep((look, each), field.features.cpu())
+        return [found[each] for each in wanted]
 
     def _keep(self, key: tuple[object, ...], features: Tensor) -> None:
         size = features.nbytes

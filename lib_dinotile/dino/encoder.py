@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -15,10 +14,11 @@ from torch import Tensor, nn
 from lib_dinotile.dino.backends import keys, load_blocks
 from lib_dinotile.dino.checkpoint import BUILT_IN, KNOWN, Checkpoint, installed, locate, read_checkpoint
 
-__all__ = ["BUILT_IN", "FACETS", "KNOWN", "PatchEncoder", "installed", "interpolate_positions", "load_encoder"]
+__all__ = ["BUILT_IN", "KNOWN", "Facet", "PatchEncoder", "installed", "interpolate_positions", "load_encoder"]
 
-FACETS = ("tokens", "keys")
+Facet = Literal["tokens", "keys"]
 """What of a layer: the tokens that it gives out, or the keys of its attention."""
+FACETS = get_args(Facet)
 
 # ImageNet's, as DINOv2 was trained with.
 _MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -94,13 +94,17 @@ class PatchEncoder(nn.Module):
         """What is computed in; features are float32 all the same."""
         return self.mean.dtype
 
-    def forward(self, pixels: Tensor, layer: int = -1, facet: Literal["tokens", "keys"] = "tokens") -> Tensor:
+    def forward(self, pixels: Tensor, layer: int = -1, facet: Facet = "tokens") -> Tensor:
         """Pixels (N, 3, H, W) in [0, 1] -> patch features (N, D, H / patch, W / patch), float32.
 
         They are on the encoder's device. `layer` counts the layers, from the end if negative; the tokens of any layer
         go through the model's final LayerNorm, keys come as they are. Class and register tokens are left out.
         ValueError if H or W is not a positive multiple of `patch`, or if there is no such layer or facet.
         """
+        return self.several(pixels, [(layer, facet)])[0]
+
+    def several(self, pixels: Tensor, wanted: Sequence[tuple[int, Facet]]) -> list[Tensor]:
+        """`forward` for some layers and facets, for the work of one."""
         if (
             pixels.ndim != 4
             or pixels.shape[1] != 3
@@ -108,20 +112,27 @@ class PatchEncoder(nn.Module):
             or any(s % self.patch for s in pixels.shape[2:])
         ):
             raise ValueError(f"pixels {tuple(pixels.shape)} are not (N, 3, H, W) in whole patches of {self.patch}")
-        if not -self.depth <= layer < self.depth or facet not in FACETS:
-            raise ValueError(f"{facet} of layer {layer} of an encoder of {self.depth} layers")
+        for layer, facet in wanted:
+            if not -self.depth <= layer < self.depth or facet not in FACETS:
+                raise ValueError(f"{facet} of layer {layer} of an encoder of {self.depth} layers")
+        # Keys of a layer are made of what goes into it, tokens are what comes out.
+        places = [(range(self.depth)[layer] + (facet == "tokens"), facet) for layer, facet in wanted]
+        found: dict[tuple[int, Facet], Tensor] = {}
         with _without_autocast(self.device):
             patches = self.embed((pixels.to(self.mean) - self.mean) / self.std)
             grid = (patches.shape[2], patches.shape[3])
             tokens = patches.flatten(2).transpose(1, 2) + self._positions(grid)
             tokens = torch.cat([self.prefix.expand(len(tokens), -1, -1), tokens], 1)
-            index = range(self.depth)[layer]
-            for block in itertools.islice(self.blocks, index + (facet == "tokens")):
-                output = block(tokens)
-                tokens = output[0] if isinstance(output, tuple) else output
-            tokens = self.norm(tokens) if facet == "tokens" else keys(self.blocks[index], tokens)
-            tokens = tokens[:, self.prefix.shape[1] :]
-        return tokens.transpose(1, 2).unflatten(2, grid).float().contiguous()
+            for depth in range(max(place for place, _ in places) + 1):
+                if depth:
+                    output = self.blocks[depth - 1](tokens)
+                    tokens = output[0] if isinstance(output, tuple) else output
+                for place, facet in places:
+                    if place == depth:
+                        seen = self.norm(tokens) if facet == "tokens" else keys(self.blocks[depth], tokens)
+                        seen = seen[:, self.prefix.shape[1] :].transpose(1, 2).unflatten(2, grid)
+                        found[place, facet] = seen.float().contiguous()
+        return [found[place] for place in places]
 
     def _positions(self, grid: tuple[int, int]) -> Tensor:
         """Position embeddings (1, h * w, D) of a grid, kept for the next image of that size."""

@@ -9,13 +9,12 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lib_dinotile.dino.encoder import PatchEncoder
+from lib_dinotile.dino.encoder import Facet, PatchEncoder
 from lib_dinotile.tiling.blend import Blend
 from lib_dinotile.tiling.plan import Rect, TilePlan
 
@@ -90,7 +89,6 @@ def feature_field(
     patches: int = 64,
     windows: int = 1,
     layer: int = -1,
-    facet: Literal["tokens", "keys"] = "tokens",
 ) -> FeatureField:
     """The features of the whole source, laid over the canvas.
 
@@ -101,6 +99,18 @@ def feature_field(
     `canvas` is (width, height) in pixels. ValueError if `patches` or `windows` is less than one. The result has no
     gradient, and can take part in one even if this is called under inference mode.
     """
+    return feature_fields(encoder, source, canvas, patches, windows, [(layer, "tokens")])[0]
+
+
+def feature_fields(
+    encoder: PatchEncoder,
+    source: Tensor,
+    canvas: tuple[int, int],
+    patches: int,
+    windows: int,
+    wanted: Sequence[tuple[int, Facet]],
+) -> list[FeatureField]:
+    """`feature_field` for some layers and facets, for the work of one."""
     if patches < 1 or windows < 1:
         raise ValueError(f"{windows} windows of {patches} patches show nothing")
     with torch.inference_mode(False), torch.no_grad():
@@ -109,15 +119,15 @@ def feature_field(
         # On the patch grid a window is a tile. A quarter shared takes no more windows than an eighth, up to n = 4.
         plan = TilePlan(gw, gh, tile=patches, overlap=patches // 4, factor=1)
         if len(plan) == 1:
-            return FeatureField(encoder(pixels, layer, facet)[0], canvas)
-        blend, features = Blend(plan), None
+            return [FeatureField(seen[0], canvas) for seen in encoder.several(pixels, wanted)]
+        blend, features = Blend(plan), [torch.zeros(0)] * len(wanted)
         for window in plan.tiles:
             rows, columns = (slice(s.start * encoder.patch, s.stop * encoder.patch) for s in window.slices)
-            seen = encoder(pixels[:, :, rows, columns], layer, facet)[0]
-            if features is None:
-                features = seen.new_zeros(seen.shape[0], gh, gw)
-            features[(..., *window.slices)] += seen * blend.weight(window).to(seen)
-    return FeatureField(features, canvas)
+            for number, seen in enumerate(encoder.several(pixels[:, :, rows, columns], wanted)):
+                if not features[number].numel():
+                    features[number] = seen.new_zeros(seen.shape[1], gh, gw)
+                features[number][(..., *window.slices)] += seen[0] * blend.weight(window).to(seen)
+    return [FeatureField(each, canvas) for each in features]
 
 
 def _resize(image: Tensor, height: int, width: int) -> Tensor:
