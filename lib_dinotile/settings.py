@@ -240,7 +240,7 @@ class Settings(Options):
         only_with=_adapted,
     )
     guidance: float = option(
-        0.25,
+        0.5,
         "Guidance strength",
         "Steers the sampler towards what DINO sees in the source, with any checkpoint: how far, as a share of what the "
         "model changes. 0 is off.",
@@ -260,9 +260,9 @@ class Settings(Options):
         only_with=_guided,
     )
     guidance_end: float = option(
-        1.0,
+        0.6,
         "Guidance end",
-        "Share of the steps after which guidance stops.",
+        "Share of the steps after which guidance stops. The model itself makes a clean picture of the last.",
         minimum=0.0,
         maximum=1.0,
         step=0.05,
@@ -277,6 +277,16 @@ class Settings(Options):
         maximum=20,
         step=1,
         infotext="DINO Tile guidance every",
+        only_with=_guided,
+    )
+    views: int = option(
+        1,
+        "Guidance views",
+        "How often the encoder looks at each of them, every time a little beside; more steers better and is slower.",
+        minimum=1,
+        maximum=8,
+        step=1,
+        infotext="DINO Tile guidance views",
         only_with=_guided,
     )
     distance: str = option(

@@ -1,5 +1,7 @@
 """What tiles show beside what the source shows; guidance towards it; the guard."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -49,7 +51,7 @@ def to_tensor(image):
 
 
 def look(field, **more):
-    return Look(Colours(), field, PLAN.padded, **more)
+    return Look(Colours(), field, **{"size": PLAN.padded, **more})
 
 
 SIDES = st.integers(40, 300)
@@ -96,7 +98,7 @@ def test_a_picture_is_like_itself_and_a_tile_is_judged_at_its_own_place():
 
 
 def guidance(image, **values):
-    more = {"strength": 0.5, "start": 0.0, "end": 1.0, "every": 1, "distance": PATCHES, **values}
+    more = {"strength": 0.5, "start": 0.0, "end": 1.0, "every": 1, "views": 1, "distance": PATCHES, **values}
     return Guidance(look(colours(image)), lambda latents: F.pixel_shuffle(latents, 2) / 2 + 0.5, **more)
 
 
@@ -166,19 +168,41 @@ def test_guidance_is_at_work_at_its_own_steps_only(values, steps):
 def test_a_picture_without_a_gradient_is_left_as_it_is():
     source = random_image(*SIZE)
     canvas = Canvas(source, PLAN)
-    made = guidance(source)
-    made = Guidance(
-        made.look,
-        lambda latents: latents[:, :3].repeat_interleave(2, 2).repeat_interleave(2, 3) * 0,
-        1,
-        0,
-        1,
-        1,
-        PATCHES,
-    )
+
+    def blind(latents):
+        return latents[:, :3].repeat_interleave(2, 2).repeat_interleave(2, 3) * 0
+
+    made = replace(guidance(source), decode=blind)
     x0 = latents(torch.rand(1, 3, 64, 64))
     moved = made.of(canvas, PLAN.tiles[:1], lambda tile: latents(canvas.source(tile)[None])[0])(x0, 0, 1)
     assert torch.equal(moved, x0)
+
+
+@given(SIDES, SIDES, st.integers(16, 128), st.integers(1, 40), st.floats(0, 0.99), st.floats(0, 0.99))
+def test_shifted_windows_lie_on_the_canvas_beside_the_grid_and_have_one_size(width, height, tile, patches, x, y):
+    plan = TilePlan(width, height, tile, overlap=0, factor=4)
+    rows = max(1, round(patches * height / max(width, height)))
+    seen = look(FeatureField(torch.zeros(3, rows, patches), (width, height)), size=plan.padded).shifted((x, y))
+    windows = [seen.window(tile) for tile in plan.tiles]
+    assert len({(window.width, window.height) for window in windows}) == 1
+    for tile, window in zip(plan.tiles, windows):
+        assert window.x >= 0 and window.y >= 0 and window.right <= plan.padded[0] and window.bottom <= plan.padded[1]
+        share = seen.share(tile)
+        assert share.shape == seen.grid(window) and share.max() > 0 and share.min() >= 0
+
+
+def test_views_look_at_other_places_from_step_to_step():
+    source, wrong = random_image(*SIZE), Canvas(random_image(*SIZE, seed=5), PLAN)
+    canvas, tile = Canvas(source, PLAN), PLAN.tiles[4]
+    x0 = latents(wrong.source(tile)[None])
+
+    def guide(**values):
+        return guidance(source, **values).of(canvas, [tile], lambda tile: latents(canvas.source(tile)[None])[0])
+
+    first, second = guide()(x0, 0, 4), guide()(x0, 1, 4)
+    assert not torch.allclose(first, second, atol=1e-3)
+    assert torch.equal(guide()(x0, 1, 4), second)  # no chance in it
+    assert not torch.allclose(guide(views=2)(x0, 0, 4), first, atol=1e-3)
 
 
 def test_keys_of_the_real_encoder_are_another_facet_and_take_gradients():

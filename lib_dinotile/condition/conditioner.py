@@ -17,6 +17,7 @@ from lib_dinotile import DinotileError
 from lib_dinotile.condition.adapter import Adapter, AdapterCondition
 from lib_dinotile.condition.adapter_file import check_encoder, check_fit, load_adapter, read_config
 from lib_dinotile.condition.guard import GUARD_LAYER, Floor, Guard, rehearsal_size, rehearse
+from lib_dinotile.condition.guidance import CONTEXT as GUIDANCE_CONTEXT
 from lib_dinotile.condition.guidance import SELF_SIMILARITY, Guidance
 from lib_dinotile.condition.look import Look
 from lib_dinotile.dino.cache import FeatureCache
@@ -205,12 +206,13 @@ class Conditioner:
         if features.guidance:
             layer, facet = self._guided
             guidance = Guidance(
-                Look(self.encoder, features.guidance, plan.padded, layer, facet),
+                Look(self.encoder, features.guidance, plan.padded, layer, facet, GUIDANCE_CONTEXT),
                 self._decoder[1],
                 settings.guidance,
                 settings.guidance_start,
                 settings.guidance_end,
                 settings.every,
+                settings.views,
                 settings.distance,
             )
         if features.guard:

@@ -4,10 +4,15 @@ The gradient is taken with respect to the predicted picture x0, not through the 
 FreeDoM (arXiv 2303.09833) the step's length is a share of another one that the sampler takes anyway; there that is
 from the negative prompt's picture to the prompt's, here it is from the source's latent to x0, which there is also
 without a negative prompt (CFG scale 1, distilled models), and in all hosts.
+
+A gradient through an encoder of patches is mostly a pattern on their grid that no picture has, and some patches drown
+the others. So the grid is shifted from step to step, and from view to view within one; and the gradient is made about
+as strong everywhere. The last steps are better left alone: there the model makes a clean picture of it.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -21,10 +26,14 @@ from lib_dinotile.tiling.plan import Rect
 
 PATCHES, SELF_SIMILARITY = "patches", "self-similarity"
 DISTANCES = (PATCHES, SELF_SIMILARITY)
-SCALE = 256.0
-"""Of the distance, so that gradients in half precision do not vanish; only their direction counts."""
 """`patches`: one minus the cosine, patch by patch. `self-similarity`: how patches resemble each other (keys of the
 attention, their cosines, as in DiffuseIT, arXiv 2209.15264), which a change of style leaves as it is."""
+SCALE = 256.0
+"""Of the distance, so that gradients in half precision do not vanish; only their direction counts."""
+CONTEXT = 0
+"""Patches around a tile that are seen with it, at least: steering needs fewer than judging."""
+SPREAD = (0.7548776662466927, 0.5698402909980532)
+"""Steps of the R2 sequence (Roberts 2018), which fills the unit square evenly: shares of a patch."""
 
 
 @dataclass(frozen=True)
@@ -40,12 +49,14 @@ class Guidance:
     """Shares of the steps between which it is at work, in [0, 1]."""
     every: int
     """It is at work at every n-th step."""
+    views: int
+    """How many shifted views of a tile are taken at each of them."""
     distance: str
 
     def at_work(self, step: int, total: int) -> bool:
         """Whether a step (from 0) of so many is one of its own."""
         progress = step / max(total, 1)
-        first = -(-self.start * total // 1)
+        first = math.ceil(self.start * total)
         return self.start <= progress and (progress < self.end or self.end == 1) and (step - first) % self.every == 0
 
     def of(self, canvas: Canvas, tiles: Sequence[Rect], source: Callable[[Rect], Tensor]) -> Guide:
@@ -69,26 +80,30 @@ class Guide:
         guidance = self._guidance
         if guidance.strength == 0 or not guidance.at_work(step, total):
             return None
-        chosen = range(len(self._tiles)) if chosen is None else chosen
+        tiles = self._tiles if chosen is None else [self._tiles[number] for number in chosen]
         with torch.inference_mode(False), torch.enable_grad():
             x = x0.detach().clone().float().requires_grad_()
-            (gradient,) = torch.autograd.grad(self._distance(x, chosen), x)
+            (gradient,) = torch.autograd.grad(self._distance(x, tiles, step), x)
         with torch.no_grad():
-            start = torch.stack([self._source(self._tiles[number]) for number in chosen]).to(x0.device).float()
+            gradient = _even(gradient, tiles[0].width / x.shape[3], guidance.look.cell)
+            start = torch.stack([self._source(tile) for tile in tiles]).to(x0.device).float()
             length = _rms(x0.float() - start) / _rms(gradient)
             moved = x0.float() - guidance.strength * length * gradient
             return torch.where(moved.isfinite(), moved, x0.float()).to(x0.dtype)
 
-    def _distance(self, x: Tensor, chosen: Sequence[int]) -> Tensor:
+    def _distance(self, x: Tensor, tiles: Sequence[Rect], step: int) -> Tensor:
         """Summed over patches and tiles, which do not see each other: each has its own gradient."""
-        look, tiles = self._guidance.look, [self._tiles[number] for number in chosen]
-        with torch.no_grad():
-            targets = look.targets(tiles).clone()
-        pixels = self._guidance.decode(x).to(look.encoder.device).float()
-        features = look.features(look.windows(self._canvas.crop, tiles, pixels), targets.shape[2:])
+        look, views = self._guidance.look, self._guidance.views
         measure = _patches if self._guidance.distance == PATCHES else _self_similarity
-        own = [(slice(None), *look.own(tile)) for tile in tiles]
-        return SCALE * sum(measure(seen[part], wanted[part]) for seen, wanted, part in zip(features, targets, own))
+        pixels, total = self._guidance.decode(x).to(look.encoder.device).float(), 0.0
+        for view in range(step * views, (step + 1) * views):
+            shifted = look.shifted([view * share % 1 for share in SPREAD])
+            with torch.no_grad():
+                targets = shifted.targets(tiles).clone()
+                shares = [shifted.share(tile).to(targets) for tile in tiles]
+            features = shifted.features(shifted.windows(self._canvas.crop, tiles, pixels), targets.shape[2:])
+            total = total + sum(measure(*each) for each in zip(features, targets, shares))
+        return SCALE * total
 
 
 def _rms(values: Tensor) -> Tensor:
@@ -96,10 +111,23 @@ def _rms(values: Tensor) -> Tensor:
     return values.square().mean((1, 2, 3), keepdim=True).sqrt()
 
 
-def _patches(seen: Tensor, wanted: Tensor) -> Tensor:
-    return (1 - F.cosine_similarity(seen, wanted, dim=0)).sum()
+def _even(gradient: Tensor, factor: float, cell: float) -> Tensor:
+    """The gradient (k, C, h, w) about as strong everywhere: weighed by its strength around, over a patch's breadth.
+
+    factor: pixels per latent cell; cell: pixels per patch. What is weak compared to the rest stays weaker.
+    """
+    width = 2 * max(1, round(cell / factor / 2)) + 1
+    power = gradient.square().mean(1, keepdim=True)
+    around = F.avg_pool2d(power, width, 1, width // 2, count_include_pad=False).sqrt()
+    return gradient / (around + around.mean((2, 3), keepdim=True)).clamp(min=torch.finfo(torch.float32).tiny)
 
 
-def _self_similarity(seen: Tensor, wanted: Tensor) -> Tensor:
-    own, aim = (F.normalize(features.flatten(1), dim=0) for features in (seen, wanted))
+def _patches(seen: Tensor, wanted: Tensor, share: Tensor) -> Tensor:
+    """share (h, w): how much of each patch counts."""
+    return ((1 - F.cosine_similarity(seen, wanted, dim=0)) * share).sum()
+
+
+def _self_similarity(seen: Tensor, wanted: Tensor, share: Tensor) -> Tensor:
+    chosen = share.flatten() > 0.5
+    own, aim = (F.normalize(features.flatten(1)[:, chosen], dim=0) for features in (seen, wanted))
     return (own.T @ own - aim.T @ aim).square().mean() * own.shape[1]

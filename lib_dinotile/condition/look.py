@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -35,24 +35,42 @@ class Look:
     layer: int = -1
     facet: Facet = "tokens"
     context: int = CONTEXT
+    shift: tuple[float, float] = (0.0, 0.0)
+    """How far windows lie beside the field's grid, in shares of a patch, across and down. At the canvas's borders a
+    shifted window does not show all of a tile. Tiles of one patch or less are seen as they are."""
+
+    @property
+    def cell(self) -> float:
+        """Pixels of the canvas along a patch."""
+        return self.field.canvas[0] / self.field.features.shape[2]
+
+    def shifted(self, shift: Sequence[float]) -> Look:
+        """The same with windows that lie elsewhere."""
+        return replace(self, shift=tuple(shift))
 
     def window(self, tile: Rect) -> Rect:
-        """What is seen of a tile and its surroundings. Its patches are cells of the field, to the pixel."""
+        """What is seen of a tile and its surroundings. Unless it is shifted its patches are cells of the field."""
         rows, columns = self.field.features.shape[1:]
         (x, width), (y, height) = (
-            self._widen(start, side, canvas / cells, length)
-            for start, side, canvas, cells, length in zip(
-                (tile.x, tile.y), (tile.width, tile.height), self.field.canvas, (columns, rows), self.size
+            self._widen(start, side, canvas / cells, length, shift)
+            for start, side, canvas, cells, length, shift in zip(
+                (tile.x, tile.y), (tile.width, tile.height), self.field.canvas, (columns, rows), self.size, self.shift
             )
         )
         return Rect(x, y, width, height)
 
-    def _widen(self, start: int, side: int, cell: float, length: int) -> tuple[int, int]:
-        # One cell more than a tile needs that begins with a cell: all have one size.
+    def _widen(self, start: int, side: int, cell: float, length: int, shift: float) -> tuple[int, int]:
+        """(start, width) of windows along one axis: in whole cells, and as many for every tile of this size."""
+        # One cell more than a tile needs that begins with a cell.
         width = round(cell * (math.ceil((side + 1) / cell) + 1 + 2 * self.context))
-        if width >= length:
-            return 0, length
-        return min(max(round(cell * (math.floor(start / cell) - self.context)), 0), length - width), width
+        if shift == 0 or side <= cell or length < 2 * cell:
+            width = min(width, length)
+            return min(max(round(cell * (math.floor(start / cell) - self.context)), 0), length - width), width
+        width = min(width, round(length - cell))
+        first = cell * (math.floor(start / cell - shift) - self.context + shift)
+        first += cell * max(0, math.ceil(-first / cell))
+        first -= cell * max(0, math.ceil((first + width - length) / cell))
+        return min(max(round(first), 0), length - width), width
 
     def grid(self, window: Rect) -> tuple[int, int]:
         """(rows, columns) of the patches in a window."""
@@ -73,6 +91,13 @@ class Look:
             slices.append(slice(first, max(first + 1, min(last + 1, cells))))
         return slices[0], slices[1]
 
+    def share(self, tile: Rect) -> Tensor:
+        """(h, w) in [0, 1]: how much of each of the window's patches is the tile's."""
+        window = self.window(tile)
+        whole = torch.zeros(window.height, window.width)
+        whole[tile.intersection(window).within(window).slices] = 1
+        return F.adaptive_avg_pool2d(whole[None, None], self.grid(window))[0, 0]
+
     def windows(self, crop: Callable[[Rect], Tensor], tiles: Sequence[Rect], pixels: Tensor) -> Tensor:
         """The windows (k, 3, H, W) of some tiles that show these pixels (k, 3, h, w), in [0, 1], on their device.
 
@@ -80,7 +105,10 @@ class Look:
         """
         seen = torch.stack([crop(self.window(tile)) for tile in tiles]).to(pixels)
         for number, tile in enumerate(tiles):
-            seen[(number, slice(None), *tile.within(self.window(tile)).slices)] = pixels[number]
+            window = self.window(tile)
+            part = tile.intersection(window)
+            shown = pixels[(number, slice(None), *part.within(tile).slices)]
+            seen[(number, slice(None), *part.within(window).slices)] = shown
         return seen
 
     def features(self, windows: Tensor, grid: tuple[int, int]) -> Tensor:

@@ -40,7 +40,8 @@ GROUPS: tuple[tuple[str | None, tuple[tuple[str, ...], ...]], ...] = (
         "DINO: true to the source",
         (
             ("guidance", "guard"),
-            ("guidance_start", "guidance_end", "every"),
+            ("guidance_start", "guidance_end"),
+            ("every", "views"),
             ("distance", "layer", "decoder"),
             ("guard_seeds", "guard_weaker", "guard_strictness"),
             ("maps",),
