@@ -1,0 +1,1 @@
+"""The closed world: pictures whose every texture is known, and small models that live in them."""

@@ -1,0 +1,77 @@
+"""dinotile's engine on the world's denoiser, told what each pixel shows, or not."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import DDIMScheduler, UNet2DConditionModel
+from PIL import Image
+from torch import Tensor, nn
+
+from benchmarks.world.denoiser import CHANNELS, CROP, one_hot
+from benchmarks.world.scenes import FACTOR
+from benchmarks.world.textures import CLASSES
+from lib_dinotile.engine import upscale
+from lib_dinotile.hosts.base import Batch
+from lib_dinotile.hosts.diffusers import DiffusersHost, PixelCodec
+from lib_dinotile.settings import Generation, Settings
+from lib_dinotile.tiling.noise import NoiseField
+
+WEIGHTS = Path(__file__).parent / "weights"
+
+SETTINGS = Settings(scale=float(FACTOR), tile=CROP, overlap=0, batch=16, order="chess", colour="wavelet")
+GENERATION = Generation(steps=10, denoise=0.8, cfg=1.0)
+"""What the world's figures are measured with: 16 tiles, 8 calls of the model for each."""
+
+
+class _Told(nn.Module):
+    """A UNet whose further input channels are set beforehand."""
+
+    def __init__(self, unet: UNet2DConditionModel) -> None:
+        super().__init__()
+        self.unet = unet
+        self.told: Tensor | None = None
+        """(k, CLASSES, h, w)."""
+
+    def forward(self, x: Tensor, *arguments: Any, **options: Any) -> Any:
+        return self.unet(torch.cat([x, self.told.to(x)], 1), *arguments, **options)
+
+
+class WorldHost(DiffusersHost):
+    """img2img in the closed world."""
+
+    def __init__(
+        self, generation: Generation = GENERATION, class_map: np.ndarray | None = None, weights: Path = WEIGHTS
+    ) -> None:
+        """class_map: (H, W) int64 over the canvas, what the model is told; None tells it nothing."""
+        unet = UNet2DConditionModel.from_pretrained(weights / "unet").float().eval().requires_grad_(False)
+        super().__init__(unet, DDIMScheduler.from_pretrained(weights / "scheduler"), PixelCodec(), "world", generation)
+        self._unet = _Told(unet)
+        self.class_map = class_map
+
+    def _predict(self, x: Tensor, timestep: Tensor, batch: Batch, progress: float) -> Tensor:
+        if self.class_map is None:
+            self._unet.told = x.new_zeros(len(x), CLASSES, *x.shape[2:])
+        else:
+            crops = [torch.from_numpy(self.class_map[tile.slices].copy()) for tile in batch.tiles]
+            self._unet.told = one_hot(torch.stack(crops))
+        return super()._predict(x, timestep, batch, progress)
+
+
+def as_image(pixels: Tensor) -> Image.Image:
+    """(3, H, W) in 0..1 -> RGB."""
+    return Image.fromarray((pixels.permute(1, 2, 0) * 255).round().to(torch.uint8).numpy())
+
+
+def as_pixels(image: Image.Image) -> Tensor:
+    """RGB -> (3, H, W) in 0..1."""
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 255
+
+
+def painted(host: WorldHost, source: Tensor, seed: int, settings: Settings = SETTINGS) -> Tensor:
+    """The engine's result (3, H, W) for a source (3, h, w), both in 0..1."""
+    noise = NoiseField(seed, CHANNELS)
+    return as_pixels(upscale(host, as_image(source), settings, noise).image)
