@@ -20,6 +20,7 @@ from torch import Tensor
 from benchmarks.world.heads import LAYERS, TILE, in_windows, source_features
 from benchmarks.world.host import WEIGHTS
 from benchmarks.world.scenes import EVALUATION_ATLAS, NO_LABEL, SIDE, Scene, repainted, scene, wrong_classes
+from lib_dinotile.condition.guard import GUARD_LAYER
 from lib_dinotile.dino.encoder import PatchEncoder, load_encoder
 from lib_dinotile.dino.head import RestorationHead, load_heads
 
@@ -86,12 +87,12 @@ def scores(features: Tensor, wanted: Tensor) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def guard_auc(encoder: PatchEncoder, heads: Mapping[int, RestorationHead], count: int, seed: int) -> float:
-    """As the guard looks: the last layer, each tile in its window of the blurred canvas, through the head, cosine."""
+    """As the guard looks: its layer, each tile in its window of the blurred canvas, through the head, cosine."""
     good, bad = [], []
     for pair in pairs(count, seed):
-        wanted = heads[-1](source_features(encoder, pair.true)[None])[0]
+        wanted = heads[GUARD_LAYER](source_features(encoder, pair.true, GUARD_LAYER)[None])[0]
         for picture, values in ((pair.true, good), (pair.wrong, bad)):
-            seen = in_windows(encoder, picture.sharp, pair.true.blurred)
+            seen = in_windows(encoder, picture.sharp, pair.true.blurred, GUARD_LAYER)
             values.append(F.cosine_similarity(seen, wanted, dim=0).numpy()[pair.known])
     return auc(np.concatenate(good), np.concatenate(bad))
 
