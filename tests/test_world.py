@@ -15,7 +15,7 @@ from benchmarks.world.scenes import NO_LABEL, repainted, scene, wrong_classes
 @pytest.fixture(scope="module")
 def world():
     with torch.no_grad():
-        yield semantics.World()
+        yield semantics.World(semantics.QUICK)
 
 
 def test_scenes_are_the_same_by_seed_and_their_source_does_not_hold_the_texture():

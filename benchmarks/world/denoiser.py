@@ -57,7 +57,7 @@ colours, which extend over many pixels."""
 CROP = 64
 """Side of what it trains on and of the tiles it draws, in px."""
 
-HABIT = 0.9
+HABIT = 0.25
 """Share of the regions, in the pictures that it isn't told about, whose class goes by their colour. So it has a habit,
 as checkpoints do, and follows it where nothing else says what to draw; elsewhere in the world colours say nothing."""
 
