@@ -2,6 +2,7 @@
 
 In a closed world, where the truth is known (benchmarks/world): the hallucination rate is the share of 16-px patches
 whose texture, named by a judge that nothing else uses, is not the true one. What is blurred or garbage counts as wrong.
+With the features of another image, patches count where that shows another texture.
 The gates (benchmarks/world/gates.py) are checked first: if one does not hold, the run is invalid and shows no rates.
 
 python benchmarks/semantics.py --model FILE|FOLDER|ID --dino ID --eye ID PHOTOS
@@ -75,9 +76,11 @@ class World:
         known = made.labels != NO_LABEL
         first, second = self.judge.verdict(pixels[None])[0].numpy(), self.spectral.verdict(pixels)
         strange = known & (other.labels != NO_LABEL) & (other.labels != made.labels)
+        # Where both images show the same, features of the other are no control.
+        counted = strange if arm == OTHER else known
         return {
-            "rate": float((first != made.labels)[known].mean()),
-            "spectral": float((second != made.labels)[known].mean()),
+            "rate": float((first != made.labels)[counted].mean()),
+            "spectral": float((second != made.labels)[counted].mean()),
             "blank": float((first == NONE)[known].mean()),
             "garbage": float((first == GARBAGE)[known].mean()),
             "followed": float((first == other.labels)[strange].mean()),

@@ -26,7 +26,7 @@ def test_scenes_are_the_same_by_seed_and_their_source_does_not_hold_the_texture(
     assert ((wrong.labels != first.labels) | (first.labels == NO_LABEL)).all()
     assert (wrong.sharp - first.sharp).abs().mean() > 0.05
     shrunk = [torch.nn.functional.avg_pool2d(each.sharp[None], 4) for each in (first, wrong)]
-    assert (shrunk[0] - shrunk[1]).abs().mean() < 0.01
+    assert (shrunk[0] - shrunk[1]).abs().mean() < 0.02
 
 
 def test_the_judges_know_every_texture_and_the_lack_of_one(world):
