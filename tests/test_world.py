@@ -63,6 +63,7 @@ def test_statistics():
     assert 0.2 <= low < 0.5 < high <= 0.8
     low, high = ratio_interval([1.0, 2.0], [2.0, 4.0])
     assert low == high == 0.5
-    same = {"a": {"rate": [0.9], "spectral": [0.8]}, "b": {"rate": [0.4], "spectral": [0.5]}}
-    assert semantics.agree(same)
-    assert not semantics.agree({**same, "c": {"rate": [0.2], "spectral": [0.9]}})
+    ranked = {arm: {"rate": [rate], "spectral": [rate / 2]} for arm, rate in zip("abcd", (0.9, 0.4, 0.6, 0.2))}
+    assert semantics.agreement(ranked) == pytest.approx(1)
+    ranked["a"]["spectral"] = [0.05]
+    assert semantics.agreement(ranked) < semantics.AGREEMENT
