@@ -41,7 +41,10 @@ def test_guidance_takes_part_with_any_sampler_and_brings_the_result_nearer(
     if sampler not in webui.names("samplers"):
         pytest.skip(f"this WebUI has no {sampler}")
     more = {"sampler_name": sampler, "steps": 10, "denoising_strength": 0.6}
-    plain, guided = (webui.img2img(source, {**WATCHED, **way}, **more) for way in ({}, {"guidance": 0.5, "every": 1}))
+    way = {"guidance": 0.5, "every": 1}
+    if sampler == "PLMS":  # it extrapolates from earlier steps: where guidance ends it goes back for a while
+        way["guidance_end"] = 1.0
+    plain, guided = (webui.img2img(source, {**WATCHED, **chosen}, **more) for chosen in ({}, way))
     assert difference(plain.image, guided.image) > 2
     # Another layer is compared than the one that steers.
     assert sum(scores(guided)) > sum(scores(plain))
