@@ -150,7 +150,7 @@ def closed_world(arguments: argparse.Namespace) -> dict[str, Any] | None:
     """The figures for the last line, or None if the world is not valid."""
     world = World(QUICK if arguments.quick else GENERATION)
     figures = gates.cheap_gates(6 if arguments.quick else 40, REPORT_SEED)
-    told = gates.painting_rates(2 if arguments.quick else 8, True, REPORT_SEED, world.generation)
+    told = gates.painting_rates(1 if arguments.quick else 8, True, REPORT_SEED, world.generation)
     figures["told_rate"] = told["rate"]
     for name, value in figures.items():
         side, limit = gates.GATES[name]
@@ -158,10 +158,11 @@ def closed_world(arguments: argparse.Namespace) -> dict[str, Any] | None:
     if not gates.holds(figures):
         print("invalid: a gate does not hold, so rates would mean nothing")
         return None
-    auc = guard_auc(world.encoder, world.heads, 8 if arguments.quick else 40, REPORT_SEED)
+    auc = guard_auc(world.encoder, world.heads, 4 if arguments.quick else 40, REPORT_SEED)
     print(f"guard test: prefers the true texture to a wrong one, AUC {auc:.3f}")
     count = arguments.images or (2 if arguments.quick else 12)
-    found = measure(world, ARMS, count, REPORT_SEED, CHOSEN, not arguments.quick)
+    settings = replace(CHOSEN, guard_seeds=1) if arguments.quick else CHOSEN
+    found = measure(world, ARMS, count, REPORT_SEED, settings, not arguments.quick)
     tau = agreement(found)
     print(f"gate {'agreement':15} {tau:.3f}  (at least {AGREEMENT}): the two judges' rankings of the arms")
     if not tau >= AGREEMENT:
