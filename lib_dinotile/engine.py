@@ -134,7 +134,7 @@ def draw_maps(
     """The maps that `settings` ask for, by name; consistency where these tiles are painted."""
     from lib_dinotile import maps  # matplotlib takes long to load
 
-    found, image = {}, canvas.picture(Rect(0, 0, plan.width, plan.height))
+    found, image = {}, canvas.preview(maps.SIDE)
     if conditions.shown:
         found[SEMANTIC] = maps.semantic_map(image, conditions.shown, plan)
     if settings.maps in (CONSISTENCY, BOTH):

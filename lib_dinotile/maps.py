@@ -47,12 +47,12 @@ def principal_colours(features: Tensor) -> Tensor:
 def semantic_map(image: Image.Image, field: FeatureField, plan: TilePlan) -> Image.Image:
     """What the encoder sees in the source: its features as colours over the picture (RGB), with the tiles' borders.
 
-    image: the upscaled source, or the result.
+    image: the upscaled source, or the result, of any size.
     """
-    shown, ratio = _shown(image)
+    ratio = image.width / plan.width
     colours = (principal_colours(field.features) * 255).byte().permute(1, 2, 0).numpy()
-    overlay = Image.fromarray(colours).resize(shown.size, Image.Resampling.BICUBIC)
-    picture = Image.blend(shown.convert("L").convert("RGB"), overlay, 0.65)
+    overlay = Image.fromarray(colours).resize(image.size, Image.Resampling.BICUBIC)
+    picture = Image.blend(image.convert("L").convert("RGB"), overlay, 0.65)
     draw = ImageDraw.Draw(picture)
     for number, tile in enumerate(plan.tiles, 1):
         left, top = tile.x * ratio, tile.y * ratio
@@ -96,17 +96,16 @@ def consistency(guard: Guard, canvas: Canvas, plan: TilePlan, tiles: Sequence[Re
 def consistency_map(image: Image.Image, cosines: Tensor, doubtful: Tensor) -> Image.Image:
     """How well a picture (RGB) agrees with its source, patch by patch, with a legend below.
 
-    cosines, doubtful: (h, w) over the picture; what is in doubt has a red and white border.
+    cosines, doubtful: (h, w) over the picture, which may have any size; what is in doubt has a red and white border.
     """
-    shown, _ = _shown(image)
     colormap = matplotlib.colormaps[COLOURS]
     values = ((cosines - LEAST) / (MOST - LEAST)).clamp(0, 1)
     colours = (colormap(values.nan_to_num(0).numpy())[..., :3] * 255).astype(np.uint8)
-    overlay = Image.fromarray(colours).resize(shown.size, Image.Resampling.NEAREST)
-    grey = shown.convert("L").convert("RGB")
-    known = Image.fromarray((cosines.isfinite().numpy() * 255).astype(np.uint8)).resize(shown.size)
+    overlay = Image.fromarray(colours).resize(image.size, Image.Resampling.NEAREST)
+    grey = image.convert("L").convert("RGB")
+    known = Image.fromarray((cosines.isfinite().numpy() * 255).astype(np.uint8)).resize(image.size)
     picture = Image.composite(Image.blend(grey, overlay, 0.6), grey, known)
-    mask = np.asarray(Image.fromarray((doubtful.numpy() * 255).astype(np.uint8)).resize(shown.size)) > 127
+    mask = np.asarray(Image.fromarray((doubtful.numpy() * 255).astype(np.uint8)).resize(image.size)) > 127
     pixels = np.asarray(picture).copy()
     pixels[_border(mask, 3)] = (255, 255, 255)
     pixels[_border(mask, 1)] = (200, 0, 0)
@@ -153,10 +152,3 @@ def _font(size: int) -> ImageFont.ImageFont | ImageFont.FreeTypeFont:
         return ImageFont.load_default(size)
     except TypeError:  # Pillow before 10.1 has one size only
         return ImageFont.load_default()
-
-
-def _shown(image: Image.Image) -> tuple[Image.Image, float]:
-    """The picture at a size to be looked at, and what of its own size that is."""
-    ratio = min(1.0, SIDE / max(image.size))
-    size = [max(1, round(side * ratio)) for side in image.size]
-    return image.resize(size, Image.Resampling.BOX) if ratio < 1 else image.copy(), ratio

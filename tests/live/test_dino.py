@@ -145,4 +145,4 @@ def test_maps_come_behind_the_image(webui: WebUI, source: Image.Image, tiled: Re
     assert semantic.size == image.size and consistency.height > image.height
     assert len(reply.infotexts) == 3 and "DINO Tile map: semantic" in reply.infotexts[1]
     again = webui.img2img(source, {**LOOK, "maps": "semantic"}, seed=5)
-    assert difference(again.images[1].convert("L"), semantic.convert("L")) >= 0 and len(again.images) == 2
+    assert len(again.images) == 2 and correlation(again.images[1], semantic) > 0.9  # the colours are the source's
