@@ -7,6 +7,8 @@ something else.
 auc: how surely a patch's distance from the source's features is smaller for the true picture than for the wrong one,
 by layer, by what the source's features are made from (the whole source at once, windows of it, the tile's own region
 alone) and by how many patches around a tile are seen with it.
+doubt: the share of patches that the guard doubts in the true picture and in the same one upside down, when the floor is
+the plain enlarged source beside the source, and when it is the rehearsal that the guard makes.
 interpolation: the cosine of what the field gives half a patch beside its cells with what the encoder sees there.
 """
 
@@ -30,10 +32,12 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from benchmarks.arms import to_pixels
+from lib_dinotile.condition.guard import GUARD_LAYER, Floor, Guard, rehearsal_size, rehearse
 from lib_dinotile.condition.look import Look
 from lib_dinotile.dino.encoder import PatchEncoder, load_encoder
 from lib_dinotile.dino.field import FeatureField, feature_field
 from lib_dinotile.images import read_image
+from lib_dinotile.settings import Settings
 from lib_dinotile.tiling.canvas import Canvas
 from lib_dinotile.tiling.colour import correct
 from lib_dinotile.tiling.plan import Rect, TilePlan
@@ -103,6 +107,27 @@ def distances(look: Look, image: Image.Image, around: Image.Image, plan: TilePla
     return torch.cat(found)
 
 
+def doubt(encoder: PatchEncoder, each: Case, plan: TilePlan) -> dict[str, tuple[float, float]]:
+    """Floor -> (share of the true picture's patches in doubt, of those of the picture upside down)."""
+    plain, settings = each.source.resize(each.true.size, LANCZOS), Settings()
+    canvas = Canvas(plain, plan)
+    look = Look(encoder, field(encoder, each.source, "whole", GUARD_LAYER, plan), plan.padded, GUARD_LAYER)
+    shrunk = each.source.resize(rehearsal_size(each.source.size, each.true.size), LANCZOS)
+    rehearsal = rehearse(look.field, field(encoder, shrunk, "whole", GUARD_LAYER, plan))
+    floors = {"plain": (Floor.of(distances(look, plain, plain, plan)), False), "rehearsal": (rehearsal, True)}
+    found = {}
+    for name, (floor, relative) in floors.items():
+        guard, shares = Guard(look, canvas, floor, settings.guard_strictness, relative), []
+        for picture in (each.true, each.true.transpose(Image.Transpose.ROTATE_180)):
+            shown, doubted = Canvas(picture, plan), []
+            for tile in plan.tiles:
+                seen = guard.distances([tile], shown.source(tile)[None])[0]
+                doubted.append(guard.doubt(tile, seen)[look.own(tile)].flatten())
+            shares.append(float(torch.cat(doubted).float().mean()))
+        found[name] = shares[0], shares[1]
+    return found
+
+
 def interpolation(encoder: PatchEncoder, source: Image.Image, layer: int) -> dict[str, float]:
     """How near each way to interpolate comes, half a patch to the lower right of the cells."""
     half = encoder.patch // 2
@@ -148,6 +173,12 @@ def main() -> None:
             aucs.append(float(roc_auc_score(truth, values)))
             figures[f"{layer} {kind} {context}"] = round(aucs[-1], 4)
         print(f"{layer:5}  {kind:14}" + "".join(f"  {auc:9.3f}" for auc in aucs), flush=True)
+    print("share of the patches in doubt, of the true picture / upside down")
+    doubts = [doubt(encoder, each, plan) for each in cases]
+    for name in doubts[0]:
+        true, turned = (float(np.mean([one[name][which] for one in doubts])) for which in range(2))
+        print(f"  floor: {name:10} {true:.3f} / {turned:.3f}", flush=True)
+        figures |= {f"doubt {name}": round(true, 4), f"doubt {name}, upside down": round(turned, 4)}
     print("cosine with what the encoder sees half a patch aside")
     for layer in layers:
         found = [interpolation(encoder, each.source, layer) for each in cases]
