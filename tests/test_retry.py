@@ -46,12 +46,13 @@ class Forger(StubHost):
 
     def __init__(self, good=lambda seed: False, wrong=lambda number: True, **more):
         super().__init__(**more)
-        self.good, self.wrong, self.calls, self.strengths = good, wrong, [], []
+        self.good, self.wrong, self.calls, self.strengths, self.masks = good, wrong, [], [], []
 
     def sample(self, latents, views, noise, canvas, denoise=None, mask=None):
         seed = noise._field._seed
         self.calls.append((seed, len(latents)))
         self.strengths.append(denoise)
+        self.masks.append(mask)
         painted = self.decode(latents)
         for number in range(len(painted)):
             if not self.good(seed) and self.wrong(number):
@@ -115,6 +116,8 @@ def test_only_tiles_in_doubt_are_painted_again_and_only_there():
     first, again = Forger(wrong=spoils), Forger(good=lambda seed: seed == 8, wrong=spoils)
     result, source, image = run(again)
     _, _, before = run(first, guard="report")
+    held = [mask for (seed, _), mask in zip(again.calls, again.masks) if seed == 8]
+    assert all(0 < mask.mean() < 0.5 for mask in held)  # the model holds on to what is not in doubt
     retried = [tile for tile in result.report.tiles if tile.verdict.retries]
     assert len(retried) == 2 and sum(count for seed, count in again.calls if seed == 8) == 2
     changed = abs(image - before).max(2) > 0
