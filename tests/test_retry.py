@@ -117,7 +117,7 @@ def test_only_tiles_in_doubt_are_painted_again_and_only_there():
     result, source, image = run(again)
     _, _, before = run(first, guard="report")
     held = [mask for (seed, _), mask in zip(again.calls, again.masks) if seed == 8]
-    assert all(0 < mask.mean() < 0.5 for mask in held)  # the model holds on to what is not in doubt
+    assert held and all(0 < mask.mean() < 0.8 for mask in held)  # the model holds on to what is not in doubt
     retried = [tile for tile in result.report.tiles if tile.verdict.retries]
     assert len(retried) == 2 and sum(count for seed, count in again.calls if seed == 8) == 2
     changed = abs(image - before).max(2) > 0
