@@ -96,7 +96,7 @@ def sd15(generation: Generation, folder: Path) -> tuple[DiffusersHost, PatchEnco
     )
     unet = Textless()
     host = DiffusersHost(unet.unet, DDIMScheduler(), VaeCodec(vae.eval().requires_grad_(False)), "sd15", generation)
-    host._unet, tiny = unet, AutoencoderTiny().eval().requires_grad_(False)
+    host.unet, tiny = unet, AutoencoderTiny().eval().requires_grad_(False)
     host.guidance_decoder = lambda _: ("TAESD", lambda latents: (tiny.decode(latents).sample + 1) / 2)
     Dinov2Model(Dinov2Config(hidden_size=384, num_hidden_layers=12, num_attention_heads=6)).save_pretrained(folder)
     return host, load_encoder(str(folder))

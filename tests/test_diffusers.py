@@ -172,7 +172,7 @@ def test_the_family_and_the_shape_are_read_off_the_checkpoint(sd15, sdxl):
 def test_residual_slots_are_those_of_the_real_unet(sd15):
     """The shape is computed from the configuration: hold it against what the blocks really put out."""
     host, sizes = load_host(Generation(model=sd15)), []
-    unet = host._unet
+    unet = host.unet
 
     def down(module, arguments, output):
         sizes.extend(tuple(skip.shape[1:]) for skip in output[1])
@@ -231,24 +231,24 @@ def test_outside_the_mask_nothing_changes(sd15, order):
 
 def test_what_overflows_in_half_precision_is_done_again_in_full(sd15, monkeypatch):
     host = load_host(Generation(model=sd15, prompt="a cat", steps=4, denoise=0.5))
-    host._unet.to(torch.bfloat16)
+    host.unet.to(torch.bfloat16)
     host._codec.to(torch.bfloat16)
     host.dtype = torch.bfloat16
     text = host._text
     host._text = lambda prompt: tuple(rows.to(host.dtype) for rows in text(prompt))
-    weights = {name: tensor.clone() for name, tensor in host._unet.state_dict().items()}
-    forward, seen = host._unet.forward, []
+    weights = {name: tensor.clone() for name, tensor in host.unet.state_dict().items()}
+    forward, seen = host.unet.forward, []
 
     def overflows(x, *arguments, **more):
         seen.append(x.dtype)
         output = forward(x, *arguments, **more)
         return output if x.dtype == torch.float32 else (output[0] * torch.nan,)
 
-    monkeypatch.setattr(host._unet, "forward", overflows)
+    monkeypatch.setattr(host.unet, "forward", overflows)
     result = upscale(host, SOURCE, Settings(tile=128, overlap=16, scale=1.0), NoiseField(1, 4))
     assert result.report.lines == ["tile 1 was done again in full precision: the model gave what is not a number"]
     assert set(seen) == {torch.bfloat16, torch.float32} and host.dtype == torch.bfloat16
-    for name, tensor in host._unet.state_dict().items():
+    for name, tensor in host.unet.state_dict().items():
         assert tensor.dtype == torch.bfloat16 and torch.equal(tensor, weights[name])
     assert np.asarray(result.image).std() > 1
 

@@ -34,10 +34,11 @@ class _Told(nn.Module):
         super().__init__()
         self.unet = unet
         self.told: Tensor | None = None
-        """(k, CLASSES, h, w)."""
+        """(k, CLASSES, h, w); None tells it nothing."""
 
     def forward(self, x: Tensor, *arguments: Any, **options: Any) -> Any:
-        return self.unet(torch.cat([x, self.told.to(x)], 1), *arguments, **options)
+        told = x.new_zeros(len(x), CLASSES, *x.shape[2:]) if self.told is None else self.told.to(x)
+        return self.unet(torch.cat([x, told], 1), *arguments, **options)
 
 
 class WorldHost(DiffusersHost):
@@ -49,15 +50,13 @@ class WorldHost(DiffusersHost):
         """class_map: (H, W) int64 over the canvas, what the model is told; None tells it nothing."""
         unet = UNet2DConditionModel.from_pretrained(weights / "unet").float().eval().requires_grad_(False)
         super().__init__(unet, DDIMScheduler.from_pretrained(weights / "scheduler"), PixelCodec(), "world", generation)
-        self._unet = _Told(unet)
+        self.unet = _Told(unet)
         self.class_map = class_map
 
     def _predict(self, x: Tensor, timestep: Tensor, batch: Batch, progress: float) -> Tensor:
-        if self.class_map is None:
-            self._unet.told = x.new_zeros(len(x), CLASSES, *x.shape[2:])
-        else:
+        if self.class_map is not None:
             crops = [torch.from_numpy(self.class_map[tile.slices].copy()) for tile in batch.tiles]
-            self._unet.told = one_hot(torch.stack(crops))
+            self.unet.told = one_hot(torch.stack(crops))
         return super()._predict(x, timestep, batch, progress)
 
 

@@ -80,7 +80,7 @@ class DiffusersHost:
         progress: Callable[[int, int], None] = lambda done, total: None,
     ) -> None:
         """text: gives the embeddings (1, n, D) of a prompt and of the negative one, for SDXL also the pooled (1, D)."""
-        self._unet, self._codec, self._generation, self._progress = unet, codec, generation, progress
+        self.unet, self._codec, self._generation, self._progress = unet, codec, generation, progress
         self.factor, self.channels, self.base = codec.factor, codec.channels, base
         self.shape = UNetShape.of_diffusers(unet)
         self.device, self.dtype = unet.device, unet.dtype
@@ -178,27 +178,39 @@ class DiffusersHost:
     def _predict(self, x: Tensor, timestep: Tensor, batch: Batch, progress: float) -> Tensor:
         """The UNet's prediction for k tiles, guided by the prompts if there are any (rows: prompts, then negative)."""
         copies = 2 if self._guided else 1
-        inputs: dict[str, Any] = {"encoder_hidden_states": None}
+        words: list[Tensor] = []
         if self._text is not None:
             texts = [self._text(self.prompt if prompt is None else prompt) for prompt in batch.prompts]
             # One row a tile and copy, of each kind of embedding: those of the prompts, then those of the negative one.
-            kinds = [torch.cat(rows).to(self.dtype) for rows in zip(*texts)]
-            inputs["encoder_hidden_states"] = torch.cat(kinds[:copies])
-            if len(kinds) > 2:
-                pooled = torch.cat(kinds[2 : 2 + copies])
-                height, width = (side * self.factor for side in x.shape[-2:])
-                sizes = torch.tensor([[height, width, 0, 0, height, width]], device=x.device, dtype=pooled.dtype)
-                inputs["added_cond_kwargs"] = {"text_embeds": pooled, "time_ids": sizes.expand(len(pooled), -1)}
+            kinds = [torch.cat(rows) for rows in zip(*texts)]
+            words = [torch.cat(kinds[at : at + copies]) for at in range(0, len(kinds), 2)]
         residuals = batch.condition and batch.condition.residuals(self._sigmas[int(timestep)], progress)
         if residuals is not None:
-            added = [residual.to(x).repeat(copies, 1, 1, 1) for residual in residuals]
-            inputs["down_block_additional_residuals"] = added[:-1]
-            inputs["mid_block_additional_residual"] = added[-1]
-        prediction = self._unet(fast(x.repeat(copies, 1, 1, 1)), timestep, **inputs, return_dict=False)[0]
+            residuals = [residual.repeat(copies, 1, 1, 1) for residual in residuals]
+        prediction = self.predict(x.repeat(copies, 1, 1, 1), timestep, words, residuals)
         if not self._guided:
             return prediction
         prompt, negative = prediction.chunk(2)
         return negative + self._generation.cfg * (prompt - negative)
+
+    def words(self, prompt: str) -> tuple[Tensor, ...]:
+        """A prompt as the UNet is given it: embeddings (1, n, D), for SDXL also the pooled one (1, D); or nothing."""
+        return () if self._text is None else self._text(prompt)[::2]
+
+    def predict(
+        self, x: Tensor, timestep: Tensor, words: Sequence[Tensor] = (), residuals: Sequence[Tensor] | None = None
+    ) -> Tensor:
+        """The UNet's prediction for noisy latents (k, C, h, w), a row of `words` for each; timestep: () or (k,)."""
+        inputs: dict[str, Any] = {"encoder_hidden_states": words[0].to(x) if words else None}
+        if len(words) > 1:
+            height, width = (side * self.factor for side in x.shape[-2:])
+            sizes = torch.tensor([[height, width, 0, 0, height, width]], device=x.device, dtype=x.dtype)
+            inputs["added_cond_kwargs"] = {"text_embeds": words[1].to(x), "time_ids": sizes.expand(len(x), -1)}
+        if residuals is not None:
+            added = [residual.to(x) for residual in residuals]
+            inputs["down_block_additional_residuals"] = added[:-1]
+            inputs["mid_block_additional_residual"] = added[-1]
+        return self.unet(fast(x), timestep, **inputs, return_dict=False)[0]
 
     def guidance_decoder(self, choice: str) -> tuple[str, Callable[[Tensor], Tensor]]:
         codec = self._codec
@@ -214,7 +226,7 @@ class DiffusersHost:
 
     @contextlib.contextmanager
     def full_precision(self) -> Iterator[None]:
-        with in_float32([self._unet, self._codec]), overridden(self, dtype=torch.float32):
+        with in_float32([self.unet, self._codec]), overridden(self, dtype=torch.float32):
             yield
 
     def free_memory(self) -> None:
@@ -273,20 +285,23 @@ def _pretrained(name: str) -> Any:
 
 
 def load_host(
-    generation: Generation, progress: Callable[[int, int], None] = lambda done, total: None, number: int = 0
+    generation: Generation,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+    number: int = 0,
+    dtype: torch.dtype | None = None,
 ) -> DiffusersHost:
-    """The host for `generation.model`, on the GPU of that number, if there is any.
+    """The host for `generation.model`, on the GPU of that number, if there is any; dtype: None, what is usual there.
 
     DinotileError, one line, if the model is not there or no Stable Diffusion.
     """
     gpus = torch.cuda.device_count()
     device = torch.device("cuda", number % gpus) if gpus else torch.device("cpu")
-    dtype = torch.float16 if device.type == "cuda" else torch.float32
+    usual = torch.float16 if device.type == "cuda" else torch.float32
     name, path = generation.model, Path(generation.model)
     diffusers_logging.set_verbosity_error()
     diffusers_logging.disable_progress_bar()
     if name == "mini":
-        unet = UNet2DConditionModel.from_pretrained(MINI / "unet").to(device, torch.float32).eval()
+        unet = UNet2DConditionModel.from_pretrained(MINI / "unet").to(device, dtype or torch.float32).eval()
         return DiffusersHost(
             unet, DDIMScheduler.from_pretrained(MINI / "scheduler"), PixelCodec(), "mini", generation, progress=progress
         )
@@ -304,7 +319,7 @@ def load_host(
         raise DinotileError(
             f"model: {name} is a {type(pipe).__name__}; give a Stable Diffusion 1.5, 2 or XL checkpoint"
         )
-    pipe.to(device, dtype)
+    pipe.to(device, dtype or usual)
     codec = VaeCodec(pipe.vae)
 
     def text(prompt: str) -> tuple[Tensor, ...]:
