@@ -22,7 +22,7 @@ from lib_dinotile.condition.conditioner import MINI, Conditioner
 from lib_dinotile.engine import UnfinishedError, analyze, canvas_size, upscale
 from lib_dinotile.images import check_writable, read_image, read_mask, write_image
 from lib_dinotile.journal import open_journal
-from lib_dinotile.settings import BOTH, MAX_SIDE, NONE, SEMANTIC, Generation, Options, Settings
+from lib_dinotile.settings import AUTOMATIC, BOTH, MAX_SIDE, NONE, SEMANTIC, Generation, Options, Settings
 from lib_dinotile.team import Team, make_team
 from lib_dinotile.tiling.noise import NoiseField
 
@@ -239,7 +239,9 @@ def _upscale(arguments: argparse.Namespace) -> None:
 
 def _heads(settings: Settings) -> dict[str, Path]:
     """The restoration head: on the command line its name is that of its file."""
-    if settings.head != NONE and not Path(settings.head).is_file():
+    if settings.head in (NONE, AUTOMATIC):
+        return {}
+    if not Path(settings.head).is_file():
         raise DinotileError(f"head: there is no file {settings.head}")
     return {settings.head: Path(settings.head)}
 

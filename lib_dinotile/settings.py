@@ -362,9 +362,10 @@ class Settings(Options):
         choices=MAPS,
     )
     head: str = option(
-        NONE,
+        AUTOMATIC,
         "Restoration head",
-        "Trained weights that tell what DINO would see if the source were sharp.",
+        "Trained weights that tell guidance and guard what DINO would see if the source were sharp. Automatic: those in "
+        "the adapter's file, if it has any.",
         infotext="DINO Tile head",
         only_with=_looking,
     )

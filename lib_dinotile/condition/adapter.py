@@ -39,6 +39,8 @@ class AdapterConfig:
     """Residual blocks of the multi-scale part, on its coarse grid."""
     grid: int = 4
     """Latent cells per cell of that grid."""
+    restored: bool = False
+    """Whether it reads the tokens as the restoration head in its file gives them."""
 
     def __post_init__(self) -> None:
         for name, low, high in (("features", 1, 8192), ("width", 8, 2048), ("blocks", 0, 32), ("grid", 1, 64)):

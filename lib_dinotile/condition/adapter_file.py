@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -12,28 +13,43 @@ from safetensors.torch import save_file
 from lib_dinotile import DinotileError
 from lib_dinotile.condition.adapter import Adapter, AdapterConfig
 from lib_dinotile.condition.shape import UNetShape
+from lib_dinotile.dino.head import RestorationHead, pack
 
 FORMAT = "dinotile-adapter"
 VERSION = 1
 HYPERPARAMETERS = ("width", "blocks", "grid")
 
 
-def save_adapter(adapter: Adapter, path: Path, dtype: torch.dtype = torch.float16, **extra: str) -> None:
-    """Write `adapter` to `path`; `extra` goes into the metadata (how it was made)."""
+def save_adapter(
+    adapter: Adapter,
+    path: Path,
+    dtype: torch.dtype = torch.float16,
+    heads: Mapping[int, RestorationHead] | None = None,
+    **extra: str,
+) -> None:
+    """Write `adapter` to `path`, and its encoder's restoration heads; `extra` goes into the metadata (how it was made).
+
+    ValueError if the adapter reads through a head that is not among them.
+    """
     config = adapter.config
+    if config.restored and config.layer not in (heads or {}):
+        raise ValueError(f"the adapter reads layer {config.layer} through a head that is not given")
+    packed, told = pack(heads) if heads else ({}, {})
     metadata = {
         **extra,
+        **told,
         "format": FORMAT,
         "version": str(VERSION),
         "base": config.base,
         "encoder": config.encoder,
         "features": str(config.features),
         "layer": str(config.layer),
+        "restored": str(config.restored).lower(),
         "slots": json.dumps(config.shape.slots),
         "hyperparameters": json.dumps({name: getattr(config, name) for name in HYPERPARAMETERS}),
     }
     tensors = {name: tensor.to("cpu", dtype).contiguous() for name, tensor in adapter.state_dict().items()}
-    save_file(tensors, path, metadata=metadata)
+    save_file({**tensors, **packed}, path, metadata=metadata)
 
 
 def _config(metadata: dict[str, str], path: Path) -> AdapterConfig:
@@ -52,19 +68,25 @@ def _config(metadata: dict[str, str], path: Path) -> AdapterConfig:
             encoder=metadata["encoder"],
             features=int(metadata["features"]),
             layer=int(metadata["layer"]),
+            restored=metadata.get("restored") == "true",
             **{name: int(hyperparameters[name]) for name in HYPERPARAMETERS},
         )
     except (KeyError, TypeError, ValueError) as error:
         raise DinotileError(f"{path.name} is damaged: bad adapter metadata ({error!r})") from error
 
 
-def read_config(path: Path) -> AdapterConfig:
-    """What an adapter file says of itself, without reading its tensors. DinotileError if it is no adapter."""
+def read_metadata(path: Path) -> dict[str, str]:
+    """What a safetensors file says of itself, without reading its tensors. DinotileError if it is none."""
     try:
         with safe_open(path, framework="pt") as file:
-            return _config(file.metadata() or {}, path)
+            return file.metadata() or {}
     except (OSError, SafetensorError) as error:
         raise DinotileError(f"{path.name} cannot be read as a safetensors file: {error}") from error
+
+
+def read_config(path: Path) -> AdapterConfig:
+    """What kind of adapter is in a file. DinotileError if it is no adapter."""
+    return _config(read_metadata(path), path)
 
 
 def load_adapter(path: Path, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> Adapter:
@@ -74,7 +96,8 @@ def load_adapter(path: Path, device: torch.device | str = "cpu", dtype: torch.dt
         wanted = {name: tuple(tensor.shape) for name, tensor in Adapter(config).state_dict().items()}
     try:
         with safe_open(path, framework="pt") as file:
-            found = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+            names = [name for name in file.keys() if not name.startswith("heads.")]  # noqa: SIM118
+            found = {name: tuple(file.get_slice(name).get_shape()) for name in names}
             if found != wanted:
                 odd = sorted(name for name in found.keys() | wanted.keys() if found.get(name) != wanted.get(name))
                 raise DinotileError(f"{path.name} is damaged: tensor {odd[0]} does not fit its metadata")

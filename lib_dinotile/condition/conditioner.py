@@ -15,7 +15,7 @@ from torch import Tensor
 
 from lib_dinotile import DinotileError
 from lib_dinotile.condition.adapter import Adapter, AdapterCondition
-from lib_dinotile.condition.adapter_file import check_encoder, check_fit, load_adapter, read_config
+from lib_dinotile.condition.adapter_file import check_encoder, check_fit, load_adapter, read_config, read_metadata
 from lib_dinotile.condition.guard import GUARD_LAYER, Floor, Guard, rehearsal_size, rehearse
 from lib_dinotile.condition.guidance import CONTEXT as GUIDANCE_CONTEXT
 from lib_dinotile.condition.guidance import SELF_SIMILARITY, Guidance
@@ -86,10 +86,12 @@ class Conditioner:
         adapter: Adapter | None = None,
         heads: Mapping[int, RestorationHead] | None = None,
         decoder: tuple[str, Callable[[Tensor], Tensor]] | None = None,
+        adapter_head: RestorationHead | None = None,
     ) -> None:
-        """heads: restoration heads by layer; decoder: name and function of what guidance sees the latents through."""
+        """heads: restoration heads by layer, for guidance and guard; decoder: name and function of what guidance sees
+        the latents through; adapter_head: what the adapter reads the features through."""
         self._settings, self.encoder, self._adapter = settings, encoder, adapter
-        self._heads, self._decoder = heads or {}, decoder
+        self._heads, self._decoder, self._adapter_head = heads or {}, decoder, adapter_head
 
     @classmethod
     def load(
@@ -125,12 +127,15 @@ class Conditioner:
         encoder = _eye(settings, config.encoder if config else None, encoders, device, dtype, trusted)
         if settings.guidance and settings.layer > encoder.depth:
             raise DinotileError(f"layer: encoder {encoder.id!r} has {encoder.depth} layers, give at most that")
-        adapter = None
+        adapter, head, own = None, None, None
         if config:
             check_encoder(config, name, encoder.id, encoder.width)
-            adapter = _adapter(adapters[name], adapters[name].stat().st_mtime, device, host.dtype)
+            own = adapters[name]
+            adapter = _adapter(own, own.stat().st_mtime, device, host.dtype)
+            if config.restored:
+                head = load_heads(own, encoder.id, encoder.width, device)[config.layer]
         decoder = host.guidance_decoder(settings.decoder) if settings.guidance else None
-        return cls(settings, encoder, adapter, _restored(settings, encoder, heads or {}), decoder)
+        return cls(settings, encoder, adapter, _restored(settings, encoder, heads or {}, own), decoder, head)
 
     @classmethod
     def without_model(
@@ -161,8 +166,10 @@ class Conditioner:
         }
         asked = {name: each for name, each in wanted.items() if each}
         fields = dict.fromkeys(wanted) | dict(zip(asked, self._fields(source, size, list(asked.values()))))
-        for name in ("adapter", "guidance", "guard"):
-            fields[name] = fields[name] and self._restored(fields[name], *asked[name])
+        for name in ("guidance", "guard"):
+            layer, facet = asked.get(name, (0, ""))
+            fields[name] = _through(self._heads.get(layer) if facet == "tokens" else None, fields[name])
+        fields["adapter"] = _through(self._adapter_head, fields["adapter"])
         return Features(**fields)
 
     def _fields(
@@ -170,14 +177,6 @@ class Conditioner:
     ) -> list[FeatureField]:
         settings = self._settings
         return _features.fields(self.encoder, to_tensor(source), size, settings.patches, settings.windows, wanted)
-
-    def _restored(self, field: FeatureField, layer: int, facet: Facet) -> FeatureField:
-        """As the head says that it would be if the source were sharp."""
-        head = self._heads.get(layer) if facet == "tokens" else None
-        if head is None:
-            return field
-        with torch.inference_mode(False), torch.no_grad():
-            return FeatureField(head(field.features[None])[0], field.canvas)
 
     @property
     def _guided(self) -> tuple[int, Facet]:
@@ -230,6 +229,14 @@ class Conditioner:
         return Guard(look, canvas, floor, strictness, relative=True)
 
 
+def _through(head: RestorationHead | None, field: FeatureField | None) -> FeatureField | None:
+    """The features as the head says that they would be if the source were sharp."""
+    if head is None or field is None:
+        return field
+    with torch.inference_mode(False), torch.no_grad():
+        return FeatureField(head(field.features[None])[0], field.canvas)
+
+
 def _eye(
     settings: Settings,
     named: str | None,
@@ -251,10 +258,19 @@ def _eye(
     return _encoder(wanted, folder, modified, device, dtype)
 
 
-def _restored(settings: Settings, encoder: PatchEncoder, files: Mapping[str, Path]) -> dict[int, RestorationHead]:
+def _restored(
+    settings: Settings, encoder: PatchEncoder, files: Mapping[str, Path], adapter: Path | None = None
+) -> dict[int, RestorationHead]:
+    """The heads that `settings` ask for; adapter: the adapter's file, which may have some."""
     if settings.head == NONE:
         return {}
-    return load_heads(_chosen("head", settings.head, files), encoder.id, encoder.width, encoder.device)
+    if settings.head != AUTOMATIC:
+        file = _chosen("head", settings.head, files)
+    elif adapter is not None and "heads" in read_metadata(adapter):
+        file = adapter
+    else:
+        return {}
+    return load_heads(file, encoder.id, encoder.width, encoder.device)
 
 
 def automatic_encoder(folder: Path | None) -> str:
@@ -267,7 +283,7 @@ def automatic_encoder(folder: Path | None) -> str:
 
 def _chosen(kind: str, name: str, files: Mapping[str, Path]) -> Path:
     if name not in files:
-        raise DinotileError(f"{kind}: {name!r} is not installed, give one of {', '.join((NONE, *files))}")
+        raise DinotileError(f"{kind}: {name!r} is not installed, give one of {', '.join(dict.fromkeys((NONE, *files)))}")
     return files[name]
 
 

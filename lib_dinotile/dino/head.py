@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from lib_dinotile import DinotileError
 
-FORMAT, VERSION = "dinotile-head", "1"
+FORMAT, VERSION = "dinotile-head", "2"
 
 
 class RestorationHead(nn.Module):
@@ -44,46 +44,47 @@ class RestorationHead(nn.Module):
         return tokens + self.outer(nn.functional.gelu(self.inner(seen)))
 
 
+def pack(heads: Mapping[int, RestorationHead]) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors, in half precision, and metadata by which a file keeps the heads for some layers of an encoder."""
+    first = next(iter(heads.values()))
+    tensors = {f"heads.{layer}.{name}": t for layer, head in heads.items() for name, t in head.state_dict().items()}
+    metadata = {"heads": json.dumps({"layers": sorted(heads), "hidden": first.hidden}), "features": str(first.features)}
+    return {name: tensor.half().cpu().contiguous() for name, tensor in tensors.items()}, metadata
+
+
 def save_heads(heads: Mapping[int, RestorationHead], path: Path, encoder: str, **extra: str) -> None:
-    """Write the heads for some layers of an encoder (its id), in half precision; extra: how they were made.
+    """Write the heads for some layers of an encoder (its id) into a file of their own; extra: how they were made.
 
     Layers are counted from the end: -1 is the last.
     """
-    first = next(iter(heads.values()))
-    metadata = {
-        **extra,
-        "format": FORMAT,
-        "version": VERSION,
-        "encoder": encoder,
-        "layers": json.dumps(sorted(heads)),
-        "features": str(first.features),
-        "hidden": str(first.hidden),
-    }
-    tensors = {f"{layer}.{name}": t for layer, head in heads.items() for name, t in head.state_dict().items()}
-    save_file({name: tensor.half().cpu().contiguous() for name, tensor in tensors.items()}, path, metadata)
+    tensors, metadata = pack(heads)
+    save_file(tensors, path, {**extra, **metadata, "format": FORMAT, "version": VERSION, "encoder": encoder})
 
 
 def load_heads(
     path: Path, encoder: str, features: int, device: torch.device | str = "cpu"
 ) -> dict[int, RestorationHead]:
-    """The heads in a file by layer. DinotileError, one line, if it is none or not for this encoder."""
+    """The heads in a file, their own or an adapter's, by layer.
+
+    DinotileError, one line, if there are none or they are not for this encoder.
+    """
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
-            if metadata.get("format") != FORMAT or metadata.get("version") != VERSION:
-                raise DinotileError(f"{path.name} is not a restoration head of format {FORMAT} {VERSION}")
+            if not metadata.get("format", "").startswith("dinotile-") or "heads" not in metadata:
+                raise DinotileError(f"{path.name} has no restoration head of dinotile's")
             if metadata["encoder"] != encoder or int(metadata["features"]) != features:
                 raise DinotileError(
                     f"head {path.name} is for encoder {metadata['encoder']!r}, not {encoder!r}: choose that one, "
                     "or no head"
                 )
-            heads = {}
+            heads, written = {}, json.loads(metadata["heads"])
             # Made outside of inference mode, and without drawing from the next generation's random numbers.
             with torch.inference_mode(False), torch.random.fork_rng(devices=[]):
-                for layer in json.loads(metadata["layers"]):
-                    head = RestorationHead(features, int(metadata["hidden"]))
+                for layer in written["layers"]:
+                    head = RestorationHead(features, int(written["hidden"]))
                     names = head.state_dict()
-                    head.load_state_dict({name: file.get_tensor(f"{layer}.{name}").float() for name in names})
+                    head.load_state_dict({name: file.get_tensor(f"heads.{layer}.{name}").float() for name in names})
                     heads[int(layer)] = head.to(device).eval().requires_grad_(False)
             return heads
     except DinotileError:

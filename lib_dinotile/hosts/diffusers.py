@@ -85,8 +85,8 @@ class DiffusersHost:
         self.shape = UNetShape.of_diffusers(unet)
         self.device, self.dtype = unet.device, unet.dtype
         self._scheduler = DPMSolverMultistepScheduler.from_config(scheduler.config)
-        alphas = self._scheduler.alphas_cumprod
-        self._sigmas = ((1 - alphas) / alphas).sqrt().tolist()
+        self.alphas = self._scheduler.alphas_cumprod
+        self._sigmas = ((1 - self.alphas) / self.alphas).sqrt().tolist()
         self._guided = text is not None and generation.cfg > 1
         self._text = functools.lru_cache(maxsize=None)(text) if text else None
         self.prompt, self.denoise = generation.prompt, generation.denoise
@@ -142,7 +142,7 @@ class DiffusersHost:
                 prediction = self._predict(scheduler.scale_model_input(tiles, timestep), timestep, batch, progress)
                 if batch.guide is None:
                     return prediction
-                moved = batch.guide(self._picture(tiles, prediction, timestep), number, len(timesteps))
+                moved = batch.guide(self.picture(tiles, prediction, timestep), number, len(timesteps))
                 return prediction if moved is None else self._prediction_for(tiles, moved, timestep)
 
             def known(x: Tensor = x, timestep: Tensor = timestep) -> Tensor:
@@ -158,16 +158,16 @@ class DiffusersHost:
 
     def _prediction_for(self, x: Tensor, latents: Tensor, timestep: Tensor) -> Tensor:
         """What the UNet would have to predict at x to say that these are the latents without noise."""
-        alpha = self._scheduler.alphas_cumprod[int(timestep)].to(x)
+        alpha = self.alphas[int(timestep)].to(x)
         kind = self._scheduler.config.prediction_type
         if kind == "sample":
             return latents
         epsilon = (x - alpha.sqrt() * latents) / (1 - alpha).sqrt()
         return epsilon if kind == "epsilon" else alpha.sqrt() * epsilon - (1 - alpha).sqrt() * latents
 
-    def _picture(self, x: Tensor, prediction: Tensor, timestep: Tensor) -> Tensor:
-        """The latents without noise that the UNet's prediction at x stands for, float32."""
-        alpha = self._scheduler.alphas_cumprod[int(timestep)].to(x.device)
+    def picture(self, x: Tensor, prediction: Tensor, timestep: Tensor) -> Tensor:
+        """The latents without noise that the UNet's prediction at x (k, C, h, w) stands for, float32."""
+        alpha = self.alphas[timestep.cpu().long()].to(x.device).view(-1, 1, 1, 1)
         x, prediction, kind = x.float(), prediction.float(), self._scheduler.config.prediction_type
         if kind == "sample":
             return prediction

@@ -1,56 +1,97 @@
-"""Train the mini's adapter, UNet and encoder frozen: a tile's features are cropped from the field of a whole image.
+"""Train an adapter, the denoiser and the encoder frozen.
 
-`python -m lib_dinotile.train.adapter` compares a trained one with shuffled and with no features on held-out images.
+As in use: the encoder sees the whole degraded source, the UNet a tile; a tile's features are cropped from those of the
+whole. The objective is ControlNet's (arXiv 2302.05543), the denoiser's own loss, weighted by min-SNR (arXiv 2303.09556).
+A part of the tiles comes from the degraded picture: there the UNet, told by the adapter, has to restore.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from diffusers import UNet2DConditionModel
+from PIL import Image
 from torch import Tensor, nn
 
 from lib_dinotile.condition.adapter import Adapter, AdapterConfig
-from lib_dinotile.condition.adapter_file import load_adapter, save_adapter
-from lib_dinotile.condition.shape import UNetShape
-from lib_dinotile.dino.encoder import PatchEncoder, load_encoder
-from lib_dinotile.dino.field import FeatureField
-from lib_dinotile.tiling.plan import Rect
-from lib_dinotile.train.images import HELD_OUT, Pool, degrade, package_roots, read_photo, sharpen, to_tensor
-from lib_dinotile.train.objective import alphas_cumprod, restoration_inputs, restoration_loss, unshuffle
-from lib_dinotile.train.textures import texture_atlas
+from lib_dinotile.condition.conditioner import Conditioner, to_tensor
+from lib_dinotile.dino.encoder import PatchEncoder
+from lib_dinotile.dino.field import FeatureField, feature_field
+from lib_dinotile.dino.head import RestorationHead
+from lib_dinotile.engine import upscale
+from lib_dinotile.hosts.diffusers import DiffusersHost
+from lib_dinotile.latents import SourceLatents, pieces
+from lib_dinotile.settings import Settings
+from lib_dinotile.tiling.canvas import Canvas
+from lib_dinotile.tiling.noise import NoiseField
+from lib_dinotile.tiling.plan import Rect, TilePlan
+from lib_dinotile.train.loop import Schedule, fit
+from lib_dinotile.train.options import Training
+from lib_dinotile.train.pictures import Picture, Prepared
 
-MINI = Path(__file__).parents[1] / "mini"
-SIDE = 336
-"""Pixels along a "whole image": 24 patches, one a 14 px of the canvas, as 64 patches over a canvas of 900 px."""
-TILE = 64
+UNIFORM = 0.05
+"""Share of the tiles at any noise level, so that it is lost at none."""
+MEASURED = 64
+"""Held-out tiles that a report measures on."""
+SHOWN = 4
+"""Held-out pictures of which a report shows a tile."""
 
 
-class AdapterImages(torch.utils.data.Dataset):
-    """Item i is the same in every run: (degraded, sharp) (3, 336, 336) in -1..1, tokens of the degraded (D, 24, 24)."""
+def encode_image(host: DiffusersHost, image: Image.Image, tile: int) -> Tensor:
+    """The latents (C, h, w) of a whole canvas, RGB, as its tiles get them in use."""
+    plan = TilePlan(*image.size, tile, 0, host.factor)
+    canvas, whole = Canvas(image, plan), Rect(0, 0, *plan.padded)
+    return SourceLatents(host, canvas, pieces(plan, plan.padded, host.factor), print).crop(whole)
 
-    def __init__(self, pool: Pool, encoder: PatchEncoder, length: int, seed: int = 0) -> None:
-        self.pool, self.encoder, self.length, self.seed = pool, encoder, length, seed
-        self._made: dict[int, tuple[np.ndarray, np.ndarray, Tensor]] = {}
+
+def prepared_tiles(
+    host: DiffusersHost, encoder: PatchEncoder, options: Training, tile: int, head: RestorationHead | None = None
+) -> Callable[[Picture], dict[str, Tensor]]:
+    """What training needs of a picture: latents `sharp` and `degraded` (C, h, w), `features` (D, gh, gw) of the whole
+    source, as `head` restores them if there is one, and the caption's embeddings `words.0` ..."""
+
+    @torch.no_grad()
+    def compute(picture: Picture) -> dict[str, Tensor]:
+        size = picture.sharp.size
+        enlarged = host.upscale(picture.source, size, "Lanczos")
+        source = to_tensor(picture.source).to(encoder.device)
+        features = feature_field(encoder, source, size, options.patches, layer=-options.layer).features
+        if head is not None:
+            features = head(features[None])[0]
+        words = {f"words.{n}": kind[0] for n, kind in enumerate(host.words(picture.caption))}
+        latents = {"sharp": encode_image(host, picture.sharp, tile), "degraded": encode_image(host, enlarged, tile)}
+        return {**latents, "features": features, **words}
+
+    return compute
+
+
+class Tiles(torch.utils.data.Dataset):
+    """Endless random tiles, item i the same in every run: latents `sharp` and `degraded` (C, tile / factor, tile /
+    factor), `features` (D, *grid) and the words; every picture once before any comes again."""
+
+    def __init__(self, prepared: Prepared, tile: int, factor: int, grid: tuple[int, int], seed: int) -> None:
+        self._prepared, self._side, self._factor, self._grid, self._seed = prepared, tile // factor, factor, grid, seed
 
     def __len__(self) -> int:
-        return self.length
+        return 1_000_000_000
 
-    def __getitem__(self, index: int) -> tuple[Tensor, Tensor, Tensor]:
-        if index not in self._made:
-            rng = np.random.default_rng((self.seed, index, 336))
-            sharp = self.pool.crop(rng, SIDE, tries=2)
-            degraded = degrade(rng, sharp)
-            with torch.no_grad():
-                tokens = self.encoder((to_tensor(degraded)[None] + 1) / 2)[0].half()
-            self._made[index] = degraded, np.clip(sharpen(sharp) + 0.5, 0, 255).astype(np.uint8), tokens
-        degraded, sharp, tokens = self._made[index]
-        return to_tensor(degraded), to_tensor(sharp), tokens.float()
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        turn, place = divmod(index, len(self._prepared))
+        order = np.random.default_rng((self._seed, turn, 1)).permutation(len(self._prepared))
+        whole = self._prepared[int(order[place])]
+        rows, columns = whole["sharp"].shape[1:]
+        rng = np.random.default_rng((self._seed, index, 2))
+        cells = Rect(
+            int(rng.integers(columns - self._side + 1)), int(rng.integers(rows - self._side + 1)), *(self._side,) * 2
+        )
+        field = FeatureField(whole.pop("features").float(), (columns * self._factor, rows * self._factor))
+        tile = Rect(*(self._factor * value for value in (cells.x, cells.y, cells.width, cells.height)))
+        cut = {name: whole.pop(name)[(slice(None), *cells.slices)].float() for name in ("sharp", "degraded")}
+        return {**cut, "features": field.crop([tile], self._grid)[0], **whole}
 
 
 class AdapterTraining(nn.Module):
@@ -64,95 +105,199 @@ class AdapterTraining(nn.Module):
         return self.adapter(self.adapter.prepare(features, latent), sigma)
 
 
-def new_adapter(unet: UNet2DConditionModel, encoder: PatchEncoder) -> Adapter:
-    """An untrained adapter for this UNet and the built-in encoder; narrow, so that it costs a fraction of the UNet."""
-    shape = UNetShape.of_diffusers(unet)
-    return Adapter(AdapterConfig(base="mini", shape=shape, encoder="mini", features=encoder.width, width=48))
-
-
-def random_tiles(
-    batch: Any, generator: torch.Generator, grid: tuple[int, int], each: int = 2
-) -> tuple[Tensor, Tensor, Tensor]:
-    """`each` random tiles of every image: latents of degraded and sharp (k, 12, 32, 32), features (k, D, *grid)."""
-    tiles: list[tuple[Tensor, Tensor, Tensor]] = []
-    for degraded, sharp, tokens in zip(*batch, strict=True):
-        field = FeatureField(tokens, (SIDE, SIDE))
-        for _ in range(each):
-            x, y = (2 * int(torch.randint((SIDE - TILE) // 2 + 1, (1,), generator=generator)) for _ in range(2))
-            tile = Rect(x, y, TILE, TILE)
-            at = (..., *tile.slices)
-            tiles.append((degraded[at], sharp[at], field.crop([tile], grid)[0]))
-    degraded, sharp, features = (torch.stack(list(part)) for part in zip(*tiles, strict=True))
-    return unshuffle(degraded), unshuffle(sharp), features
-
-
 class AdapterLoss:
-    """The UNet's loss, seen by the adapter only."""
+    """The denoiser's loss, through the frozen UNet of a host."""
 
-    def __init__(self, unet: UNet2DConditionModel) -> None:
-        self.unet = unet.float().eval().requires_grad_(False).to(memory_format=torch.channels_last)
-        self.alphas = alphas_cumprod()
-        self.grid = (-(-TILE // 2 // 4),) * 2
+    def __init__(self, host: DiffusersHost, options: Training) -> None:
+        self._host, self._options = host, options
+        self._alphas = host.alphas.to(host.device)
+        self._nothing = [kind.to(host.device) for kind in host.words("")]
 
     def __call__(self, model: nn.Module, batch: Any, generator: torch.Generator) -> tuple[Tensor, dict[str, float]]:
-        degraded, sharp, features = random_tiles(batch, generator, self.grid)
-        inputs = restoration_inputs(degraded, sharp, self.alphas, generator)
-        return self.value(model, inputs, sharp, features)
+        o, count = self._options, len(batch["sharp"])
+        dropped = torch.rand(count, generator=generator) < o.drop_condition
+        silent = torch.rand(count, generator=generator) < o.drop_prompt
+        features = batch["features"] * ~dropped.to(batch["features"].device)[:, None, None, None]
+        words = [
+            torch.where(silent.to(told.device).view(-1, *(1,) * (told.ndim - 1)), nothing.to(told), told)
+            for told, nothing in zip(self._words(batch), self._nothing)
+        ]
+        return self.value(model, self.noised(batch, generator), batch, features, words), {}
+
+    @staticmethod
+    def _words(batch: Mapping[str, Tensor]) -> list[Tensor]:
+        return [batch[name] for name in sorted(batch) if name.startswith("words.")]
+
+    def noised(self, batch: Mapping[str, Tensor], generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """Noisy latents and their timesteps (k,), as img2img at the strengths that are asked for meets them.
+
+        A sampler that has begun at the degraded picture, at timestep T, is at t still up to t / T of the way there.
+        """
+        o, sharp = self._options, batch["sharp"]
+        count, highest = len(sharp), len(self._alphas)
+        draw = torch.rand(5, count, generator=generator)
+        begin = highest * (o.denoise_low + (o.denoise_high - o.denoise_low) * draw[0])
+        t = torch.where(draw[1] < UNIFORM, highest * draw[2], begin * draw[2]).long().clamp(max=highest - 1)
+        share = torch.where(draw[3] < o.restoration, draw[4] * (t / begin).clamp(max=1), 0.0)
+        noise = torch.randn(sharp.shape, generator=generator).to(sharp)
+        t, share = t.to(sharp.device), share.to(sharp)[:, None, None, None]
+        a, s = self._scales(t)
+        return a * torch.lerp(sharp, batch["degraded"], share) + s * noise, t
+
+    def _scales(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        """Of signal and noise, (k, 1, 1, 1)."""
+        alpha = self._alphas[t][:, None, None, None]
+        return alpha.sqrt(), (1 - alpha).sqrt()
 
     def value(
-        self, model: nn.Module | None, inputs: tuple[Tensor, ...], sharp: Tensor, features: Tensor
-    ) -> tuple[Tensor, dict[str, float]]:
-        """The loss with `features` (k, D, h, w), or of the UNet alone where `model` is None."""
-        x, t, a, s = inputs
-        added: dict[str, Any] = {}
-        if model is not None:
-            residuals = model(features, tuple(x.shape[-2:]), (s / a).flatten())
-            added = {
-                "down_block_additional_residuals": residuals[:-1],
-                "mid_block_additional_residual": residuals[-1],
-            }
-        seen = x.contiguous(memory_format=torch.channels_last)
-        prediction = self.unet(seen, t, encoder_hidden_states=None, **added).sample
-        return restoration_loss(prediction, x, a, s, sharp)
+        self,
+        model: nn.Module | None,
+        noised: tuple[Tensor, Tensor],
+        batch: Mapping[str, Tensor],
+        features: Tensor,
+        words: Sequence[Tensor],
+    ) -> Tensor:
+        """min(SNR, gamma) * squared error of the predicted picture; `model` None: of the UNet alone.
+
+        On what a UNet predicts, noise or velocity, that is min-SNR's weight.
+        """
+        x, t = noised
+        a, s = self._scales(t)
+        residuals = None if model is None else model(features, tuple(x.shape[-2:]), (s / a).flatten())
+        prediction = self._host.predict(x.to(self._host.dtype), t, words, residuals).float()
+        error = self._host.picture(x, prediction, t) - batch["sharp"]
+        return ((a / s).square().clamp(max=self._options.gamma) * error.square()).mean()
+
+    @torch.no_grad()
+    def compare(self, model: nn.Module, tiles: Tiles, count: int = MEASURED) -> dict[str, float]:
+        """Mean loss on `count` tiles with their features (`right`), with those of others (`shuffled`), with none; and
+        `gap`, by how much others' are worse than their own: the one number that says that an adapter learns."""
+        totals, size = dict.fromkeys(("right", "shuffled", "none"), 0.0), max(2, self._options.batch)
+        batches = -(-count // size)
+        for number in range(batches):
+            items = [tiles[number * size + i] for i in range(size)]
+            batch = {name: torch.stack([item[name] for item in items]).to(self._host.device) for name in items[0]}
+            noised, words = self.noised(batch, torch.Generator().manual_seed(number)), self._words(batch)
+            others = batch["features"].roll(size // 2, 0)
+            for name, kind, features in (
+                ("right", model, batch["features"]),
+                ("shuffled", model, others),
+                ("none", None, others),
+            ):
+                totals[name] += self.value(kind, noised, batch, features, words).item() / batches
+        return {**totals, "gap": totals["shuffled"] - totals["right"]}
 
 
-def held_out_pool() -> Pool:
-    """Held-out photographs, and textures that training has not seen."""
-    photos = [image for photo in HELD_OUT if (image := read_photo(photo, package_roots())) is not None]
-    textures = [image for group in texture_atlas(2, 384, seed=99) for image in group]
-    chances = np.array([0.5 / len(photos)] * len(photos) + [0.5 / len(textures)] * len(textures))
-    return Pool(photos + textures, chances / chances.sum(), [])
+def new_adapter(host: DiffusersHost, encoder: PatchEncoder, options: Training, restored: bool = False) -> Adapter:
+    """An untrained adapter for a host's UNet; restored: reads features as the head in its file gives them."""
+    config = AdapterConfig(
+        base=host.base,
+        shape=host.shape,
+        encoder=encoder.id,
+        features=encoder.width,
+        layer=-options.layer,
+        width=options.width,
+        blocks=options.blocks,
+        restored=restored,
+    )
+    return Adapter(config)
 
 
-@torch.no_grad()
-def compare(adapter: Adapter, loss: AdapterLoss, encoder: PatchEncoder, images: int = 48) -> dict[str, float]:
-    """Mean loss on held-out tiles with the tile's features, with another tile's (`shuffled`), and with none."""
-    data, model = AdapterImages(held_out_pool(), encoder, images, seed=123), AdapterTraining(adapter).eval()
-    totals = dict.fromkeys(("right", "shuffled", "none"), 0.0)
-    batches = torch.utils.data.DataLoader(data, 8)
-    for number, batch in enumerate(batches):
-        generator = torch.Generator().manual_seed(number)
-        degraded, sharp, features = random_tiles(batch, generator, loss.grid, each=4)
-        inputs = restoration_inputs(degraded, sharp, loss.alphas, generator)
-        shuffled = features.roll(len(features) // 2, 0)
-        for name, kind, given in (("right", model, features), ("shuffled", model, shuffled), ("none", None, features)):
-            totals[name] += loss.value(kind, inputs, sharp, given)[0].item() / len(batches)
-    return {name: round(total, 5) for name, total in totals.items()}
+class Samples:
+    """The tile in the middle of some held-out pictures, as the program paints it."""
+
+    def __init__(self, host: DiffusersHost, encoder: PatchEncoder, options: Training, tile: int, seed: int = 0) -> None:
+        self._host, self._encoder, self._seed, self._tile = host, encoder, seed, tile
+        self._settings = Settings(
+            tile=tile, overlap=0, batch=1, patches=options.patches, guidance=0.0, guard="off", adapter="trained"
+        )
+        self._plain: dict[int, np.ndarray] = {}
+
+    def strip(self, number: int, picture: Picture, adapter: Adapter, head: RestorationHead | None) -> np.ndarray:
+        """(tile, 4 * tile, 3) uint8: the enlarged source, painted without the adapter and with it, the truth."""
+        size = picture.sharp.size
+        plan = TilePlan(*size, self._tile, 0, self._host.factor)
+        tile = plan.tiles[len(plan) // 2]
+        box = (tile.x, tile.y, min(tile.right, size[0]), min(tile.bottom, size[1]))
+        mask = Image.new("L", size, 0)
+        mask.paste(255, box)
+        settings = replace(self._settings, tile_prompt=picture.caption, tile_prompt_mode="replace")
+
+        def painted(conditioner: Conditioner | None) -> np.ndarray:
+            noise = NoiseField(self._seed, self._host.channels)
+            made = upscale(self._host, picture.source, settings, noise, conditioner, size=size, mask=mask)
+            return np.asarray(made.image.crop(box))
+
+        if number not in self._plain:
+            self._plain[number] = painted(None)
+        adapted = painted(Conditioner(settings, self._encoder, adapter, adapter_head=head))
+        enlarged = self._host.upscale(picture.source, size, "Lanczos")
+        shown = [np.asarray(enlarged.crop(box)), self._plain[number], adapted, np.asarray(picture.sharp.crop(box))]
+        return np.concatenate(shown, 1)
 
 
-def export_adapter(model: AdapterTraining, folder: Path, step: int) -> None:
-    """Half-precision adapter file."""
-    save_adapter(model.adapter, folder / "adapter.safetensors", steps=str(step))
+def train_adapter(
+    host: DiffusersHost,
+    encoder: PatchEncoder,
+    options: Training,
+    schedule: Schedule,
+    pictures: tuple[Prepared, Prepared],
+    tile: int,
+    on_save: Callable[[Adapter, dict[str, str]], None],
+    head: RestorationHead | None = None,
+    samples: int = SHOWN,
+) -> Adapter:
+    """Train on the first of `pictures`, measure on the second; calls `on_save(adapter, how it was made)`, the adapter
+    with averaged weights, at every checkpoint. Returns the adapter, with averaged weights."""
+    host.unet.requires_grad_(False)
+    if options.checkpointing:
+        host.unet.enable_gradient_checkpointing()
+        host.unet.train()  # without it diffusers does not checkpoint; Stable Diffusion's UNets have no dropout
+    adapter, loss = new_adapter(host, encoder, options, head is not None), AdapterLoss(host, options)
+    model, grid = AdapterTraining(adapter), adapter.grid((tile // host.factor,) * 2)
+    trained_on, held_out = (
+        Tiles(prepared, tile, host.factor, grid, options.seed + number) for number, prepared in enumerate(pictures)
+    )
+    shown, measured = Samples(host, encoder, options, tile), {}
+
+    def report(averaged: nn.Module, step: int) -> tuple[dict[str, float], dict[str, np.ndarray]]:
+        measured.clear()
+        measured.update(loss.compare(averaged, held_out))
+        strips = {
+            f"source, plain, adapter, truth/{number}": shown.strip(
+                number, pictures[1].pictures[number], averaged.adapter, head
+            )
+            for number in range(min(samples, len(pictures[1])))
+        }
+        return measured, strips
+
+    def save(averaged: nn.Module, step: int) -> None:
+        figures = {f"held out, {name}": f"{value:.5f}" for name, value in measured.items()}
+        on_save(averaged.adapter, {"steps": str(step), **figures})
+
+    ema = fit(model, trained_on, loss, schedule, save, report)
+    ema.copy_to(model.parameters())
+    return adapter.eval().requires_grad_(False)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m lib_dinotile.train.adapter", description=compare.__doc__)
-    parser.add_argument("--mini", type=Path, default=MINI)
-    folder = parser.parse_args().mini
-    loss = AdapterLoss(UNet2DConditionModel.from_pretrained(folder / "unet"))
-    adapter, encoder = load_adapter(folder / "adapter.safetensors"), load_encoder(str(folder / "encoder"))
-    print(json.dumps(compare(adapter, loss, encoder)))
+def tile_size(options: Training, base: str) -> int:
+    """Side of the tiles in pixels."""
+    return options.tile or {"mini": 64, "sdxl": 1024}.get(base, 512)
 
 
-if __name__ == "__main__":
-    main()
+def schedule(options: Training, out: Path, resume: bool) -> Schedule:
+    """As the options say; out: folder for checkpoints and logs."""
+    return Schedule(
+        out,
+        steps=options.steps,
+        batch=options.batch,
+        accumulate=options.accumulate,
+        rate=options.rate,
+        warmup=options.warmup,
+        decay=options.decay,
+        save_every=60 * options.save_every,
+        report_every=options.report_every,
+        seed=options.seed,
+        precision=options.precision,
+        resume=resume,
+    )

@@ -61,8 +61,8 @@ def adapter_choices() -> list[str]:
 
 
 def head_choices() -> list[str]:
-    """None and the names of the installed restoration heads."""
-    return [NONE, *installed_weights(folders.heads())]
+    """Automatic, None and the names of the installed restoration heads."""
+    return [AUTOMATIC, NONE, *installed_weights(folders.heads())]
 
 
 def encoder_choices() -> list[str]:
