@@ -25,6 +25,7 @@ from lib_dinotile.journal import open_journal
 from lib_dinotile.settings import AUTOMATIC, BOTH, MAX_SIDE, NONE, SEMANTIC, Generation, Options, Settings
 from lib_dinotile.team import Team, make_team
 from lib_dinotile.tiling.noise import NoiseField
+from lib_dinotile.train.options import Training
 
 LOOKING = ("scale", "tile", "overlap", "encoder", "patches", "windows", "head", "guard_strictness")
 """Options that maps of an image depend on."""
@@ -265,6 +266,15 @@ def _analyze(arguments: argparse.Namespace) -> None:
         print(f"{file}: {name} map")
 
 
+def _train(arguments: argparse.Namespace) -> None:
+    try:
+        from lib_dinotile.train.command import train
+    except ModuleNotFoundError as error:
+        raise DinotileError(f"training needs {error.name}: pip install '.[train]'") from error
+
+    train(_options(Training, arguments), Path(arguments.images), Path(arguments.out), arguments.head, arguments.resume)
+
+
 def _add_line(path: Path, line: str) -> None:
     """Add to the file of reports: one line of JSON for every image."""
     try:
@@ -302,6 +312,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     _add_options(command, Settings, LOOKING)
     command.set_defaults(run=_analyze)
+    command = commands.add_parser("train", help="train an adapter or a restoration head", allow_abbrev=False)
+    command.add_argument(
+        "--images", required=True, metavar="FOLDER", help="photos, with captions in .txt files or none"
+    )
+    command.add_argument("--out", required=True, metavar="FILE", help="the .safetensors file to write")
+    command.add_argument(
+        "--head",
+        action="store_true",
+        help="train only the restoration head; an adapter trained into FILE reads through it",
+    )
+    command.add_argument("--resume", action="store_true", help="go on from the checkpoint beside FILE")
+    _add_options(command, Training)
+    command.set_defaults(run=_train)
     parsed = parser.parse_args(arguments)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a file's name must not be what a run breaks off at

@@ -283,7 +283,9 @@ def automatic_encoder(folder: Path | None) -> str:
 
 def _chosen(kind: str, name: str, files: Mapping[str, Path]) -> Path:
     if name not in files:
-        raise DinotileError(f"{kind}: {name!r} is not installed, give one of {', '.join(dict.fromkeys((NONE, *files)))}")
+        raise DinotileError(
+            f"{kind}: {name!r} is not installed, give one of {', '.join(dict.fromkeys((NONE, *files)))}"
+        )
     return files[name]
 
 

@@ -34,11 +34,9 @@ def train(options: Training, images: Path, out: Path, head_only: bool, resume: b
     if options.precision == "fp16" and not torch.cuda.is_available():
         raise DinotileError("precision: fp16 needs a GPU, give bf16 or no")
     _check_out(out)
-    found = _already_there(out, head_only)
+    found = _already_there(out, head_only, resume)
     team = make_team()
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if torch.cuda.is_available() else "cpu"
-    if options.encoder == "mini" and options.layer > 4:
-        raise DinotileError("layer: the built-in encoder has 4 layers")
     encoder = load_encoder(options.encoder, device=device)
     if options.layer > encoder.depth:
         raise DinotileError(f"layer: encoder {encoder.id!r} has {encoder.depth} layers, give at most that")
@@ -58,7 +56,9 @@ def train(options: Training, images: Path, out: Path, head_only: bool, resume: b
     trained_on, held_out = hold_out(files, options.held_out)
     pictures = Photos(trained_on, options, tile, options.variants), Photos(held_out, options, tile, 1)
     if team.rank == 0:
-        print(f"{len(trained_on)} images to train on, {len(held_out)} held out; logs and checkpoint: {_beside(out, 'run')}")
+        print(
+            f"{len(trained_on)} images to train on, {len(held_out)} held out; logs and checkpoint: {_beside(out, 'run')}"
+        )
     made = {
         "dinotile": __version__,
         "made for": options.base if host else "any checkpoint",
@@ -148,15 +148,16 @@ def _check_out(out: Path) -> None:
         raise DinotileError(f"out: the folder {out.parent} is not writable")
 
 
-def _already_there(out: Path, head_only: bool) -> bool:
+def _already_there(out: Path, head_only: bool, resume: bool) -> bool:
     """Whether there is a file with heads, that an adapter is to read through."""
     if not out.exists():
         return False
     metadata = read_metadata(out)
-    if head_only and metadata.get("format") == FORMAT:
-        raise DinotileError(
-            f"out: {out} is an adapter, which was trained on what it reads; train the head first, into a new file"
-        )
+    kind = "an adapter" if metadata.get("format") == FORMAT else "a restoration head"
+    if not resume and (head_only or kind == "an adapter"):
+        raise DinotileError(f"out: {out} is there already, {kind}: --resume goes on with it, or give another name")
+    if head_only and kind == "an adapter":
+        raise DinotileError(f"out: {out} is an adapter: a head is trained first, and into a new file")
     return "heads" in metadata
 
 

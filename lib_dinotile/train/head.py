@@ -67,9 +67,7 @@ class Squares(torch.utils.data.Dataset):
         rows, columns = next(iter(whole.values())).shape[1:]
         rng = np.random.default_rng((self._seed, index, 4))
         y, x = int(rng.integers(rows - self._side + 1)), int(rng.integers(columns - self._side + 1))
-        return {
-            name: tokens[:, y : y + self._side, x : x + self._side].float() for name, tokens in whole.items()
-        }
+        return {name: tokens[:, y : y + self._side, x : x + self._side].float() for name, tokens in whole.items()}
 
 
 class HeadTraining(nn.Module):

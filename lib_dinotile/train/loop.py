@@ -184,7 +184,9 @@ def fit(
                 log.write(json.dumps({"step": step, **found}) + "\n")
                 accelerator.log({f"held out/{name}": value for name, value in found.items()}, step)
                 tracker = accelerator.get_tracker("tensorboard")
-                tracker.log_images({name: picture[None] for name, picture in pictures.items()}, step, dataformats="NHWC")
+                tracker.log_images(
+                    {name: picture[None] for name, picture in pictures.items()}, step, dataformats="NHWC"
+                )
             now = time.monotonic()
             if agreed(now - start > 60 * schedule.minutes):
                 break

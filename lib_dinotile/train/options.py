@@ -43,9 +43,7 @@ class Training(Options):
     severity: float = option(
         0.5, "Severity", "Of blur, noise and JPEG: 0 is none, 1 is Real-ESRGAN's.", minimum=0.0, maximum=1.0
     )
-    denoise_low: float = option(
-        0.2, "Least denoising strength", "That it is to be good at.", minimum=0.01, maximum=1.0
-    )
+    denoise_low: float = option(0.2, "Least denoising strength", "That it is to be good at.", minimum=0.01, maximum=1.0)
     denoise_high: float = option(
         0.6, "Greatest denoising strength", "That it is to be good at.", minimum=0.01, maximum=1.0
     )
@@ -75,9 +73,7 @@ class Training(Options):
     )
     decay: float = option(0.999, "EMA decay", "Of the averaged weights, per step.", minimum=0.0, maximum=0.99999)
     precision: str = option("bf16", "Precision", "Of the frozen checkpoint and of autocast.", choices=PRECISIONS)
-    checkpointing: bool = option(
-        False, "Gradient checkpointing", "Computes parts of the UNet twice, to spare memory."
-    )
+    checkpointing: bool = option(False, "Gradient checkpointing", "Computes parts of the UNet twice, to spare memory.")
     held_out: int = option(
         16, "Held out", "Pictures that are not trained on, to measure on.", minimum=2, maximum=10_000, step=1
     )

@@ -143,7 +143,9 @@ class Prepared(torch.utils.data.Dataset):
         team.gather(None)
 
     def _make(self, index: int) -> None:
-        tensors = {name: tensor.half().cpu().contiguous() for name, tensor in self._compute(self.pictures[index]).items()}
+        tensors = {
+            name: tensor.half().cpu().contiguous() for name, tensor in self._compute(self.pictures[index]).items()
+        }
         path = self._paths[index]
         part = path.with_suffix(f".{os.getpid()}.part")
         try:
@@ -152,4 +154,6 @@ class Prepared(torch.utils.data.Dataset):
             part.replace(path)
         except (OSError, SafetensorError) as error:
             part.unlink(missing_ok=True)
-            raise DinotileError(f"cache: {self._folder} cannot be written: {error}; give another --cache", 500) from error
+            raise DinotileError(
+                f"cache: {self._folder} cannot be written: {error}; give another --cache", 500
+            ) from error
