@@ -1,4 +1,4 @@
-"""python -m lib_dinotile upscale IN OUT; python -m lib_dinotile analyze IN OUT"""
+"""python -m lib_dinotile upscale IN OUT, or analyze IN OUT, or info FILE"""
 
 from __future__ import annotations
 
@@ -26,6 +26,7 @@ from lib_dinotile.settings import AUTOMATIC, BOTH, MAX_SIDE, NONE, SEMANTIC, Gen
 from lib_dinotile.team import Team, make_team
 from lib_dinotile.tiling.noise import NoiseField
 from lib_dinotile.train.options import Training
+from lib_dinotile.weights import describe, lines
 
 LOOKING = ("scale", "tile", "overlap", "encoder", "patches", "windows", "head", "guard_strictness")
 """Options that maps of an image depend on."""
@@ -275,6 +276,12 @@ def _train(arguments: argparse.Namespace) -> None:
     train(_options(Training, arguments), Path(arguments.images), Path(arguments.out), arguments.head, arguments.resume)
 
 
+def _info(arguments: argparse.Namespace) -> None:
+    """What a file of weights says of itself."""
+    told = describe(Path(arguments.FILE))
+    print(json.dumps(told) if arguments.json else "\n".join(lines(told)))
+
+
 def _add_line(path: Path, line: str) -> None:
     """Add to the file of reports: one line of JSON for every image."""
     try:
@@ -325,6 +332,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     command.add_argument("--resume", action="store_true", help="go on from the checkpoint beside FILE")
     _add_options(command, Training)
     command.set_defaults(run=_train)
+    command = commands.add_parser("info", help="show what a file of weights says of itself", allow_abbrev=False)
+    command.add_argument("FILE", help="an adapter, or restoration heads")
+    command.add_argument("--json", action="store_true", help="as one line of JSON, for programs")
+    command.set_defaults(run=_info)
     parsed = parser.parse_args(arguments)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a file's name must not be what a run breaks off at

@@ -364,8 +364,8 @@ class Settings(Options):
     head: str = option(
         AUTOMATIC,
         "Restoration head",
-        "Trained weights that tell guidance and guard what DINO would see if the source were sharp. Automatic: those in "
-        "the adapter's file, if it has any.",
+        "Trained weights that tell guidance and guard what DINO would see if the source were sharp. Automatic: those "
+        "in the adapter's file, if it has any.",
         infotext="DINO Tile head",
         only_with=_looking,
     )

@@ -1,8 +1,8 @@
 """Train an adapter, the denoiser and the encoder frozen.
 
 As in use: the encoder sees the whole degraded source, the UNet a tile; a tile's features are cropped from those of the
-whole. The objective is ControlNet's (arXiv 2302.05543), the denoiser's own loss, weighted by min-SNR (arXiv 2303.09556).
-A part of the tiles comes from the degraded picture: there the UNet, told by the adapter, has to restore.
+whole. The objective is ControlNet's (arXiv 2302.05543), the denoiser's own loss, weighted by min-SNR (arXiv
+2303.09556). A part of the tiles comes from the degraded picture: there the UNet, told by the adapter, has to restore.
 """
 
 from __future__ import annotations

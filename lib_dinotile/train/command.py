@@ -29,8 +29,11 @@ LEFT_OUT_SHOWN = 5
 
 
 def train(options: Training, images: Path, out: Path, head_only: bool, resume: bool) -> None:
-    """Train what the options say and write it to `out` at every checkpoint. Logs, the checkpoint and (if the options name no
-    other folder) the cache lie beside it. DinotileError, one line, before any work is lost."""
+    """Train what the options say and write it to `out` at every checkpoint.
+
+    Logs, the checkpoint and, if the options name no other folder, the cache lie beside it. DinotileError, one line,
+    before any work is lost.
+    """
     if options.precision == "fp16" and not torch.cuda.is_available():
         raise DinotileError("precision: fp16 needs a GPU, give bf16 or no")
     _check_out(out)

@@ -1,0 +1,169 @@
+"""What a file of dinotile's weights says of itself, read from its header alone."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import nn
+
+from lib_dinotile import DinotileError
+from lib_dinotile.condition import adapter_file
+from lib_dinotile.condition.adapter import Adapter
+from lib_dinotile.dino import head
+
+PRECISIONS = {"F64": "double", "F32": "single", "F16": "half", "BF16": "bfloat16"}
+ADAPTER_KEYS = {
+    "format",
+    "version",
+    "base",
+    "encoder",
+    "features",
+    "layer",
+    "slots",
+    "hyperparameters",
+    "heads",
+    "restored",
+}
+HEAD_KEYS = {"format", "version", "encoder", "features", "heads"}
+HEADS = "heads."
+"""How the names of tensors begin that are restoration heads."""
+MEASURED = ".floor"
+"""How they end where they are no parameters but what was measured."""
+
+
+def describe(path: Path) -> dict[str, Any]:
+    """What there is to say of an adapter or of restoration heads: plain values, in the order to show them.
+
+    `made` has the metadata that dinotile itself has no use for, sorted. DinotileError, one line, for any other file.
+    """
+    header = _header(path)
+    metadata = header.pop("__metadata__", {})
+    shapes = {name: tuple(tensor["shape"]) for name, tensor in header.items()}
+    if metadata.get("format") == adapter_file.FORMAT:
+        told, known = _adapter(path, metadata, shapes), ADAPTER_KEYS
+    elif metadata.get("format") == head.FORMAT:
+        told, known = _heads(path, metadata, shapes), HEAD_KEYS
+    else:
+        raise DinotileError(
+            f"{path.name} holds no weights of dinotile: its metadata names no format {adapter_file.FORMAT!r} or "
+            f"{head.FORMAT!r}"
+        )
+    found = sorted({tensor["dtype"] for tensor in header.values()})
+    precision = ", ".join(f"{PRECISIONS[name]} ({name})" if name in PRECISIONS else name for name in found)
+    size = round(path.stat().st_size / 1e6, 3)
+    made = {key: metadata[key] for key in sorted(metadata.keys() - known)}
+    return {**told, "precision": precision, "megabytes": size, "made": made}
+
+
+def lines(told: dict[str, Any]) -> list[str]:
+    """What `describe` gave, one line for each."""
+    pairs = [*((name, value) for name, value in told.items() if name != "made"), *told["made"].items()]
+    width = max(len(name) for name, _ in pairs) + 1
+    return [f"{_printable(name + ':'):{width}} {_printable(_text(value))}" for name, value in pairs]
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, dict):
+        return "; ".join(f"{name} {_text(part)}" for name, part in value.items())
+    if isinstance(value, int):
+        return f"{value:,}"
+    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
+def _printable(text: str) -> str:
+    """Whatever is in a file, a line stays a line."""
+    return text if text.isprintable() else json.dumps(text)
+
+
+def _header(path: Path) -> dict[str, Any]:
+    """The header of a safetensors file whose sizes add up.
+
+    Read by hand once safetensors has checked it: its oldest versions tell no tensor's type.
+    """
+    if not path.exists():
+        raise DinotileError(f"{path} is not there")
+    if not path.is_file():
+        raise DinotileError(f"{path} is no file")
+    try:
+        with safe_open(path, framework="pt"):
+            pass
+        with path.open("rb") as file:
+            return json.loads(file.read(int.from_bytes(file.read(8), "little")))
+    except (OSError, SafetensorError, ValueError) as error:
+        told = str(error).splitlines() or [type(error).__name__]
+        raise DinotileError(f"{path.name} cannot be read as a safetensors file: {told[0]}") from error
+
+
+def _adapter(path: Path, metadata: dict[str, str], shapes: dict[str, tuple[int, ...]]) -> dict[str, Any]:
+    config = adapter_file.read_config(path)
+    inside = HEADS if "heads" in metadata else None
+    own = {name: shape for name, shape in shapes.items() if not (inside and name.startswith(inside))}
+    _check(path, own, _shapes(path, lambda: Adapter(config)))
+    told = {
+        "kind": "adapter",
+        "base": config.base,
+        "encoder": config.encoder,
+        "features": config.features,
+        "layer": config.layer,
+        "width": config.width,
+        "blocks": config.blocks,
+        "grid": config.grid,
+        "unet": str(config.shape),
+        "parameters": _count(own),
+    }
+    if inside:
+        heads = {name: shape for name, shape in shapes.items() if name not in own}
+        told["heads"] = _layers(path, metadata["heads"], config.features, heads)
+        told["reads through a head"] = "yes" if config.restored else "no"
+    return told
+
+
+def _heads(path: Path, metadata: dict[str, str], shapes: dict[str, tuple[int, ...]]) -> dict[str, Any]:
+    if metadata.get("version") != head.VERSION:
+        raise DinotileError(
+            f"{path.name} has head format version {metadata.get('version')}, but this dinotile reads {head.VERSION}: "
+            "update dinotile"
+        )
+    try:
+        features, encoder, written = int(metadata["features"]), metadata["encoder"], metadata["heads"]
+    except (KeyError, TypeError, ValueError) as error:
+        raise DinotileError(f"{path.name} is damaged: bad head metadata ({error!r})") from error
+    told = _layers(path, written, features, shapes)
+    return {"kind": "restoration heads", "encoder": encoder, "features": features, **told}
+
+
+def _layers(path: Path, written: str, features: int, shapes: dict[str, tuple[int, ...]]) -> dict[str, Any]:
+    """Layers, width within and number of parameters of restoration heads; written: their part of the metadata."""
+    try:
+        metadata = json.loads(written)
+        layers, hidden = sorted(map(int, metadata["layers"])), int(metadata["hidden"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise DinotileError(f"{path.name} is damaged: bad head metadata ({error!r})") from error
+    one = _shapes(path, lambda: head.RestorationHead(features, hidden))
+    _check(path, shapes, {f"{HEADS}{layer}.{name}": shape for layer in layers for name, shape in one.items()})
+    return {"layers": layers, "hidden": hidden, "parameters": _count(shapes)}
+
+
+def _shapes(path: Path, build: Callable[[], nn.Module]) -> dict[str, tuple[int, ...]]:
+    """Of the tensors of a module, by name, without making it."""
+    try:
+        with torch.device("meta"):
+            return {name: tuple(tensor.shape) for name, tensor in build().state_dict().items()}
+    except (RuntimeError, TypeError, ValueError, OverflowError) as error:  # torch's, for absurd sizes
+        raise DinotileError(f"{path.name} is damaged: its metadata describes nothing that can be built") from error
+
+
+def _check(path: Path, found: dict[str, tuple[int, ...]], wanted: dict[str, tuple[int, ...]]) -> None:
+    odd = sorted(name for name in found.keys() | wanted.keys() if found.get(name) != wanted.get(name))
+    if odd:
+        raise DinotileError(f"{path.name} is damaged: tensor {odd[0]} does not fit its metadata")
+
+
+def _count(shapes: dict[str, tuple[int, ...]]) -> int:
+    return sum(math.prod(shape) for name, shape in shapes.items() if not name.endswith(MEASURED))
