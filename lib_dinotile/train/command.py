@@ -59,9 +59,7 @@ def train(options: Training, images: Path, out: Path, head_only: bool, resume: b
     trained_on, held_out = hold_out(files, options.held_out)
     pictures = Photos(trained_on, options, tile, options.variants), Photos(held_out, options, tile, 1)
     if team.rank == 0:
-        print(
-            f"{len(trained_on)} images to train on, {len(held_out)} held out; logs and checkpoint: {_beside(out, 'run')}"
-        )
+        print(f"{len(trained_on)} images to train on, {len(held_out)} held out; logs: {_beside(out, 'run')}")
     made = {
         "dinotile": __version__,
         "made for": options.base if host else "any checkpoint",
