@@ -50,12 +50,10 @@ def prepared_pairs(
 
 
 class Squares(torch.utils.data.Dataset):
-    """Endless random squares of at most `SQUARE` patches; item i is the same in every run."""
+    """Endless random squares of `SQUARE` patches; item i is the same in every run. Narrow pictures are continued."""
 
     def __init__(self, prepared: Prepared, seed: int) -> None:
         self._prepared, self._seed = prepared, seed
-        shapes = {next(iter(prepared[i].values())).shape[1:] for i in range(len(prepared))}
-        self._side = min(SQUARE, *(side for shape in shapes for side in shape))
 
     def __len__(self) -> int:
         return 1_000_000_000
@@ -65,9 +63,13 @@ class Squares(torch.utils.data.Dataset):
         order = np.random.default_rng((self._seed, turn, 3)).permutation(len(self._prepared))
         whole = self._prepared[int(order[place])]
         rows, columns = next(iter(whole.values())).shape[1:]
+        lack = (0, max(0, SQUARE - columns), 0, max(0, SQUARE - rows))
         rng = np.random.default_rng((self._seed, index, 4))
-        y, x = int(rng.integers(rows - self._side + 1)), int(rng.integers(columns - self._side + 1))
-        return {name: tokens[:, y : y + self._side, x : x + self._side].float() for name, tokens in whole.items()}
+        y, x = (int(rng.integers(max(1, side - SQUARE + 1))) for side in (rows, columns))
+        return {
+            name: F.pad(tokens.float(), lack, mode="replicate")[:, y : y + SQUARE, x : x + SQUARE]
+            for name, tokens in whole.items()
+        }
 
 
 class HeadTraining(nn.Module):
