@@ -1,5 +1,7 @@
 """What guidance and guard cost, as shares of a tile's plain time: python benchmarks/cost.py [--json] [--shapes sd15]
 
+And what an adapter costs, as its share of the UNet: python benchmarks/cost.py --adapter [--json] [--time sd15]
+
 guard: a tile that is not in doubt, the guard's once-per-image work shared out over the canvas's tiles.
 guidance: at its default options.
 encoder_calls: how often the encoder saw the whole of a 1024 x 1024 source, for an image upscaled twice with all on.
@@ -7,6 +9,11 @@ encoder_calls: how often the encoder saw the whole of a 1024 x 1024 source, for 
 Each is timed within one run: seconds in guidance or guard over the seconds of everything else in the tiles. With
 `--shapes sd15` the models have the shapes of Stable Diffusion 1.5, TAESD and DINOv2 small (random weights; slow on a
 CPU), else they are the built-in ones.
+
+--adapter: parameters and floating-point operations of an adapter for Stable Diffusion 1.5 (tiles of 512 px) and XL (of
+1024 px) against those of the UNet with one row, counted and not run: of a step, and of a tile, which also has the part
+that runs once. How often the parts run is counted in an image upscaled with the built-in model and adapter. `--time`
+also takes the seconds, with random weights (minutes on a CPU; XL in float32 wants 12 GB).
 """
 
 from __future__ import annotations
@@ -17,17 +24,20 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from diffusers import UNet2DConditionModel
 from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+from benchmarks.adapter_cost import PARAMETERS, SHARE, STEPS, UNETS, counted, timed
 from lib_dinotile.condition import conditioner as conditioners
+from lib_dinotile.condition.adapter import Adapter
 from lib_dinotile.condition.conditioner import Conditioner
 from lib_dinotile.condition.guard import Guard
 from lib_dinotile.condition.guidance import Guide
@@ -42,10 +52,10 @@ SETTINGS = Settings(scale=2.0, tile=512, overlap=64, batch=1)
 
 
 class Clock:
-    """Seconds spent in some methods, which it wraps while it is open."""
+    """Seconds spent in some methods, and calls of them; it wraps them while it is open."""
 
     def __init__(self, *methods: tuple[type, str]) -> None:
-        self._methods, self._before, self.seconds = methods, [], 0.0
+        self._methods, self._before, self.seconds, self.calls = methods, [], 0.0, 0
 
     def __enter__(self) -> Clock:
         for owner, name in self._methods:
@@ -56,6 +66,7 @@ class Clock:
     def _timed(self, function: Callable[..., Any]) -> Callable[..., Any]:
         def timed(*arguments: Any, **options: Any) -> Any:
             start = time.perf_counter()
+            self.calls += 1
             try:
                 return function(*arguments, **options)
             finally:
@@ -133,12 +144,62 @@ def encoder_calls(make: Callable[[Settings], Conditioner], host: DiffusersHost) 
     return len(seen)
 
 
+def adapter_calls(batch: int, side: int = 128) -> dict[str, int]:
+    """How often the parts of the built-in adapter ran for an image of `side` px, enlarged with `batch` tiles at once.
+
+    prepare: the multi-scale part; forward: what depends on the noise level; unet: the UNet. And the tiles painted.
+    """
+    host = load_host(Generation(steps=20, denoise=0.35))
+    settings = Settings(scale=2.0, tile=128, overlap=32, batch=batch, adapter="mini", guidance=0.0, guard="off")
+    conditioner = Conditioner.load(settings, host, {"mini": conditioners.MINI / "adapter.safetensors"})
+    prepare, forward = Clock((Adapter, "prepare")), Clock((Adapter, "forward"))
+    unet = Clock((UNet2DConditionModel, "forward"))
+    with prepare, forward, unet:
+        result = upscale(host, picture(side), settings, NoiseField(0, host.channels), conditioner)
+    return {"tiles": result.painted, "prepare": prepare.calls, "forward": forward.calls, "unet": unet.calls}
+
+
+def adapter_costs(time_of: Sequence[str], runs: int) -> dict[str, Any]:
+    """Prints what an adapter costs, and gives the figures; time_of: the shapes to take seconds of."""
+    figures: dict[str, Any] = {}
+    for name in UNETS:
+        found = figures[name] = counted(name)
+        unet, step, once = (found[f"{part}_gflop"] for part in ("unet", "forward", "prepare"))
+        millions, of = found["parameters"] / 1e6, found["unet_parameters"] / 1e6
+        limit = f"   (at most {PARAMETERS / 1e6:.0f})" if name == "sd15" else ""
+        print(f"an adapter for {name}, against one row of the UNet")
+        print(f"  parameters, millions       {millions:.2f} of {of:.0f}{limit}")
+        print(f"  GFLOP: UNet, step, once    {unet:.1f}, {step:.2f}, {once:.2f}")
+        print(f"  share of a step's FLOP     {found['step_share']:.4f}   (at most {SHARE})")
+        print(f"  share of a tile's FLOP     {found['tile_share']:.4f}   ({STEPS} steps, and what runs once)")
+        if name in time_of:
+            found.update(timed(name, runs))
+            print(
+                f"  seconds: UNet, step, once  {found['unet_seconds']:.2f}, {found['forward_seconds']:.4f}, "
+                f"{found['prepare_seconds']:.3f}   (medians of {runs} runs)"
+            )
+            print(f"  share of a step's seconds  {found['step_time_share']:.4f}   (at most {SHARE})")
+            print(f"  share of a tile's seconds  {found['tile_time_share']:.4f}")
+    for batch in (1, 4):
+        calls = figures[f"calls_batch_{batch}"] = adapter_calls(batch)
+        told = ", ".join(f"{name} {count}" for name, count in calls.items())
+        print(f"calls for an image, batch {batch}: {told}")
+    return figures
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", action="store_true", help="one last line of JSON")
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--shapes", choices=("mini", "sd15"), default="mini")
+    parser.add_argument("--adapter", action="store_true", help="what an adapter costs, instead")
+    parser.add_argument("--time", nargs="+", choices=tuple(UNETS), default=(), help="with --adapter: also in seconds")
     arguments = parser.parse_args()
+    if arguments.adapter:
+        figures = adapter_costs(arguments.time, arguments.runs)
+        if arguments.json:
+            print(json.dumps(figures))
+        return
     with tempfile.TemporaryDirectory() as folder:
         if arguments.shapes == "sd15":
             host, encoder = sd15(Generation(steps=20, denoise=0.35, cfg=1.0), Path(folder))
