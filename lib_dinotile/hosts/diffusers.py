@@ -88,7 +88,7 @@ class DiffusersHost:
         self.alphas = self._scheduler.alphas_cumprod
         self._sigmas = ((1 - self.alphas) / self.alphas).sqrt().tolist()
         self._guided = text is not None and generation.cfg > 1
-        self._text = functools.lru_cache(maxsize=None)(text) if text else None
+        self._text = functools.lru_cache(maxsize=64)(text) if text else None
         self.prompt, self.denoise = generation.prompt, generation.denoise
         self._done = self._total = 0
 
@@ -167,7 +167,7 @@ class DiffusersHost:
 
     def picture(self, x: Tensor, prediction: Tensor, timestep: Tensor) -> Tensor:
         """The latents without noise that the UNet's prediction at x (k, C, h, w) stands for, float32."""
-        alpha = self.alphas[timestep.cpu().long()].to(x.device).view(-1, 1, 1, 1)
+        alpha = self.alphas.to(timestep.device)[timestep.long()].to(x.device).view(-1, 1, 1, 1)
         x, prediction, kind = x.float(), prediction.float(), self._scheduler.config.prediction_type
         if kind == "sample":
             return prediction

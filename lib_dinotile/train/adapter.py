@@ -17,6 +17,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from lib_dinotile import DinotileError
 from lib_dinotile.condition.adapter import Adapter, AdapterConfig
 from lib_dinotile.condition.conditioner import Conditioner, to_tensor
 from lib_dinotile.dino.encoder import PatchEncoder
@@ -48,6 +49,17 @@ def encode_image(host: DiffusersHost, image: Image.Image, tile: int) -> Tensor:
     return SourceLatents(host, canvas, pieces(plan, plan.padded, host.factor), print).crop(whole)
 
 
+def _words(host: DiffusersHost, caption: str) -> tuple[Tensor, ...]:
+    """As many of a caption's words as the text encoder reads."""
+    while True:
+        try:
+            return host.words(caption)
+        except DinotileError:
+            if not caption:
+                raise
+            caption = caption[: max(0, caption.rstrip().rfind(" "))]
+
+
 def prepared_tiles(
     host: DiffusersHost, encoder: PatchEncoder, options: Training, tile: int, head: RestorationHead | None = None
 ) -> Callable[[Picture], dict[str, Tensor]]:
@@ -62,7 +74,7 @@ def prepared_tiles(
         features = feature_field(encoder, source, size, options.patches, layer=-options.layer).features
         if head is not None:
             features = head(features[None])[0]
-        words = {f"words.{n}": kind[0] for n, kind in enumerate(host.words(picture.caption))}
+        words = {f"words.{n}": kind[0] for n, kind in enumerate(_words(host, picture.caption))}
         latents = {"sharp": encode_image(host, picture.sharp, tile), "degraded": encode_image(host, enlarged, tile)}
         return {**latents, "features": features, **words}
 

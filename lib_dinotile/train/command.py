@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from accelerate.utils import set_seed
+from safetensors import SafetensorError
 
 from lib_dinotile import DinotileError, __version__
 from lib_dinotile.condition.adapter import Adapter
@@ -16,6 +17,7 @@ from lib_dinotile.condition.adapter_file import FORMAT, read_metadata, save_adap
 from lib_dinotile.dino.encoder import PatchEncoder, load_encoder
 from lib_dinotile.dino.head import RestorationHead, load_heads, save_heads
 from lib_dinotile.hosts.diffusers import DiffusersHost, load_host
+from lib_dinotile.sampling import is_out_of_memory
 from lib_dinotile.settings import Generation
 from lib_dinotile.team import Team, make_team
 from lib_dinotile.train.adapter import prepared_tiles, schedule, tile_size, train_adapter
@@ -72,8 +74,21 @@ def train(options: Training, images: Path, out: Path, head_only: bool, resume: b
             _train_heads(encoder, options, pictures, out, tile, resume, team, made)
         else:
             _train_adapter(host, encoder, options, pictures, out, tile, resume, team, made, heads)
-    except FileNotFoundError as error:
+    except DinotileError:
+        raise
+    except FileNotFoundError as error:  # no checkpoint
         raise DinotileError(str(error)) from error
+    except FloatingPointError as error:
+        raise DinotileError(f"{error}: --resume goes on from the last checkpoint, try a lower --rate", 500) from error
+    except Exception as error:
+        if is_out_of_memory(error):
+            message = (
+                "out of memory: --resume goes on, with a smaller --batch and more --accumulate, or --checkpointing true"
+            )
+            raise DinotileError(message, 500) from error
+        if isinstance(error, (OSError, SafetensorError)):
+            raise DinotileError(f"{out} or what lies beside it cannot be written: {error}", 500) from error
+        raise
     if team.rank == 0:
         print(f"{out}: done; look at it with: python -m lib_dinotile info {out}")
 

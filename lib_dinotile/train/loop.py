@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -96,7 +97,8 @@ def fit(
 
     With accelerate's launcher the processes share out the batches: a step sees as many more. `on_save(model, step)` is
     called after each checkpoint and `report` every so often, in the first process, the model holding the averaged
-    parameters meanwhile. Raises FileNotFoundError if told to resume without a checkpoint.
+    parameters meanwhile. Raises FileNotFoundError if told to resume without a checkpoint, FloatingPointError where the
+    loss is not a number. A run that is cancelled saves a checkpoint.
     """
     accelerator = Accelerator(
         mixed_precision=schedule.precision,
@@ -153,8 +155,18 @@ def fit(
     loader = accelerator.prepare(torch.utils.data.DataLoader(dataset, schedule.batch, sampler=sampler, drop_last=True))
     start = saved = time.monotonic()
     step, recent = first, []
+
+    @contextlib.contextmanager
+    def kept_if_cancelled() -> Iterator[None]:
+        try:
+            yield
+        except KeyboardInterrupt:
+            if count == 1:  # the others may be anywhere
+                save(step)
+            raise
+
     bar = tqdm(total=schedule.steps, initial=first, mininterval=10, disable=None if rank == 0 else True)
-    with bar, (schedule.out / "log.jsonl").open("a") as log:
+    with bar, (schedule.out / "log.jsonl").open("a") as log, kept_if_cancelled():
         for number, batch in enumerate(loader, first * schedule.accumulate):
             model.train()
             with accelerator.accumulate(model):
@@ -166,6 +178,8 @@ def fit(
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
             recent.append(value.item())
+            if not math.isfinite(recent[-1]):
+                raise FloatingPointError(f"the loss is not a number at step {step + 1}")
             if not accelerator.sync_gradients:
                 continue
             rates.step()
