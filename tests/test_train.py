@@ -55,6 +55,7 @@ def test_mosaic_names_the_texture_of_a_patch() -> None:
 
 def test_held_out_photographs_are_not_trained_on() -> None:
     assert not {photo.path for photo in PHOTOS} & {photo.path for photo in HELD_OUT}
+    assert len({photo.path for photo in HELD_OUT}) == 6
     assert all(photo.licence for photo in (*PHOTOS, *HELD_OUT))
     assert read_photo(HELD_OUT[0], package_roots()) is not None
 
@@ -112,4 +113,5 @@ def test_the_mini_is_whole_and_small() -> None:
     assert {"README.md", "adapter.safetensors", "encoder/model.safetensors", "scheduler/scheduler_config.json"} <= names
     assert sum(file.stat().st_size for file in files) <= 20e6
     card = (MINI / "README.md").read_text(encoding="utf-8")
-    assert all(f"| {Path(photo.path).name} | {photo.package} | {photo.licence} |" in card for photo in PHOTOS)
+    rows = [f"| {photo.name} | {photo.package} | {photo.licence} |" for photo in (*PHOTOS, *HELD_OUT)]
+    assert all(row in card for row in rows)

@@ -59,6 +59,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m lib_dinotile.train.evaluate", description=__doc__)
     parser.add_argument("--mini", type=Path, default=MINI)
     parser.add_argument("--out", type=Path, required=True, help="folder for the pictures")
+    parser.add_argument("--root", type=Path, action="append", default=[], help="where else unpacked packages lie")
     parser.add_argument("--strength", type=float, nargs="+", default=[0.35])
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
@@ -66,9 +67,9 @@ def main() -> None:
     scheduler = DDIMScheduler.from_pretrained(args.mini / "scheduler")
     for photo in HELD_OUT:
         name = Path(photo.path).stem
-        truth = read_photo(photo, package_roots())
+        truth = read_photo(photo, package_roots(args.root))
         if truth is None:
-            raise SystemExit(f"{photo.path} is not installed: pip install '{photo.package}'")
+            raise SystemExit(f"{photo.path} is not installed: it comes with {photo.package}")
         truth = truth[: truth.shape[0] // 2 * 2, : truth.shape[1] // 2 * 2]
         image = Image.fromarray(truth)
         half = image.resize((image.width // 2, image.height // 2), Image.Resampling.BICUBIC)

@@ -35,6 +35,12 @@ class Photo:
     weight: float = 1.0
     """How often it is drawn, against the others."""
 
+    @property
+    def name(self) -> str:
+        """The file's; KDE's wallpapers are all called by their size, so with the folder's."""
+        file = Path(self.path)
+        return f"{file.parts[-4]}/{file.name}" if "contents" in file.parts else file.name
+
 
 def _skimage(name: str, licence: str, shrink: float = 1.0, weight: float = 1.0) -> Photo:
     return Photo(f"skimage/data/{name}", "scikit-image", licence, shrink, weight)
@@ -44,13 +50,36 @@ def _lomiri(name: str, licence: str, shrink: float, weight: float = 1.0) -> Phot
     return Photo(f"usr/share/backgrounds/{name}", "Debian lomiri-wallpapers-16.04", licence, shrink, weight)
 
 
-# Sources and licences: the docstrings of skimage.data and scipy.misc.face; sklearn/datasets/images/README.txt; Debian's
-# lomiri-wallpapers-16.04/copyright.
+def _mate(name: str, author: str, shrink: float, weight: float = 1.0) -> Photo:
+    return Photo(
+        f"usr/share/backgrounds/mate/nature/{name}", "Debian mate-backgrounds", f"GPL-2+ ({author})", shrink, weight
+    )
+
+
+def _plasma(name: str, author: str, shrink: float, weight: float = 1.0) -> Photo:
+    """Debian's copyright file states GPL-2+ for the whole package, metadata.json beside each photograph LGPLv3."""
+    path = f"usr/share/wallpapers/{name}/contents/images/2560x1600.jpg"
+    licence = f"GPL-2+, LGPLv3 in its metadata.json ({author})"
+    return Photo(path, "Debian plasma-workspace-wallpapers", licence, shrink, weight)
+
+
+def _tuxpaint(name: str, shrink: float, weight: float = 1.0) -> Photo:
+    return Photo(
+        f"usr/share/tuxpaint/templates/{name}", "Debian tuxpaint-data", "GPL-2+ (Bill Kendrick)", shrink, weight
+    )
+
+
+def _avatar(name: str, author: str, weight: float = 1.5) -> Photo:
+    path = f"usr/share/plasma/avatars/photos/{name}"
+    return Photo(path, "Debian plasma-workspace-data", f"CC0 ({author})", weight=weight)
+
+
+# Sources and licences: the docstrings of skimage.data and scipy.misc.face; sklearn/datasets/images/README.txt; the
+# copyright files of the Debian packages, the metadata.json of plasma-workspace-wallpapers, AUTHORS of tuxpaint-data,
+# the .license files of plasma-workspace-data.
 PHOTOS: tuple[Photo, ...] = (
     _skimage("astronaut.png", "public domain (NASA)", weight=2),
     _skimage("rocket.jpg", "public domain (SpaceX)", 1.25),
-    _skimage("motorcycle_left.png", "none stated of its own (Middlebury stereo 2014, Scharstein et al.)", weight=2),
-    _skimage("motorcycle_right.png", "none stated of its own (Middlebury stereo 2014, Scharstein et al.)"),
     _skimage("retina.jpg", "CC0 (Mikael Häggström)", 2.0, 0.3),
     _skimage("hubble_deep_field.jpg", "public domain (NASA)", 1.25, 0.5),
     _skimage("brick.png", "CC0 (CC0Textures)", weight=0.7),
@@ -60,7 +89,7 @@ PHOTOS: tuple[Photo, ...] = (
     _skimage("coins.png", "no known restrictions (Brooklyn Museum)", weight=0.5),
     _skimage("text.png", "public domain", weight=0.3),
     _skimage("page.png", "public domain", weight=0.3),
-    Photo("sklearn/datasets/images/china.jpg", "scikit-learn", "CC BY 2.0 (danielbuechele)", 1.25, 1.5),
+    Photo("sklearn/datasets/images/china.jpg", "scikit-learn", "CC BY 2.0 (danielbuechele)", 1.25, 2),
     Photo("sklearn/datasets/images/flower.jpg", "scikit-learn", "CC BY 2.0 (vultilion)", 1.25, 0.7),
     Photo("scipy/misc/face.dat", "scipy<1.12", "public domain (public-domain-image.com)", 1.25, 4),
     _lomiri("aitzgorri_by_Aitzol_Berasategi.jpg", "CC BY 4.0 (Aitzol Berasategi)", 2.5),
@@ -72,11 +101,75 @@ PHOTOS: tuple[Photo, ...] = (
     _lomiri("Picture_1A_by_freespace.jpg", "CC BY 4.0 (Trevor 'Freespace')", 1.5, 1.5),
     _lomiri("seeding_by_Clements_Engelhardt.jpg", "CC0 (Clemens Engelhardt)", 4.0),
     _lomiri("Wine_by_Jakkub_Mede.jpg", "CC BY 4.0 (Jakub Mede)", 2.5),
+    _lomiri("Bridge_by_Sander_Klootwijk.jpg", "CC BY-SA 4.0 (Sander Klootwijk)", 3.0, 0.4),
+    Photo(
+        "usr/share/backgrounds/Kleiber_by_Lukas_Baubkus.jpg",
+        "Debian lomiri-wallpapers-20.04",
+        "CC BY-SA 3.0 (Lukas Baubkus)",
+        3.0,
+    ),
+    _lomiri("Dragonfly_by_Bolly.jpg", "CC BY-SA 4.0 (Bolly)", 2.5, 2),
+    _lomiri("free_by_Peter_Nerlich.jpg", "CC BY-SA 4.0 (Peter Nerlich)", 3.0, 0.4),
+    _lomiri("greentock_by_Peter_Nerlich.jpg", "CC BY-SA 4.0 (Peter Nerlich)", 3.0, 0.5),
+    _mate("Aqua.jpg", "Charles Barbin", 3.0, 0.4),
+    _mate("Blinds.jpg", "Lennart Poettering, Andrea Cimitan", 2.0, 0.4),
+    _mate("Dune.jpg", "Marco Cogoni, Hylke Bons", 1.25, 1.5),
+    _mate("Garden.jpg", "Charles Barbin", 3.0, 0.5),
+    _mate("GreenMeadow.jpg", "Timothy Schellhase, Lapo Calamandrei", 1.25),
+    _mate("LadyBird.jpg", "Charles Barbin", 3.0, 0.6),
+    _mate("RainDrops.jpg", "blackcombwhistler07", 2.0),
+    _mate("TwoWings.jpg", "Charles Barbin, Hylke Bons", 2.0, 0.6),
+    _mate("Wood.jpg", "Jean-François Fortin Tam", 2.0, 0.5),
+    _mate("YellowFlower.jpg", "Charles Barbin", 3.0, 0.6),
+    _plasma("BytheWater", "Maciej Wiklo", 2.0, 0.6),
+    _plasma("ColdRipple", "Risto Saukonpää", 1.5, 0.7),
+    _plasma("ColorfulCups", "Dmitri Popov", 3.0, 0.5),
+    _plasma("EveningGlow", "Ian Hex", 1.5, 2),
+    _plasma("FallenLeaf", "Martin Klapetek", 2.5, 0.6),
+    _plasma("Grey", "Sigi Sagi", 2.5, 0.6),
+    _plasma("OneStandsOut", "Risto Saukonpää", 1.5, 2),
+    _plasma("Path", "Risto Saukonpää", 1.5, 2),
+    _tuxpaint("burnt_bark.jpg", 1.25),
+    _tuxpaint("cliff.jpg", 1.25, 1.5),
+    _tuxpaint("corn_maze.jpg", 1.25, 1.5),
+    _tuxpaint("lighthouse.jpg", 1.25, 1.5),
+    _tuxpaint("mossy_bark.jpg", 1.5, 0.7),
+    _tuxpaint("mossy_log.jpg", 1.5, 0.7),
+    _tuxpaint("mudstone.jpg", 1.5, 0.5),
+    _tuxpaint("ocean_splash.jpg", 1.5),
+    _tuxpaint("ocean_waves.jpg", 1.5, 0.7),
+    _tuxpaint("redwoods_above.jpg", 1.5),
+    _tuxpaint("rocks.jpg", 1.25, 1.5),
+    _tuxpaint("sheep.jpg", 1.25, 0.7),
+    _tuxpaint("sun_behind_leaves.jpg", 1.5, 0.6),
+    _tuxpaint("trees_at_dusk.jpg", 1.25, 0.7),
+    _tuxpaint("wool_mill_machine.jpg", 1.0, 3),
+    _avatar("Air Balloon.png", "Skitterphoto", 1),
+    _avatar("Astronaut.png", "Pixabay"),
+    _avatar("Books.png", "Pixabay"),
+    _avatar("Brushes.png", "Pixabay", 1),
+    _avatar("Bulb.png", "Skitterphoto", 0.5),
+    _avatar("Car.png", "Pixabay", 0.7),
+    _avatar("Cat.png", "Skitterphoto"),
+    _avatar("Cocktail.png", "Public Domain Pictures", 1),
+    _avatar("Dog.png", "Snapwire"),
+    _avatar("Fish.png", "Skitterphoto", 1),
+    _avatar("Gamepad.png", "Pixabay", 1),
+    _avatar("Owl.png", "Pixabay"),
+    _avatar("Pancakes.png", "Skitterphoto"),
+    _avatar("Parrot.png", "Skitterphoto"),
+    _avatar("Pencils.png", "Public Domain Pictures"),
+    _avatar("Shuttle.png", "Pixabay"),
+    _avatar("Sushi.png", "Skitterphoto", 0.7),
 )
 
 HELD_OUT: tuple[Photo, ...] = (
     _skimage("chelsea.png", "CC0 (Stéfan van der Walt)"),
     _skimage("coffee.png", "CC0 (Rachel Michetti)"),
+    Photo("matplotlib/mpl-data/sample_data/grace_hopper.jpg", "matplotlib", "public domain (United States Navy)"),
+    _avatar("Chameleon.png", "Pixabay"),
+    _avatar("Soccer.png", "Pixabay"),
+    _avatar("Sunflower.png", "Snapwire"),
 )
 """Never trained on."""
 
@@ -84,7 +177,7 @@ HELD_OUT: tuple[Photo, ...] = (
 def package_roots(extra: Sequence[Path] = ()) -> list[Path]:
     """The folders that a `Photo.path` is looked up in: `extra` first, then site-packages, then /."""
     roots = [Path(root) for root in extra]
-    for name in ("skimage", "sklearn", "scipy"):
+    for name in ("skimage", "sklearn", "scipy", "matplotlib"):
         spec = importlib.util.find_spec(name)
         if spec is not None and spec.origin:
             roots.append(Path(spec.origin).parents[1])
