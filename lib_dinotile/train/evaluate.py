@@ -18,9 +18,10 @@ from diffusers import DDIMScheduler, UNet2DConditionModel
 from PIL import Image
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
-from lib_dinotile.train.adapter import MINI
 from lib_dinotile.train.images import HELD_OUT, package_roots, read_photo, to_tensor
 from lib_dinotile.train.objective import unshuffle
+
+MINI = Path(__file__).parents[1] / "mini"
 
 
 @torch.no_grad()
