@@ -46,17 +46,19 @@ def restoration_inputs(
     """What the denoiser sees on its way from a blurred source to the sharp picture.
 
     degraded, sharp: latents (n, 12, h, w); alphas: cumulated, (1000,). Half of the batch starts at the degraded
-    picture, the rest anywhere between it and the sharp one, a quarter at the sharp one itself: a sampler that has
-    taken a few steps is in between. Returns x_t, t (n,), a_t and s_t (n, 1, 1, 1).
+    picture. A third is where a sampler is that began there with more noise and knows the sharp picture by now: of the
+    degraded one there is as much left as of that noise. The rest starts at the sharp picture itself.
+    Returns x_t, t (n,), a_t and s_t (n, 1, 1, 1).
     """
     n = len(sharp)
-    kind = torch.rand(n, generator=generator)
-    share = torch.rand(n, generator=generator)
-    share = torch.where(kind < 0.5, 1.0, torch.where(kind < 0.8, share, 0.0))[:, None, None, None]
-    start = sharp + share * (degraded - sharp)
     t = (torch.rand(n, generator=generator) ** 1.2 * HIGHEST_STEP).long()
     high = torch.randint(HIGHEST_STEP, len(alphas), (n,), generator=generator)
     t = torch.where(torch.rand(n, generator=generator) < 0.05, high, t)
+    begun = t + (torch.rand(n, generator=generator) * (HIGHEST_STEP - t).clamp(min=0)).long()
+    noise = ((1 - alphas) / alphas).sqrt()
+    kind = torch.rand(n, generator=generator)
+    share = torch.where(kind < 0.5, 1.0, torch.where(kind < 0.85, noise[t] / noise[begun], 0.0))[:, None, None, None]
+    start = sharp + share * (degraded - sharp)
     alpha = alphas[t][:, None, None, None]
     a, s = alpha.sqrt(), (1 - alpha).sqrt()
     return a * start + s * torch.randn(sharp.shape, generator=generator), t, a, s
