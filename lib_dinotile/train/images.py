@@ -296,7 +296,7 @@ def degrade(rng: np.random.Generator, image: np.ndarray, factor: float | None = 
     return np.asarray(small.resize((width, height), Image.Resampling.LANCZOS))
 
 
-def sharpen(image: np.ndarray, amount: float = 0.4, sigma: float = 1.0) -> np.ndarray:
+def sharpen(image: np.ndarray, amount: float = 0.25, sigma: float = 1.0) -> np.ndarray:
     """Unsharp mask, float32 out, not clipped: what Real-ESRGAN (arXiv 2107.10833, 3.2) trains towards."""
     from scipy.ndimage import gaussian_filter
 
@@ -315,7 +315,7 @@ class RestorePairs(torch.utils.data.Dataset):
     Pairs are kept once made (24 kB each at 64 px): making one takes longer than training on it should.
     """
 
-    def __init__(self, pool: Pool, length: int, size: int = 64, seed: int = 0, sharpening: float = 0.4):
+    def __init__(self, pool: Pool, length: int, size: int = 64, seed: int = 0, sharpening: float = 0.25):
         self.pool, self.length, self.size, self.seed, self.sharpening = pool, length, size, seed, sharpening
         self._made: dict[int, tuple[np.ndarray, np.ndarray]] = {}
 
