@@ -1,24 +1,25 @@
-"""Train the built-in model: `python -m lib_dinotile.train.mini {unet,encoder,adapter} --out DIR --steps N`.
+"""Train the built-in model: `python -m lib_dinotile.train.mini {unet,encoder} --out DIR --steps N`.
 
-Each part goes to lib_dinotile/mini in half precision at every checkpoint (`--export` names another folder).
+Each part goes to lib_dinotile/mini in half precision at every checkpoint (`--export` names another folder). `photos`
+writes the photographs as files into DIR, for `python -m lib_dinotile train`, which makes the adapter.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate.utils import set_seed
 from diffusers import DDIMScheduler, UNet2DConditionModel
+from PIL import Image
 from torch import Tensor, nn
 
-from lib_dinotile.dino.encoder import load_encoder
-from lib_dinotile.train.adapter import AdapterImages, AdapterLoss, AdapterTraining, export_adapter, new_adapter
 from lib_dinotile.train.encoder import EncoderImages, EncoderTraining, encoder_loss, export_encoder
-from lib_dinotile.train.images import Pool, RestorePairs
+from lib_dinotile.train.images import PHOTOS, Pool, RestorePairs, package_roots, read_photo
 from lib_dinotile.train.loop import Schedule, fit
 from lib_dinotile.train.objective import (
     SCHEDULER_CONFIG,
@@ -28,6 +29,7 @@ from lib_dinotile.train.objective import (
     restoration_loss,
     unshuffle,
 )
+from lib_dinotile.train.textures import TEXTURES, texture_atlas
 
 MINI = Path(__file__).parents[1] / "mini"
 
@@ -79,18 +81,26 @@ def train_encoder(schedule: Schedule, pool: Pool, export: Path, bank: int) -> No
     fit(EncoderTraining(), data, encoder_loss, schedule, lambda averaged, _: export_encoder(averaged, export))
 
 
-def train_adapter(schedule: Schedule, pool: Pool, export: Path, bank: int) -> None:
-    """The adapter, for the UNet and the encoder that lie in `export`."""
-    unet, encoder = UNet2DConditionModel.from_pretrained(export / "unet"), load_encoder(str(export / "encoder"))
-    data = AdapterImages(pool, encoder, bank, schedule.seed)
-    model = AdapterTraining(new_adapter(unet, encoder))
-    fit(model, data, AdapterLoss(unet), schedule, lambda averaged, step: export_adapter(averaged, export, step))
+def write_photos(folder: Path, roots: Sequence[Path], textures: int = 4) -> None:
+    """The photographs that are installed, as PNG files, and so many of each procedural texture."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for number, photo in enumerate(PHOTOS):
+        image = read_photo(photo, package_roots(roots))
+        if image is None:
+            print(f"not installed: {photo.path} ({photo.package})")
+        else:
+            Image.fromarray(image).save(folder / f"photo-{number:03d}-{Path(photo.path).stem}.png")
+    for name, group in zip(TEXTURES, texture_atlas(textures, 384)):
+        for number, texture in enumerate(group):
+            Image.fromarray(texture).save(folder / f"texture-{name}-{number}.png")
 
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m lib_dinotile.train.mini", description=__doc__)
-    parser.add_argument("part", choices=("unet", "encoder", "adapter"))
-    parser.add_argument("--out", type=Path, required=True, help="folder for checkpoints and the log")
+    parser.add_argument("part", choices=("unet", "encoder", "photos"))
+    parser.add_argument(
+        "--out", type=Path, required=True, help="folder for checkpoints and the log, or for the photographs"
+    )
     parser.add_argument("--export", type=Path, default=MINI, help="folder that gets the weights")
     parser.add_argument("--root", type=Path, action="append", default=[], help="where else unpacked packages lie")
     parser.add_argument("--steps", type=int, default=5000, help="train up to this step")
@@ -106,6 +116,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--log-every", type=int, default=20, help="steps per line of the log")
     parser.add_argument("--resume", action="store_true", help="go on from the checkpoint in --out")
     args = parser.parse_args(arguments)
+    if args.part == "photos":
+        return write_photos(args.out, args.root)
     schedule = Schedule(
         args.out,
         steps=args.steps,
@@ -122,7 +134,7 @@ def main(arguments: list[str] | None = None) -> None:
     pool = Pool.load(args.root)
     for name in pool.missing:
         print(f"not installed, trained without: {name}")
-    train = {"unet": train_unet, "encoder": train_encoder, "adapter": train_adapter}[args.part]
+    train = {"unet": train_unet, "encoder": train_encoder}[args.part]
     try:
         train(schedule, pool, args.export, args.bank)
     except FileNotFoundError as error:
