@@ -3,7 +3,8 @@
 Random weights, which are as fast as trained ones; features and latents from the cache, as in training. For each shape:
 floating-point operations of a training tile (forward, backward through the frozen UNet, adapter) and of a bare UNet
 row, counted without a number being computed; their seconds on this machine, on a GPU if there is one; the ratio of the
-two; tiles an hour; and on a GPU the most memory that was taken. `--count` only counts.
+two; tiles an hour; and on a GPU the most memory that was taken. `--count` only counts, also the memory that a tile
+keeps for its backward pass.
 """
 
 from __future__ import annotations
@@ -89,13 +90,40 @@ class Trainer:
             torch.cuda.synchronize()
 
 
+def saved(trainer: Trainer) -> float:
+    """GiB that a training tile keeps for its backward pass, besides the weights."""
+    kept: dict[int, int] = {}
+    weights = {id_of(each) for module in (trainer.unet, trainer.model) for each in module.state_dict().values()}
+
+    def keep(tensor: Tensor) -> Tensor:
+        if id_of(tensor) not in weights:
+            kept[id_of(tensor)] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        trainer.train()
+    return sum(kept.values()) / 2**30
+
+
+def id_of(tensor: Tensor) -> int:
+    """The same for all views of one memory."""
+    return tensor.untyped_storage()._cdata
+
+
 def counted(name: str) -> dict[str, float]:
-    """TFLOP of a training tile, and of a UNet row."""
+    """TFLOP of a training tile, and of a UNet row; GiB of the UNet's weights and of what a tile keeps, in bf16, without
+    and with gradient checkpointing (then blocks are computed again, one at a time: what one of them keeps comes on top
+    of the figure)."""
     trainer = Trainer(name, "meta", 1, "no", False)
-    return {
+    figures = {
         "train_tflop": operations(trainer.train)[0] / 1e12,
         "row_tflop": operations(trainer.bare)[0] / 1e12,
     }
+    for key, checkpointing in (("kept_gib", False), ("kept_checkpointing_gib", True)):
+        trainer = Trainer(name, "meta", 1, "bf16", checkpointing)
+        figures[key] = saved(trainer)
+    figures["weights_gib"] = sum(each.nbytes for each in trainer.unet.state_dict().values()) / 2**30
+    return figures
 
 
 def timed(name: str, device: str, arguments: argparse.Namespace) -> dict[str, float]:
@@ -126,7 +154,11 @@ def main() -> None:
     device, found = "cuda" if torch.cuda.is_available() else "cpu", {}
     for name in arguments.shapes:
         figures = counted(name)
-        print(f"{name}: a tile {figures['train_tflop']:.2f} TFLOP, a bare UNet row {figures['row_tflop']:.2f}")
+        print(
+            f"{name}: a tile {figures['train_tflop']:.2f} TFLOP, a bare UNet row {figures['row_tflop']:.2f}; in bf16 "
+            f"the UNet takes {figures['weights_gib']:.1f} GiB, a tile {figures['kept_gib']:.1f}, with gradient "
+            f"checkpointing {figures['kept_checkpointing_gib']:.1f}"
+        )
         if not arguments.count:
             figures |= timed(name, device, arguments)
             print(
