@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from lib_dinotile.condition.adapter import Adapter
 from lib_dinotile.condition.conditioner import Conditioner, Features
 from lib_dinotile.dino.encoder import PatchEncoder
 from lib_dinotile.dino.field import FeatureField
@@ -21,9 +22,44 @@ from lib_dinotile.tiling.noise import NoiseField
 
 PLAIN, GUIDANCE, GUARD, BOTH = "plain", "guidance", "guard", "guidance+guard"
 OTHER, SHUFFLED, ZERO = "other_image", "shuffled", "strength_0"
+ADAPTER, ALL = "adapter", "all"
+ADAPTER_OTHER, ADAPTER_SHUFFLED, ALL_OTHER = "adapter_other_image", "adapter_shuffled", "all_other_image"
 ARMS = (PLAIN, GUIDANCE, GUARD, BOTH, OTHER, SHUFFLED, ZERO)
-"""`other_image` and `shuffled` are guidance and guard with features that are not those of the place: of another image,
-or with the patches in disorder. `strength_0` has guidance and guard at work, but nothing to say."""
+"""What there is without an adapter."""
+
+
+@dataclass(frozen=True)
+class Way:
+    """What is at work in an arm, and what it sees."""
+
+    adapter: bool = False
+    guidance: bool = False
+    guard: bool = False
+    zero: bool = False
+    """Guidance and guard look, and have nothing to say."""
+    other: bool = False
+    """The features are those of another image."""
+    shuffled: bool = False
+    """The patches are in disorder."""
+
+
+WAYS = {
+    PLAIN: Way(),
+    GUIDANCE: Way(guidance=True),
+    GUARD: Way(guard=True),
+    BOTH: Way(guidance=True, guard=True),
+    OTHER: Way(guidance=True, guard=True, other=True),
+    SHUFFLED: Way(guidance=True, guard=True, shuffled=True),
+    ZERO: Way(zero=True),
+    ADAPTER: Way(adapter=True),
+    ALL: Way(adapter=True, guidance=True, guard=True),
+    ADAPTER_OTHER: Way(adapter=True, other=True),
+    ADAPTER_SHUFFLED: Way(adapter=True, shuffled=True),
+    ALL_OTHER: Way(adapter=True, guidance=True, guard=True, other=True),
+}
+
+
+Values = Sequence[float] | Sequence[Sequence[float]]
 
 
 class Mistaken(Conditioner):
@@ -31,9 +67,12 @@ class Mistaken(Conditioner):
 
     mistake: Callable[[Features], Features] = staticmethod(lambda features: features)
     instead: Image.Image | None = None
+    told: FeatureField | None = None
+    """What the adapter is given in place of features."""
 
     def features(self, source: Image.Image, size: tuple[int, int]) -> Features:
-        return self.mistake(super().features(self.instead or source, size))
+        features = super().features(self.instead or source, size)
+        return self.mistake(replace(features, adapter=self.told) if self.told else features)
 
 
 def shuffle(features: Features) -> Features:
@@ -51,49 +90,67 @@ def shuffle(features: Features) -> Features:
 
 @dataclass(frozen=True)
 class Arms:
-    """One host, one encoder; `settings` are those of guidance and guard together."""
+    """One host, one encoder; `settings` are those of adapter, guidance and guard together."""
 
     host: Host
     encoder: PatchEncoder
     settings: Settings
     heads: Mapping[int, RestorationHead] | None = None
+    adapter: Adapter | None = None
+    told: FeatureField | None = None
+    """What the adapter reads in place of the source's features."""
 
     def upscale(self, arm: str, source: Image.Image, seed: int, other: Image.Image | None = None) -> Result:
-        """The source (RGB) upscaled in that way; other: the image whose features `other_image` takes."""
-        noise = NoiseField(seed, self.host.channels)
-        return upscale(self.host, source, self._settings(arm), noise, self._conditioner(arm, other))
+        """The source (RGB) upscaled in that way; other: the image whose features some controls take."""
+        way, noise = WAYS[arm], NoiseField(seed, self.host.channels)
+        return upscale(self.host, source, self._settings(way), noise, self._conditioner(way, other))
 
-    def _settings(self, arm: str) -> Settings:
-        guided, guarded = arm not in (PLAIN, GUARD, ZERO), arm not in (PLAIN, GUIDANCE)
+    def _settings(self, way: Way) -> Settings:
         return replace(
             self.settings,
-            guidance=self.settings.guidance if guided else 0.0,
-            guard="report" if arm == ZERO else self.settings.guard if guarded else "off",
+            guidance=self.settings.guidance if way.guidance else 0.0,
+            guard="report" if way.zero else self.settings.guard if way.guard else "off",
         )
 
-    def _conditioner(self, arm: str, other: Image.Image | None) -> Conditioner | None:
-        if arm == PLAIN:
+    def _conditioner(self, way: Way, other: Image.Image | None) -> Conditioner | None:
+        if way == Way():
             return None
+        adapter, heads = self.adapter if way.adapter else None, dict(self.heads or {})
+        if adapter:
+            heads.pop(adapter.config.layer, None)  # an adapter reads the encoder's own tokens
         decoder = self.host.guidance_decoder(self.settings.decoder)
-        made = Mistaken(self._settings(arm), self.encoder, heads=self.heads, decoder=decoder)
-        if arm == OTHER:
+        made = Mistaken(self._settings(way), self.encoder, adapter, heads, decoder)
+        if way.other:
             made.instead = other
-        if arm == SHUFFLED:
+        if way.shuffled:
             made.mistake = shuffle
+        if adapter:
+            made.told = self.told
         return made
 
 
-def interval(values: Sequence[float], draws: int = 4000) -> tuple[float, float]:
-    """Between what the mean of the values lies with 95 % confidence: bootstrap percentiles (Efron 1979)."""
-    drawn = np.random.default_rng(0).choice(np.asarray(values), (draws, len(values)))
-    return tuple(np.percentile(drawn.mean(1), (2.5, 97.5)).tolist())
+def interval(values: Values, draws: int = 4000) -> tuple[float, float]:
+    """Between what the mean of the values lies with 95 % confidence: bootstrap percentiles (Efron 1979).
+
+    values: one for each image, or rows of them, one for each training of what is measured. Then trainings are drawn as
+    well as images, and all the trainings drawn are seen on the same images (the pigeonhole bootstrap, Owen 2007).
+    """
+    return tuple(np.percentile(_drawn_means(values, draws), (2.5, 97.5)).tolist())
 
 
-def ratio_interval(values: Sequence[float], base: Sequence[float], draws: int = 4000) -> tuple[float, float]:
+def ratio_interval(values: Values, base: Values, draws: int = 4000) -> tuple[float, float]:
     """The same for the ratio of two means over the same images."""
-    index = np.random.default_rng(0).integers(len(values), size=(draws, len(values)))
-    over = np.asarray(values)[index].mean(1) / np.maximum(np.asarray(base)[index].mean(1), 1e-9)
+    over = _drawn_means(values, draws) / np.maximum(_drawn_means(base, draws), 1e-9)
     return tuple(np.percentile(over, (2.5, 97.5)).tolist())
+
+
+def _drawn_means(values: Values, draws: int) -> np.ndarray:
+    """(draws,); the same images are drawn for all values of as many images."""
+    table, rng = np.atleast_2d(values), np.random.default_rng(0)
+    trainings, images = table.shape
+    image = rng.integers(images, size=(draws, images))
+    training = rng.integers(trainings, size=(draws, trainings))
+    return table[training[:, :, None], image[:, None]].mean((1, 2))
 
 
 def to_pixels(image: Image.Image) -> Tensor:

@@ -17,121 +17,21 @@ import argparse
 import itertools
 import json
 import sys
-import time
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from scipy.stats import kendalltau
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from benchmarks.arms import ARMS, GUARD, GUIDANCE, OTHER, PLAIN, ZERO, Arms, interval, ratio_interval, to_pixels
+from benchmarks import evidence
+from benchmarks.arms import ADAPTER, ALL, ARMS, GUARD, GUIDANCE, OTHER, PLAIN, ZERO
+from benchmarks.judging import CHOSEN, QUICK, REPORT_SEED, TUNE_SEED, World, agree, measure, table
 from benchmarks.world import gates
 from benchmarks.world.guard_test import guard_auc
-from benchmarks.world.host import GENERATION, SETTINGS, WEIGHTS, WorldHost, as_image
-from benchmarks.world.judge import GARBAGE, NONE, load_judge
-from benchmarks.world.scenes import NO_LABEL, PATCH, SIDE, Scene
-from benchmarks.world.spectral import SpectralJudge
-from lib_dinotile.dino.encoder import load_encoder
-from lib_dinotile.dino.head import load_heads
-from lib_dinotile.settings import Generation
-
-CHOSEN = replace(
-    SETTINGS,
-    patches=SIDE // PATCH,
-    guidance=2.0,
-    guidance_end=0.6,
-    every=1,
-    views=2,
-    layer=3,
-    guard="retry",
-    guard_seeds=3,
-    guard_weaker=0,
-    guard_strictness=1.0,
-)
-"""Chosen on other images than those that are reported (`--tune`)."""
-QUICK = replace(GENERATION, steps=10)
-"""Half as many steps: faster, and less time to be steered in."""
-TUNE_SEED, REPORT_SEED = 11, 23
-AGREEMENT = 0.7
-"""Least rank correlation of the two judges. It is not 1: one knows garbage, the other calls it some texture, by chance
-the right one; so they differ on whether a blurred patch is worse than garbage."""
-
-
-class World:
-    """The closed world's models."""
-
-    def __init__(self, generation: Generation = GENERATION, weights: Path = WEIGHTS) -> None:
-        self.encoder = load_encoder(str(weights / "encoder"))
-        self.heads = load_heads(weights / "heads.safetensors", self.encoder.id, self.encoder.width)
-        self.generation, self.host = generation, WorldHost(generation, None, weights)
-        self.judge, self.spectral = load_judge(weights), SpectralJudge.load(weights)
-
-    def verdicts(self, arm: str, made: Scene, other: Scene, seed: int, settings: Any) -> dict[str, float]:
-        """What the judges say of one picture, painted in that way: shares of its labelled patches."""
-        arms = Arms(self.host, self.encoder, settings, self.heads)
-        began = time.perf_counter()
-        result = arms.upscale(arm, as_image(made.source), seed, as_image(other.source))
-        seconds, pixels = time.perf_counter() - began, to_pixels(result.image)
-        known = made.labels != NO_LABEL
-        first, second = self.judge.verdict(pixels[None])[0].numpy(), self.spectral.verdict(pixels)
-        strange = known & (other.labels != NO_LABEL) & (other.labels != made.labels)
-        # Where both images show the same, features of the other are no control.
-        counted = strange if arm == OTHER else known
-        return {
-            "rate": float((first != made.labels)[counted].mean()),
-            "spectral": float((second != made.labels)[counted].mean()),
-            "blank": float((first == NONE)[known].mean()),
-            "garbage": float((first == GARBAGE)[known].mean()),
-            "followed": float((first == other.labels)[strange].mean()),
-            "seconds": seconds,
-        }
-
-
-def measure(world: World, arms: Sequence[str], count: int, seed: int, settings: Any, say: bool) -> dict[str, Any]:
-    """Per arm and figure the values of `count` images, one seed each."""
-    found: dict[str, dict[str, list[float]]] = {arm: {} for arm in arms}
-    scenes = list(gates.evaluation_scenes(count, seed))
-    for number, made in enumerate(scenes):
-        other = scenes[number - 1] if count > 1 else next(gates.evaluation_scenes(1, seed + 1))
-        for arm in arms:
-            for name, value in world.verdicts(arm, made, other, seed * 1000 + number, settings).items():
-                found[arm].setdefault(name, []).append(value)
-        if say:
-            rates = ", ".join(f"{arm} {found[arm]['rate'][-1]:.2f}" for arm in arms)
-            print(f"image {number + 1} of {count}: {rates}", file=sys.stderr)
-    return found
-
-
-def table(found: dict[str, Any]) -> None:
-    """For people."""
-    heads = f"{'':16} {'hallucinated':>12}  {'95 %':13} {'of plain':>8}  {'95 %':13} {'garbage':>7} {'blank':>6}"
-    print(f"{heads} {'spectral':>9} {'seconds':>8}")
-    base = found[PLAIN]["rate"]
-    for arm, values in found.items():
-        rate, (low, high) = np.mean(values["rate"]), interval(values["rate"])
-        least, most = ratio_interval(values["rate"], base)
-        print(
-            f"{arm:16} {rate:12.3f}  {low:.3f} - {high:.3f} {rate / np.mean(base):8.2f}  {least:.2f} - {most:.2f}   "
-            f"{np.mean(values['garbage']):6.3f} {np.mean(values['blank']):6.3f} {np.mean(values['spectral']):9.3f} "
-            f"{np.mean(values['seconds']):8.1f}"
-        )
-    if OTHER in found:
-        followed = {arm: np.mean(values["followed"]) for arm, values in found.items()}
-        print(
-            f"patches that show what the OTHER image shows there: plain {followed[PLAIN]:.3f}, with its features "
-            f"{followed[OTHER]:.3f}"
-        )
-
-
-def agreement(found: dict[str, Any]) -> float:
-    """How alike the two judges rank the arms: Kendall's tau of their mean rates, from -1 to 1."""
-    first, second = ([np.mean(values[judge]) for values in found.values()] for judge in ("rate", "spectral"))
-    return float(kendalltau(first, second).statistic)
+from benchmarks.world.host import GENERATION
 
 
 def tune(world: World, count: int) -> None:
@@ -146,27 +46,36 @@ def tune(world: World, count: int) -> None:
         print(f"guard: threshold {strictness}: {np.mean(found['rate']):.3f}", flush=True)
 
 
-def closed_world(arguments: argparse.Namespace) -> dict[str, Any] | None:
-    """The figures for the last line, or None if the world is not valid."""
-    world = World(QUICK if arguments.quick else GENERATION)
-    figures = gates.cheap_gates(6 if arguments.quick else 40, REPORT_SEED)
-    told = gates.painting_rates(1 if arguments.quick else 8, True, REPORT_SEED, world.generation)
+def gates_hold(world: World, quick: bool) -> bool:
+    """Whether the world is valid; says so."""
+    figures = gates.cheap_gates(6 if quick else 40, REPORT_SEED)
+    told = gates.painting_rates(1 if quick else 8, True, REPORT_SEED, world.generation)
     figures["told_rate"] = told["rate"]
     for name, value in figures.items():
         side, limit = gates.GATES[name]
         print(f"gate {name:15} {value:.3f}  ({side} {limit})")
     if not gates.holds(figures):
         print("invalid: a gate does not hold, so rates would mean nothing")
+    return gates.holds(figures)
+
+
+def closed_world(arguments: argparse.Namespace) -> dict[str, Any] | None:
+    """The figures for the last line, or None if the world is not valid."""
+    adapters = evidence.Adapters.load(arguments.adapters) if arguments.adapter else None
+    world = World(QUICK if arguments.quick else GENERATION)
+    if not gates_hold(world, arguments.quick):
         return None
     auc = guard_auc(world.encoder, world.heads, 4 if arguments.quick else 40, REPORT_SEED)
     print(f"guard test: prefers the true texture to a wrong one, AUC {auc:.3f}")
     count = arguments.images or (2 if arguments.quick else 12)
+    if adapters and not arguments.quick:
+        return trained(world, adapters, count, arguments)
     settings = replace(CHOSEN, guard_seeds=1) if arguments.quick else CHOSEN
     found = measure(world, ARMS, count, REPORT_SEED, settings, not arguments.quick)
-    tau = agreement(found)
-    print(f"gate {'agreement':15} {tau:.3f}  (at least {AGREEMENT}): the two judges' rankings of the arms")
-    if not tau >= AGREEMENT:
-        print("invalid: the two judges do not agree on the ranking")
+    if adapters:
+        one = evidence.collect(world, adapters.first(), evidence.QUICK_ROWS, count, REPORT_SEED, settings)
+        found |= {arm: one.found[arm] for arm in (ADAPTER, ALL)}
+    if not agree(found):
         return None
     table(found)
     same = found[ZERO]["rate"] == found[PLAIN]["rate"]
@@ -176,6 +85,22 @@ def closed_world(arguments: argparse.Namespace) -> dict[str, Any] | None:
     return {"hallucination_rate": rates, "other_followed": followed, "guard_auc": round(auc, 4), "images": count}
 
 
+def trained(
+    world: World, adapters: evidence.Adapters, count: int, arguments: argparse.Namespace
+) -> dict[str, Any] | None:
+    """The same for the adapters, all trainings and controls, and the pictures that were asked for."""
+    proof = evidence.prove(world, adapters, count, REPORT_SEED)
+    if proof is None:
+        return None
+    from benchmarks import evidence_plot  # matplotlib takes long to load
+
+    if arguments.plot:
+        evidence_plot.bars(proof[1], arguments.plot)
+    if arguments.pictures:
+        evidence_plot.pictures(world, proof[0], arguments.pictures)
+    return proof[1]
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("photos", type=Path, nargs="?", help="with --model: a folder of photos")
@@ -183,6 +108,10 @@ def main() -> int:
     parser.add_argument("--json", action="store_true", help="one last line of JSON")
     parser.add_argument("--images", type=int, help="how many images")
     parser.add_argument("--tune", action="store_true", help="try settings, on images that are not reported")
+    parser.add_argument("--adapter", action="store_true", help="measure the trained adapters; with --quick one of them")
+    parser.add_argument("--adapters", type=Path, default=evidence.ADAPTERS, help="with --adapter: folder of adapters")
+    parser.add_argument("--plot", type=Path, help="with --adapter: file for a plot of the rates")
+    parser.add_argument("--pictures", type=Path, help="with --adapter: file for a picture, upscaled in several ways")
     parser.add_argument("--model", help="a checkpoint to measure on photos, as for dinotile's command line")
     parser.add_argument("--dino", default="facebook/dinov2-small", help="with --model: the guiding encoder")
     parser.add_argument("--eye", default="facebook/dinov2-base", help="with --model: the encoder that judges")
@@ -193,12 +122,17 @@ def main() -> int:
     parser.add_argument("--steps", type=int, default=20, help="with --model: sampling steps")
     parser.add_argument("--lpips", choices=("alex", "vgg", "none"), default="alex", help="with --model: its network")
     arguments = parser.parse_args()
+    if (arguments.plot or arguments.pictures) and (arguments.quick or not arguments.adapter):
+        parser.error("--plot and --pictures want --adapter, without --quick")
     if arguments.model:
         from benchmarks.photos import photos
 
         if arguments.photos is None:
             parser.error("--model wants a folder of photos")
         figures = photos(arguments)
+    elif arguments.tune and arguments.adapter:
+        evidence.tune(World(), evidence.Adapters.load(arguments.adapters), arguments.images or 4)
+        return 0
     elif arguments.tune:
         tune(World(), arguments.images or 4)
         return 0
