@@ -1,0 +1,170 @@
+"""What the adapter's evidence looks like: the rates as bars, and one picture upscaled in several ways.
+
+The bars again from the last line of `semantics.py --adapter --json`: python -m benchmarks.evidence_plot JSON FILE
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from benchmarks.arms import ADAPTER, ADAPTER_OTHER, ADAPTER_SHUFFLED, ALL, ALL_OTHER, GUARD, GUIDANCE, PLAIN
+from benchmarks.evidence import ONEHOT, SHARP, UNTRAINED, Evidence
+from benchmarks.judging import World
+from benchmarks.world.host import as_image
+from benchmarks.world.scenes import NO_LABEL, PATCH, SIDE
+
+GREY, BLUE, ORANGE, GREEN, INK = "#8f99a4", "#3f7dc0", "#d07f2e", "#4a9670", "#22272e"
+GROUPS: tuple[tuple[str, str, dict[str, str]], ...] = (
+    ("", GREY, {PLAIN: "Plain tiles"}),
+    (
+        "With dinotile",
+        BLUE,
+        {GUARD: "Guard", GUIDANCE: "Guidance", ADAPTER: "Adapter", ALL: "Adapter + guidance + guard"},
+    ),
+    (
+        "Controls, which have to fail",
+        ORANGE,
+        {
+            ADAPTER_OTHER: "Adapter, another image's features",
+            ALL_OTHER: "All three, another image's features",
+            ADAPTER_SHUFFLED: "Adapter, patches in disorder",
+            UNTRAINED: "Adapter, not trained",
+        },
+    ),
+    (
+        "Bounds: told what no source tells",
+        GREEN,
+        {SHARP: "Adapter on the sharp picture's features", ONEHOT: "Adapter on the true classes"},
+    ),
+)
+"""Heading, colour, and the arms of each group, in plain words."""
+
+_WRONG = "#d4001a"
+_STYLE = {"font.size": 10.5, "font.family": "DejaVu Sans", "text.color": INK}
+_LEFT = 0.365
+"""Where the bars begin, in widths of the plot."""
+
+WIDTH, DPI = 9.0, 200
+"""Of the pictures, in inches of 100 px as a page shows them; twice as fine in the file."""
+
+
+def bars(figures: Mapping[str, Any], file: Path) -> None:
+    """Draw the rates of `evidence.summary`: a bar for each arm, its 95 % interval, a dot for each training."""
+    rates = figures["hallucination_rate"]
+    lines: list[tuple[str, str, str]] = []  # heading or label, colour, arm ("" for a heading)
+    for heading, colour, arms in GROUPS:
+        shown = {arm: label for arm, label in arms.items() if arm in rates}
+        if heading and shown:
+            lines.append((heading, colour, ""))
+        lines += [(label, colour, arm) for arm, label in shown.items()]
+    with matplotlib.rc_context(_STYLE):
+        top, bottom, high = 0.62, 0.56, 0.3 * len(lines) + 1.18  # inches
+        figure = Figure(figsize=(WIDTH, high), dpi=DPI, facecolor="white")
+        axes = figure.add_axes((_LEFT, bottom / high, 0.54, 1 - (top + bottom) / high))
+        for y, (label, colour, arm) in enumerate(lines):
+            if arm:
+                _bar(axes, y, label, colour, arm, figures)
+            else:
+                figure.text(0.012, 1 - (top + 0.3 * (y + 0.6)) / high, label, weight="bold", va="center", color=colour)
+        axes.axvline(rates[PLAIN], color=GREY, linestyle=(0, (3, 3)), linewidth=1, zorder=0)
+        axes.set(xlim=(0, 1), ylim=(len(lines) - 0.5, -0.5), yticks=())
+        axes.set_xticks(np.linspace(0, 1, 6), [f"{share:.0%}" for share in np.linspace(0, 1, 6)], color=INK)
+        axes.grid(axis="x", color="#e3e6ea")
+        axes.set_axisbelow(True)
+        axes.tick_params(length=0)
+        axes.spines[:].set_visible(False)
+        figure.text(0.012, 1 - 0.26 / high, "Wrong texture", weight="bold", fontsize=14, va="center")
+        subtitle = f"share of patches judged not to be what is there; {figures['images']} pictures; shorter is better"
+        figure.text(0.197, 1 - 0.275 / high, subtitle, va="center")
+        trainings = len(figures["per_training"].get(ADAPTER, ()))
+        legend = (
+            f"lines: 95 % of a bootstrap over pictures and trainings; dots: the {trainings} trainings, each by itself"
+        )
+        figure.text(_LEFT, 0.15 / high, legend, va="center", fontsize=9, color="#5b636d")
+        figure.savefig(file)
+
+
+def _bar(axes: Any, y: int, label: str, colour: str, arm: str, figures: Mapping[str, Any]) -> None:
+    rate, (low, high) = figures["hallucination_rate"][arm], figures["interval"][arm]
+    beside = axes.get_yaxis_transform()  # x in widths of the plot, y in data
+    axes.barh(y, rate, 0.7, color=colour, linewidth=0)
+    axes.plot((low, high), (y, y), color=INK, linewidth=1.4, solid_capstyle="butt", clip_on=False)
+    for end in (low, high):
+        axes.plot((end, end), (y - 0.15, y + 0.15), color=INK, linewidth=1.4, clip_on=False)
+    trainings = list(figures["per_training"].get(arm, {}).values())
+    axes.scatter(trainings, [y] * len(trainings), 17, "white", edgecolors=INK, linewidths=1, zorder=4, clip_on=False)
+    axes.text(-0.015, y, label, transform=beside, ha="right", va="center")
+    axes.text(1.135, y, f"{100 * rate:.1f} %", transform=beside, ha="right", va="center", weight="bold")
+
+
+def pictures(world: World, evidence: Evidence, file: Path) -> None:
+    """Draw one of the pictures: what came of it, with the patches judged wrong in red."""
+    chosen = typical(evidence)
+    made, _ = evidence.pairs[chosen]
+    source = made.source.repeat_interleave(SIDE // made.source.shape[1], 1)
+    panels: list[tuple[str, Tensor, bool]] = [
+        ("Source, enlarged", source.repeat_interleave(SIDE // made.source.shape[2], 2), False),
+        ("Truth", made.sharp, False),
+        ("Plain tiles", evidence.results[PLAIN][chosen], True),
+        ("Adapter", evidence.results[ADAPTER][chosen], True),
+        ("Adapter, guidance, guard", evidence.results[ALL][chosen], True),
+        ("Another image's features", evidence.results[ADAPTER_OTHER][chosen], True),
+    ]
+    side, gap, head = 290, 9, 26  # px of the page
+    wide, high = 3 * side + 4 * gap, 2 * (side + head) + gap
+    with matplotlib.rc_context(_STYLE):
+        figure = Figure(figsize=(wide / 100, high / 100), dpi=DPI, facecolor="white")
+        for place, (label, pixels, judged) in enumerate(panels):
+            row, column = divmod(place, 3)
+            left, top = gap + column * (side + gap), head + row * (side + head)
+            axes = figure.add_axes((left / wide, 1 - (top + side) / high, side / wide, side / high))
+            axes.imshow(np.asarray(as_image(pixels)), interpolation="nearest", extent=(0, SIDE, SIDE, 0))
+            axes.axis("off")
+            middle = {"y": 1 - (top - head / 2) / high, "va": "center", "weight": "bold", "fontsize": 9.3}
+            figure.text(x=left / wide, s=label, **middle)
+            if judged:
+                known = made.labels != NO_LABEL
+                wrong = known & (world.judge.verdict(pixels[None])[0].numpy() != made.labels)
+                share = f"{wrong.sum() / known.sum():.0%} wrong"
+                figure.text(x=(left + side) / wide, s=share, ha="right", color=_WRONG, **middle)
+                outline(axes, wrong)
+        figure.savefig(file)
+
+
+def outline(axes: Any, wrong: np.ndarray) -> None:
+    """Tint the patches that are `wrong` (h, w), and draw a line around where they lie together."""
+    tint = np.zeros((*wrong.shape, 4))
+    tint[wrong] = matplotlib.colors.to_rgba(_WRONG, 0.13)
+    axes.imshow(tint, interpolation="nearest", extent=(0, SIDE, SIDE, 0))
+    padded = np.pad(wrong, 1)
+    for y, x in np.argwhere(padded[:, 1:] != padded[:, :-1]):
+        axes.plot((x * PATCH, x * PATCH), ((y - 1) * PATCH, y * PATCH), color=_WRONG, linewidth=1.6, clip_on=False)
+    for y, x in np.argwhere(padded[1:] != padded[:-1]):
+        axes.plot(((x - 1) * PATCH, x * PATCH), (y * PATCH, y * PATCH), color=_WRONG, linewidth=1.6, clip_on=False)
+
+
+def typical(evidence: Evidence) -> int:
+    """The number of the picture whose rates are nearest to the means of all."""
+    rates = [evidence.found[arm]["rate"] for arm in (PLAIN, ADAPTER, ALL, ADAPTER_OTHER)]
+    return int(sum(np.abs(each[0] - each.mean()) for each in rates).argmin())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.evidence_plot", description=__doc__)
+    parser.add_argument("json", type=Path, help="what `semantics.py --adapter --json` printed; its last line is read")
+    parser.add_argument("file", type=Path)
+    arguments = parser.parse_args()
+    bars(json.loads(arguments.json.read_text().strip().splitlines()[-1]), arguments.file)
+
+
+if __name__ == "__main__":
+    main()
