@@ -89,6 +89,17 @@ def shuffle(features: Features) -> Features:
 
 
 @dataclass(frozen=True)
+class Reader:
+    """An adapter, and what it reads."""
+
+    adapter: Adapter
+    head: RestorationHead | None = None
+    """What it reads the source's features through."""
+    told: FeatureField | None = None
+    """What it is given in place of them."""
+
+
+@dataclass(frozen=True)
 class Arms:
     """One host, one encoder; `settings` are those of adapter, guidance and guard together."""
 
@@ -96,9 +107,7 @@ class Arms:
     encoder: PatchEncoder
     settings: Settings
     heads: Mapping[int, RestorationHead] | None = None
-    adapter: Adapter | None = None
-    told: FeatureField | None = None
-    """What the adapter reads in place of the source's features."""
+    reader: Reader | None = None
 
     def upscale(self, arm: str, source: Image.Image, seed: int, other: Image.Image | None = None) -> Result:
         """The source (RGB) upscaled in that way; other: the image whose features some controls take."""
@@ -115,17 +124,21 @@ class Arms:
     def _conditioner(self, way: Way, other: Image.Image | None) -> Conditioner | None:
         if way == Way():
             return None
-        adapter, heads = self.adapter if way.adapter else None, dict(self.heads or {})
-        if adapter:
-            heads.pop(adapter.config.layer, None)  # an adapter reads the encoder's own tokens
+        reader = self.reader if way.adapter else None
         decoder = self.host.guidance_decoder(self.settings.decoder)
-        made = Mistaken(self._settings(way), self.encoder, adapter, heads, decoder)
+        made = Mistaken(
+            self._settings(way),
+            self.encoder,
+            reader and reader.adapter,
+            heads=self.heads,
+            decoder=decoder,
+            adapter_head=reader and reader.head,
+        )
         if way.other:
             made.instead = other
         if way.shuffled:
             made.mistake = shuffle
-        if adapter:
-            made.told = self.told
+        made.told = reader and reader.told
         return made
 
 

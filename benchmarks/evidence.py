@@ -15,7 +15,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.arms import (
@@ -28,22 +27,22 @@ from benchmarks.arms import (
     GUIDANCE,
     PLAIN,
     WAYS,
+    Reader,
     interval,
     ratio_interval,
 )
 from benchmarks.judging import CHOSEN, TUNE_SEED, World, agree, agreement, scene_pairs, table
+from benchmarks.world.adapters import ONE_HOT, SHARP, one_hot_field
 from benchmarks.world.host import WEIGHTS
 from benchmarks.world.scenes import SIDE, Scene
-from benchmarks.world.textures import CLASSES
 from lib_dinotile import DinotileError
 from lib_dinotile.condition.adapter import Adapter
 from lib_dinotile.condition.adapter_file import load_adapter
 from lib_dinotile.dino.field import FeatureField
+from lib_dinotile.dino.head import load_heads
 
 ADAPTERS = WEIGHTS / "adapters"
-ONEHOT, SHARP, UNTRAINED = "onehot", "sharp", "untrained"
-ONEHOT_GRID = 32
-"""Cells along a side of the class map that the adapter `onehot` reads."""
+TRAINED, UNTRAINED = "trained", "untrained"
 
 
 @dataclass(frozen=True)
@@ -54,10 +53,9 @@ class Row:
     way: str
     """Of benchmarks/arms.py."""
     adapter: str = ""
-    """Which adapter: TRAINED, each training; UNTRAINED; ONEHOT or SHARP; or none."""
+    """Which adapter: TRAINED, each training; UNTRAINED; ONE_HOT or SHARP; or none."""
 
 
-TRAINED = "trained"
 ROWS = (
     Row(PLAIN, PLAIN),
     Row(GUARD, GUARD),
@@ -69,7 +67,7 @@ ROWS = (
     Row(ADAPTER_SHUFFLED, ADAPTER_SHUFFLED, TRAINED),
     Row(UNTRAINED, ADAPTER, UNTRAINED),
     Row(SHARP, ADAPTER, SHARP),
-    Row(ONEHOT, ADAPTER, ONEHOT),
+    Row(ONE_HOT, ADAPTER, ONE_HOT),
 )
 _OF_TRAININGS = frozenset(row.name for row in ROWS if row.adapter == TRAINED)
 QUICK_ROWS = tuple(row for row in ROWS if row.name in (PLAIN, ADAPTER, ALL))
@@ -90,45 +88,52 @@ TARGETS = {
 class Adapters:
     """What was trained."""
 
-    trainings: Mapping[str, Adapter]
+    trainings: Mapping[str, Reader]
     """By seed."""
-    bounds: Mapping[str, Adapter]
-    """ONEHOT and SHARP, as far as they are there."""
+    bounds: Mapping[str, Reader]
+    """ONE_HOT and SHARP, as far as they are there."""
 
     @classmethod
     def load(cls, folder: Path = ADAPTERS) -> Adapters:
         """DinotileError if there is no training in the folder, or something that is no adapter."""
-        found = {file.stem: load_adapter(file) for file in sorted(folder.glob("*.safetensors"))}
-        trainings = {name: adapter for name, adapter in found.items() if name not in (ONEHOT, SHARP)}
+        found = {file.stem: _reader(file) for file in sorted(folder.glob("*.safetensors"))}
+        trainings = {name: reader for name, reader in found.items() if name not in (ONE_HOT, SHARP)}
         if not trainings:
             raise DinotileError(f"there is no trained adapter in {folder}: give --adapters another folder")
-        return cls(trainings, {name: adapter for name, adapter in found.items() if name not in trainings})
+        return cls(trainings, {name: reader for name, reader in found.items() if name not in trainings})
 
     def first(self) -> Adapters:
         """With one training only."""
         return replace(self, trainings=dict(itertools.islice(self.trainings.items(), 1)))
 
-    def of(self, row: Row) -> list[Adapter | None]:
+    def of(self, row: Row) -> list[Reader | None]:
         """What a row is measured with, one after the other; nothing if that is not there."""
         if row.adapter == TRAINED:
             return list(self.trainings.values())
         if row.adapter == UNTRAINED:
             with torch.random.fork_rng(devices=[]):
-                return [Adapter(next(iter(self.trainings.values())).config).eval().requires_grad_(False)]
+                config = next(iter(self.trainings.values())).adapter.config
+                return [Reader(Adapter(config).eval().requires_grad_(False))]
         if row.adapter:
             return [self.bounds[row.adapter]] if row.adapter in self.bounds else []
         return [None]
 
 
-def told(world: World, row: Row, adapter: Adapter | None, made: Scene) -> FeatureField | None:
-    """What an adapter reads that is given more than the source tells."""
-    if row.adapter == ONEHOT:
-        step = SIDE // ONEHOT_GRID
-        classes = torch.from_numpy(made.class_map[::step, ::step].copy())
-        return FeatureField(F.one_hot(classes, CLASSES).permute(2, 0, 1).float(), (SIDE, SIDE))
+def _reader(file: Path) -> Reader:
+    adapter = load_adapter(file)
+    config = adapter.config
+    heads = load_heads(file, config.encoder, config.features) if config.restored else {}
+    return Reader(adapter, heads.get(config.layer))
+
+
+def informed(world: World, row: Row, reader: Reader | None, made: Scene) -> Reader | None:
+    """The same reader, told of this picture what the row tells it beyond the source."""
+    if row.adapter == ONE_HOT:
+        return replace(reader, told=FeatureField(one_hot_field(made.class_map), (SIDE, SIDE)))
     if row.adapter == SHARP:
-        return FeatureField(world.encoder(made.sharp[None], adapter.config.layer)[0], (SIDE, SIDE))
-    return None
+        features = world.encoder(made.sharp[None], reader.adapter.config.layer)[0]
+        return replace(reader, told=FeatureField(features, (SIDE, SIDE)))
+    return reader
 
 
 @dataclass
@@ -160,8 +165,8 @@ def collect(
     values: dict[str, dict[str, list[list[float]]]] = {}
     for number, (made, other) in enumerate(evidence.pairs):
         for row, trained in models.items():
-            for place, adapter in enumerate(trained):
-                arms = world.arms(settings, adapter, told(world, row, adapter, made))
+            for place, reader in enumerate(trained):
+                arms = world.arms(settings, informed(world, row, reader, made))
                 pixels, seconds = world.painted(arms, row.way, made, other, seed * 1000 + number)
                 if place == 0:
                     evidence.results.setdefault(row.name, []).append(pixels)

@@ -17,8 +17,9 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from benchmarks.arms import ADAPTER, ADAPTER_OTHER, ADAPTER_SHUFFLED, ALL, ALL_OTHER, GUARD, GUIDANCE, PLAIN
-from benchmarks.evidence import ONEHOT, SHARP, UNTRAINED, Evidence
+from benchmarks.evidence import UNTRAINED, Evidence
 from benchmarks.judging import World
+from benchmarks.world.adapters import ONE_HOT, SHARP
 from benchmarks.world.host import as_image
 from benchmarks.world.scenes import NO_LABEL, PATCH, SIDE
 
@@ -31,7 +32,7 @@ GROUPS: tuple[tuple[str, str, dict[str, str]], ...] = (
         {GUARD: "Guard", GUIDANCE: "Guidance", ADAPTER: "Adapter", ALL: "Adapter + guidance + guard"},
     ),
     (
-        "Controls, which have to fail",
+        "Controls, which should not help",
         ORANGE,
         {
             ADAPTER_OTHER: "Adapter, another image's features",
@@ -43,7 +44,7 @@ GROUPS: tuple[tuple[str, str, dict[str, str]], ...] = (
     (
         "Bounds: told what no source tells",
         GREEN,
-        {SHARP: "Adapter on the sharp picture's features", ONEHOT: "Adapter on the true classes"},
+        {SHARP: "Adapter on the sharp picture's features", ONE_HOT: "Adapter on the true classes"},
     ),
 )
 """Heading, colour, and the arms of each group, in plain words."""

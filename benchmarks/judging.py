@@ -13,15 +13,13 @@ import numpy as np
 from scipy.stats import kendalltau
 from torch import Tensor
 
-from benchmarks.arms import OTHER, PLAIN, Arms, interval, ratio_interval, to_pixels
+from benchmarks.arms import OTHER, PLAIN, Arms, Reader, interval, ratio_interval, to_pixels
 from benchmarks.world import gates
 from benchmarks.world.host import GENERATION, SETTINGS, WEIGHTS, WorldHost, as_image
 from benchmarks.world.judge import GARBAGE, NONE, load_judge
 from benchmarks.world.scenes import NO_LABEL, PATCH, SIDE, Scene
 from benchmarks.world.spectral import SpectralJudge
-from lib_dinotile.condition.adapter import Adapter
 from lib_dinotile.dino.encoder import load_encoder
-from lib_dinotile.dino.field import FeatureField
 from lib_dinotile.dino.head import load_heads
 from lib_dinotile.settings import Generation, Settings
 
@@ -56,9 +54,9 @@ class World:
         self.generation, self.host = generation, WorldHost(generation, None, weights)
         self.judge, self.spectral = load_judge(weights), SpectralJudge.load(weights)
 
-    def arms(self, settings: Settings, adapter: Adapter | None = None, told: FeatureField | None = None) -> Arms:
-        """Ways of upscaling here; told: what the adapter reads in place of the source's features."""
-        return Arms(self.host, self.encoder, settings, self.heads, adapter, told)
+    def arms(self, settings: Settings, reader: Reader | None = None) -> Arms:
+        """The ways of upscaling here; reader: the adapter of those that have one."""
+        return Arms(self.host, self.encoder, settings, self.heads, reader)
 
     def painted(self, arms: Arms, arm: str, made: Scene, other: Scene, seed: int) -> tuple[Tensor, float]:
         """A picture upscaled in that way, (3, SIDE, SIDE) in 0..1, and the seconds that it took."""
