@@ -70,7 +70,7 @@ def bars(figures: Mapping[str, Any], file: Path) -> None:
     with matplotlib.rc_context(_STYLE):
         top, bottom, high = 0.62, 0.56, 0.3 * len(lines) + 1.18  # inches
         figure = Figure(figsize=(WIDTH, high), dpi=DPI, facecolor="white")
-        axes = figure.add_axes((_LEFT, bottom / high, 0.54, 1 - (top + bottom) / high))
+        axes = figure.add_axes((_LEFT, bottom / high, 0.53, 1 - (top + bottom) / high))
         for y, (label, colour, arm) in enumerate(lines):
             if arm:
                 _bar(axes, y, label, colour, arm, figures)
@@ -87,9 +87,7 @@ def bars(figures: Mapping[str, Any], file: Path) -> None:
         subtitle = f"share of patches judged not to be what is there; {figures['images']} pictures; shorter is better"
         figure.text(0.197, 1 - 0.275 / high, subtitle, va="center")
         trainings = len(figures["per_training"].get(ADAPTER, ()))
-        legend = (
-            f"lines: 95 % of a bootstrap over pictures and trainings; dots: the {trainings} trainings, each by itself"
-        )
+        legend = f"lines: 95 % of a bootstrap over pictures and trainings; dots: single trainings ({trainings})"
         figure.text(_LEFT, 0.15 / high, legend, va="center", fontsize=9, color="#5b636d")
         figure.savefig(file)
 
@@ -104,7 +102,7 @@ def _bar(axes: Any, y: int, label: str, colour: str, arm: str, figures: Mapping[
     trainings = list(figures["per_training"].get(arm, {}).values())
     axes.scatter(trainings, [y] * len(trainings), 17, "white", edgecolors=INK, linewidths=1, zorder=4, clip_on=False)
     axes.text(-0.015, y, label, transform=beside, ha="right", va="center")
-    axes.text(1.135, y, f"{100 * rate:.1f} %", transform=beside, ha="right", va="center", weight="bold")
+    axes.text(1.155, y, f"{100 * rate:.1f} %", transform=beside, ha="right", va="center", weight="bold")
 
 
 def pictures(world: World, evidence: Evidence, file: Path) -> None:

@@ -5,6 +5,11 @@ whose texture, named by a judge that nothing else uses, is not the true one. Wha
 With the features of another image, patches count where that shows another texture.
 The gates (benchmarks/world/gates.py) are checked first: if one does not hold, the run is invalid and shows no rates.
 
+python benchmarks/semantics.py --adapter [--json] [--plot FILE] [--pictures FILE]
+
+The same for trained adapters (benchmarks/world/weights/adapters), each by itself and on average, with controls and
+bounds, and whether the targets are met (benchmarks/evidence.py). With --quick one of them is added to the other arms.
+
 python benchmarks/semantics.py --model FILE|FOLDER|ID --dino ID --eye ID PHOTOS
 
 On a real checkpoint and a folder of photos, which are shrunk and upscaled again: the likeness of the result's features
