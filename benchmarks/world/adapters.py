@@ -7,6 +7,7 @@ the most that better features could.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -48,6 +49,7 @@ OPTIONS = Training(
 SCENES, HELD_OUT = 400, 32
 ONE_HOT, SHARP = "onehot", "sharp"
 """Adapters that see the truth."""
+READS = ("source", ONE_HOT, SHARP)
 
 
 class Truth(PatchEncoder):
@@ -69,10 +71,8 @@ def train_world_adapter(
     out: Path, export: Path, seed: int, reads: str = "source", steps: int | None = None, resume: bool = False
 ) -> None:
     """Train one adapter and write it to `export`/adapters. reads: `source`, or one of the truths."""
-    from dataclasses import replace
-
     options = replace(OPTIONS, seed=seed, **({"steps": steps} if steps else {}))
-    host, seen = WorldHost(), load_encoder(str(export / "encoder"))
+    host, seen = WorldHost(weights=export), load_encoder(str(export / "encoder"))
     plain = prepared_tiles(host, seen, options, CROP)
     pictures = Scenes(SCENES, 77), Scenes(HELD_OUT, 78)
     encoder, compute = _reading(reads, seen, plain, pictures)

@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from benchmarks.world.pictures import Scenes
 from benchmarks.world.scenes import NO_LABEL, PATCH, SIDE, TRAIN_ATLAS, Scene, scene
 from lib_dinotile.condition.look import CONTEXT, Look
 from lib_dinotile.dino.encoder import PatchEncoder, load_encoder
 from lib_dinotile.dino.field import FeatureField, feature_field
 from lib_dinotile.dino.head import RestorationHead, save_heads
+from lib_dinotile.team import Team
 from lib_dinotile.tiling.plan import Rect
+from lib_dinotile.train.head import prepared_pairs
+from lib_dinotile.train.head import train_heads as fit_heads
+from lib_dinotile.train.loop import Schedule
+from lib_dinotile.train.pictures import Prepared
 
 LAYERS = (-1, -2, -3)
 HIDDEN = 128
@@ -47,51 +53,22 @@ def in_windows(
     return features
 
 
-@torch.no_grad()
-def floor(encoder: PatchEncoder, head: RestorationHead, layer: int, scenes: int, seed: int) -> Tensor:
-    """(2,): median and robust deviation of how far true patches are from what the head makes of the source."""
-    distances = []
-    for i in range(scenes):
-        made = scene(np.random.default_rng((seed, i, 13)), TRAIN_ATLAS)
-        wanted = head(source_features(encoder, made, layer)[None])[0]
-        distances.append(1 - F.cosine_similarity(in_windows(encoder, made.sharp, made.blurred, layer), wanted, dim=0))
-    distance = torch.stack(distances)
-    median = distance.median()
-    return torch.stack([median, 1.4826 * (distance - median).abs().median()])
-
-
-def _pairs(encoder: PatchEncoder, scenes: int, seed: int) -> dict[int, tuple[Tensor, Tensor]]:
-    """For each layer the features of sources and of the sharp pictures, (scenes, D, 16, 16) each, in half precision."""
-    pairs: dict[int, tuple[list[Tensor], list[Tensor]]] = {layer: ([], []) for layer in LAYERS}
-    for i in range(scenes):
-        made = scene(np.random.default_rng((seed, i, 9)), TRAIN_ATLAS)
-        for layer, (degraded, sharp) in pairs.items():
-            degraded.append(source_features(encoder, made, layer).half())
-            sharp.append(encoder(made.sharp[None], layer)[0].half())
-    return {layer: (torch.stack(degraded), torch.stack(sharp)) for layer, (degraded, sharp) in pairs.items()}
-
-
-def train_heads(export: Path, scenes: int = 400, steps: int = 400, batch: int = 16, seed: int = 10) -> None:
-    """Regress the sharp picture's tokens from the source's, for each of `LAYERS`; no labels are used."""
+def train_heads(schedule: Schedule, export: Path, scenes: int = 400, held_out: int = 30) -> None:
+    """By the program's own training; no labels are used."""
     encoder = load_encoder(str(export / "encoder"))
-    heads = {}
-    for layer, (degraded, sharp) in _pairs(encoder, scenes, seed).items():
-        torch.manual_seed(seed)
-        head = RestorationHead(encoder.width, HIDDEN)
-        optimizer = torch.optim.AdamW(head.parameters(), lr=2e-3, weight_decay=1e-2)
-        rates = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, steps, pct_start=0.1)
-        for _ in range(steps):
-            chosen = torch.randint(scenes, (batch,))
-            guess, target = head(degraded[chosen].float()), sharp[chosen].float()
-            loss = F.mse_loss(guess, target) + 1 - F.cosine_similarity(guess, target, dim=1).mean()
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            rates.step()
-        head.floor.copy_(floor(encoder, head, layer, 30, seed))
-        heads[layer] = head
-        print(f"layer {layer}: loss {loss.item():.3f}, floor {head.floor.tolist()}")
-    save_heads(heads, export / "heads.safetensors", encoder.id, scenes=str(scenes), steps=str(steps))
+    patches, recipe = SIDE // PATCH, ["heads", encoder.fingerprint]
+    compute = prepared_pairs(encoder, patches, LAYERS)
+    pictures = tuple(
+        Prepared(Scenes(count, schedule.seed + number), compute, schedule.out / "cache", recipe)
+        for number, count in enumerate((scenes, held_out))
+    )
+    for each in pictures:
+        each.prepare(Team(), "scenes")
+
+    def save(heads: Mapping[int, RestorationHead], figures: Mapping[str, str]) -> None:
+        save_heads(heads, export / "heads.safetensors", encoder.id, scenes=str(scenes), **figures)
+
+    fit_heads(encoder, HIDDEN, schedule, pictures, patches, TILE, save, LAYERS)
 
 
 def train_probe(export: Path, scenes: int = 150, seed: int = 11) -> None:

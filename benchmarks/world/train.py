@@ -1,7 +1,7 @@
 """Train the world's models: `python -m benchmarks.world.train PART --out DIR [--steps N] [--minutes M] [--resume]`.
 
 Every part goes to benchmarks/world/weights in half precision at each checkpoint (`--export` names another folder).
-`heads` and `probe` need the encoder that lies there.
+`heads`, `probe` and `adapter` need the encoder that lies there, `adapter` also the denoiser.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from pathlib import Path
 
 from accelerate.utils import set_seed
 
+from benchmarks.world.adapters import READS, train_world_adapter
 from benchmarks.world.denoiser import train_denoiser
 from benchmarks.world.encoder import train_encoder
 from benchmarks.world.heads import train_heads, train_probe
@@ -21,18 +22,26 @@ from benchmarks.world.spectral import fit_spectral
 from benchmarks.world.windows import train_windows
 from lib_dinotile.train.loop import Schedule
 
-STEPS = {"denoiser": 8000, "encoder": 2100, "judge": 450, "windows": 4000}
-BATCH = {"denoiser": 8, "encoder": 16, "judge": 4, "windows": 4}
-RATE = {"denoiser": 1e-3, "encoder": 8e-4, "judge": 1e-3, "windows": 1e-3}
-LOOPED = {"denoiser": train_denoiser, "encoder": train_encoder, "judge": train_judge, "windows": train_windows}
+STEPS = {"denoiser": 8000, "encoder": 2100, "heads": 400, "judge": 450, "windows": 4000}
+BATCH = {"denoiser": 8, "encoder": 16, "heads": 16, "judge": 4, "windows": 4}
+RATE = {"denoiser": 1e-3, "encoder": 8e-4, "heads": 2e-3, "judge": 1e-3, "windows": 1e-3}
+LOOPED = {
+    "denoiser": train_denoiser,
+    "encoder": train_encoder,
+    "heads": train_heads,
+    "judge": train_judge,
+    "windows": train_windows,
+}
 """Trained by `lib_dinotile.train.loop.fit`, with checkpoints."""
-AT_ONCE = {"heads": train_heads, "probe": train_probe, "spectral": fit_spectral}
+AT_ONCE = {"probe": train_probe, "spectral": fit_spectral}
 """A matter of minutes."""
-PARTS = ("denoiser", "encoder", "heads", "probe", "judge", "spectral", "windows")
+PARTS = ("denoiser", "encoder", "heads", "probe", "judge", "spectral", "windows", "adapter")
 
 
 def train(part: str, args: argparse.Namespace) -> None:
     """One part, as the command line asks."""
+    if part == "adapter":
+        return train_world_adapter(args.out, args.export, args.seed, args.reads, args.steps, args.resume)
     if part in AT_ONCE:
         return AT_ONCE[part](args.export)
     schedule = Schedule(
@@ -60,6 +69,9 @@ def main() -> None:
     parser.add_argument("--schedule-steps", type=int, help="where the cosine of the rate ends (default: --steps)")
     parser.add_argument(
         "--early", type=Path, action="append", default=[], help="judge: folder of a UNet exported early in its training"
+    )
+    parser.add_argument(
+        "--reads", choices=READS, default=READS[0], help="adapter: what it reads; the last two are the truth"
     )
     parser.add_argument("--minutes", type=float, default=float("inf"), help="stop each after this long at the latest")
     parser.add_argument("--batch", type=int)
