@@ -54,6 +54,8 @@ class Row:
     """Of benchmarks/arms.py."""
     adapter: str = ""
     """Which adapter: TRAINED, each training; FIRST, only one of them; UNTRAINED; ONE_HOT or SHARP; or none."""
+    guidance: float | None = None
+    """Guidance strength, if not the one that is best without an adapter. Chosen on other images (`--tune`)."""
 
 
 ROWS = (
@@ -61,9 +63,9 @@ ROWS = (
     Row(GUARD, GUARD),
     Row(GUIDANCE, GUIDANCE),
     Row(ADAPTER, ADAPTER, TRAINED),
-    Row(ALL, ALL, TRAINED),
+    Row(ALL, ALL, TRAINED, 0.5),
     Row(ADAPTER_OTHER, ADAPTER_OTHER, TRAINED),
-    Row(ALL_OTHER, ALL_OTHER, FIRST),  # all its patches are painted again and again: slow
+    Row(ALL_OTHER, ALL_OTHER, FIRST, 0.5),  # all its patches are painted again and again: slow
     Row(ADAPTER_SHUFFLED, ADAPTER_SHUFFLED, TRAINED),
     Row(UNTRAINED, ADAPTER, UNTRAINED),
     Row(SHARP, ADAPTER, SHARP),
@@ -168,7 +170,8 @@ def collect(
     for number, (made, other) in enumerate(evidence.pairs):
         for row, trained in models.items():
             for place, reader in enumerate(trained):
-                arms = world.arms(settings, informed(world, row, reader, made))
+                guidance = settings.guidance if row.guidance is None else row.guidance
+                arms = world.arms(replace(settings, guidance=guidance), informed(world, row, reader, made))
                 pixels, seconds = world.painted(arms, row.way, made, other, seed * 1000 + number)
                 if place == 0:
                     evidence.results.setdefault(row.name, []).append(pixels)
@@ -269,7 +272,7 @@ def tune(world: World, adapters: Adapters, count: int) -> None:
         for strength, guidance in itertools.product((1.0, 1.3), (0.5, 1.0, 2.0))
     ]
     for row, strength, guidance in trials:
-        settings = replace(CHOSEN, strength=strength, guidance=guidance)
-        found = collect(world, adapters.first(), (ROWS[0], row), count, TUNE_SEED, settings).found[row.name]
+        settings, tried = replace(CHOSEN, strength=strength), replace(row, guidance=guidance)
+        found = collect(world, adapters.first(), (ROWS[0], tried), count, TUNE_SEED, settings).found[row.name]
         shares = ", ".join(f"{name} {found[name].mean():.3f}" for name in ("rate", "garbage", "blank"))
         print(f"{row.name}: strength {strength}, guidance {guidance}: {shares}", flush=True)
