@@ -98,7 +98,7 @@ class Adapters:
     @classmethod
     def load(cls, folder: Path = ADAPTERS) -> Adapters:
         """DinotileError if there is no training in the folder, or something that is no adapter."""
-        found = {file.stem: _reader(file) for file in sorted(folder.glob("*.safetensors"))}
+        found = {file.stem: read_adapter(file) for file in sorted(folder.glob("*.safetensors"))}
         trainings = {name: reader for name, reader in found.items() if name not in (ONE_HOT, SHARP)}
         if not trainings:
             raise DinotileError(f"there is no trained adapter in {folder}: give --adapters another folder")
@@ -123,10 +123,11 @@ class Adapters:
         return [None]
 
 
-def _reader(file: Path) -> Reader:
-    adapter = load_adapter(file)
+def read_adapter(file: Path, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> Reader:
+    """An adapter from a file, with the head that it reads through."""
+    adapter = load_adapter(file, device, dtype)
     config = adapter.config
-    heads = load_heads(file, config.encoder, config.features) if config.restored else {}
+    heads = load_heads(file, config.encoder, config.features, device) if config.restored else {}
     return Reader(adapter, heads.get(config.layer))
 
 

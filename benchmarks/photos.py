@@ -11,8 +11,10 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from benchmarks.arms import ARMS, PLAIN, Arms, interval, to_pixels
+from benchmarks.arms import ADAPTER, ADAPTER_OTHER, ADAPTER_SHUFFLED, ALL, ARMS, PLAIN, Arms, interval, to_pixels
+from benchmarks.evidence import read_adapter
 from lib_dinotile import DinotileError
+from lib_dinotile.condition.adapter_file import check_encoder, check_fit
 from lib_dinotile.dino.encoder import PatchEncoder, load_encoder
 from lib_dinotile.dino.field import feature_field
 from lib_dinotile.hosts.diffusers import load_host
@@ -53,36 +55,40 @@ def photos(arguments: argparse.Namespace) -> dict[str, Any] | None:
         host = load_host(generation)
         distance = None if arguments.lpips == "none" else perceptual(arguments.lpips)
         encoder, eye = (load_encoder(name, device=host.device) for name in (arguments.dino, arguments.eye))
+        reader = None
+        if arguments.adapter:
+            reader = read_adapter(arguments.adapters, host.device, host.dtype)
+            check_fit(reader.adapter.config, arguments.adapters.stem, host.base, host.shape)
+            check_encoder(reader.adapter.config, arguments.adapters.stem, encoder.id, encoder.width)
     except DinotileError as error:
         print(error)
         return None
     settings = Settings(scale=arguments.scale, tile=arguments.tile, overlap=min(64, arguments.tile // 2))
-    arms = Arms(host, encoder, settings)
+    arms = Arms(host, encoder, settings, reader=reader)
+    ways = (*ARMS, *((ADAPTER, ALL, ADAPTER_OTHER, ADAPTER_SHUFFLED) if reader else ()))
     sources, truths = [], []
     for file in files:
         truth = read_image(file)
         size = [max(1, round(side / arguments.scale)) for side in truth.size]
         sources.append(truth.resize(size, Image.Resampling.LANCZOS))
         truths.append(truth.resize([round(side * arguments.scale) for side in size], Image.Resampling.LANCZOS))
-    found: dict[str, dict[str, list[float]]] = {arm: {"likeness": [], "lpips": []} for arm in ARMS}
+    found: dict[str, dict[str, list[float]]] = {arm: {"likeness": [], "lpips": []} for arm in ways}
     for number, (source, truth) in enumerate(zip(sources, truths)):
-        for arm in ARMS:
+        for arm in ways:
             result = arms.upscale(arm, source, number, sources[number - 1]).image
             found[arm]["likeness"].append(likeness(eye, result, source))
             if distance is not None:
                 with torch.no_grad():
                     found[arm]["lpips"].append(distance(to_pixels(result), to_pixels(truth)))
-    print(f"{'':16} {'likeness to the source':>24}   {'LPIPS to the photo':>20}   ({len(files)} photos, 95 %)")
+    print(f"{'':20} {'likeness to the source':>24}   {'LPIPS to the photo':>20}   ({len(files)} photos, 95 %)")
     for arm, values in found.items():
         shown = [
             f"{np.mean(v):.4f} ({interval(v)[0]:.4f} - {interval(v)[1]:.4f})" if v else "-" for v in values.values()
         ]
-        print(f"{arm:16} {shown[0]:>24}   {shown[1]:>20}")
-    if len(files) > 1:
-        gains = [b - a for a, b in zip(found[PLAIN]["likeness"], found["guidance+guard"]["likeness"])]
-        print(
-            "guidance+guard over plain: likeness {:+.4f} ({:+.4f} to {:+.4f})".format(np.mean(gains), *interval(gains))
-        )
+        print(f"{arm:20} {shown[0]:>24}   {shown[1]:>20}")
+    for arm in ("guidance+guard", *((ADAPTER, ALL) if reader else ())) if len(files) > 1 else ():
+        gains = [b - a for a, b in zip(found[PLAIN]["likeness"], found[arm]["likeness"])]
+        print("{} over plain: likeness {:+.4f} ({:+.4f} to {:+.4f})".format(arm, np.mean(gains), *interval(gains)))
     return {
         name: {arm: round(float(np.mean(values[name])), 4) for arm, values in found.items() if values[name]}
         for name in ("likeness", "lpips")

@@ -10,7 +10,7 @@ python benchmarks/semantics.py --adapter [--json] [--plot FILE] [--pictures FILE
 The same for trained adapters (benchmarks/world/weights/adapters), each by itself and on average, with controls and
 bounds, and whether the targets are met (benchmarks/evidence.py). With --quick one of them is added to the other arms.
 
-python benchmarks/semantics.py --model FILE|FOLDER|ID --dino ID --eye ID PHOTOS
+python benchmarks/semantics.py --model FILE|FOLDER|ID --dino ID --eye ID [--adapter --adapters FILE] PHOTOS
 
 On a real checkpoint and a folder of photos, which are shrunk and upscaled again: the likeness of the result's features
 to the source's in the eyes of another encoder than the guiding one, and LPIPS to the photo.
@@ -114,7 +114,9 @@ def main() -> int:
     parser.add_argument("--images", type=int, help="how many images")
     parser.add_argument("--tune", action="store_true", help="try settings, on images that are not reported")
     parser.add_argument("--adapter", action="store_true", help="measure the trained adapters; with --quick one of them")
-    parser.add_argument("--adapters", type=Path, default=evidence.ADAPTERS, help="with --adapter: folder of adapters")
+    parser.add_argument(
+        "--adapters", type=Path, default=evidence.ADAPTERS, help="with --adapter: their folder; with --model a file"
+    )
     parser.add_argument("--plot", type=Path, help="with --adapter: file for a plot of the rates")
     parser.add_argument("--pictures", type=Path, help="with --adapter: file for a picture, upscaled in several ways")
     parser.add_argument("--model", help="a checkpoint to measure on photos, as for dinotile's command line")
