@@ -26,7 +26,7 @@ from lib_dinotile.settings import AUTOMATIC, BOTH, MAX_SIDE, NONE, SEMANTIC, Gen
 from lib_dinotile.team import Team, make_team
 from lib_dinotile.tiling.noise import NoiseField
 from lib_dinotile.train.options import Training
-from lib_dinotile.weights import describe, lines
+from lib_dinotile.weights import describe, lines, stamp
 
 LOOKING = ("scale", "tile", "overlap", "encoder", "patches", "windows", "head", "guard_strictness")
 """Options that maps of an image depend on."""
@@ -100,13 +100,6 @@ def _parameters(settings: Settings, generation: Generation, size: tuple[int, int
     return f"{generation.prompt}\nNegative prompt: {generation.negative}\n{listed}"
 
 
-def _stamp(name: str) -> Any:
-    """Sizes and times of a file, or of all files of a folder; None if it is neither."""
-    path = Path(name)
-    files = sorted(path.rglob("*")) if path.is_dir() else [path]
-    return [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files if file.is_file()] or None
-
-
 def _recipe(settings: Settings, generation: Generation, source: Path) -> dict[str, Any]:
     """Everything that an image depends on."""
     options = {**dataclasses.asdict(settings), **dataclasses.asdict(generation)}
@@ -115,7 +108,7 @@ def _recipe(settings: Settings, generation: Generation, source: Path) -> dict[st
         "source": str(source),
         **{key: options[key] for key in ("mask", "model", "config", "adapter", "encoder", "head")},
     }
-    stamps = {f"{key}'s files": _stamp(name) for key, name in names.items() if name}
+    stamps = {f"{key}'s files": stamp(name) for key, name in names.items() if name}
     return {"version": __version__, **options, **stamps}
 
 

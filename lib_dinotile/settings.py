@@ -30,6 +30,7 @@ AUTOMATIC = "Automatic"
 """The choice that stands for what fits best: of encoders the one that the adapter names, of decoders a cheap one."""
 
 DECODERS = (AUTOMATIC, "TAESD", "approximate", "full VAE")
+PREDICTIONS = (AUTOMATIC, "epsilon", "v_prediction")
 SEMANTIC, CONSISTENCY, BOTH = "semantic", "consistency", "both"
 MAPS = ("none", SEMANTIC, CONSISTENCY, BOTH)
 
@@ -450,6 +451,12 @@ class Generation(Options):
         "",
         "Configuration",
         "Folder with the diffusers configuration for a checkpoint file; empty: from the Hugging Face Hub.",
+    )
+    prediction: str = option(
+        AUTOMATIC,
+        "Prediction",
+        "What the checkpoint's UNet predicts. Automatic: what the file or its configuration says, else epsilon.",
+        choices=PREDICTIONS,
     )
     width: int = option(
         0, "Width", "With --target 'img2img size'; 0: in proportion to the height.", minimum=0, maximum=MAX_SIDE, step=1

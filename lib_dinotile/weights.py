@@ -37,6 +37,13 @@ MEASURED = ".floor"
 """How they end where they are no parameters but what was measured."""
 
 
+def stamp(name: str) -> Any:
+    """Sizes and times of a file, or of all files of a folder; None if it is neither."""
+    path = Path(name)
+    files = sorted(path.rglob("*")) if path.is_dir() else [path]
+    return [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files if file.is_file()] or None
+
+
 def describe(path: Path) -> dict[str, Any]:
     """What there is to say of an adapter or of restoration heads: plain values, in the order to show them.
 

@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -19,6 +21,7 @@ from safetensors.torch import load_file
 
 pytest.importorskip("tensorboard")
 
+from lib_dinotile import DinotileError
 from lib_dinotile import __main__ as cli
 from lib_dinotile.condition.adapter_file import load_adapter, read_config, read_metadata
 from lib_dinotile.condition.conditioner import MINI, Conditioner, to_tensor
@@ -28,9 +31,11 @@ from lib_dinotile.dino.head import load_heads
 from lib_dinotile.hosts.diffusers import load_host
 from lib_dinotile.settings import Generation, Settings
 from lib_dinotile.team import Team
-from lib_dinotile.train.adapter import AdapterLoss, AdapterTraining, Tiles, new_adapter, prepared_tiles
+from lib_dinotile.train import loop, pictures
+from lib_dinotile.train.adapter import AdapterLoss, AdapterTraining, Tiles, fitting, new_adapter, prepared_tiles
+from lib_dinotile.train.loop import _put, last_checkpoint
 from lib_dinotile.train.options import Training
-from lib_dinotile.train.pictures import Photos, Prepared, find_photos, hold_out
+from lib_dinotile.train.pictures import Photos, Prepared, find_photos
 from lib_dinotile.train.textures import TEXTURES
 from tests.test_diffusers import sd15, sdxl  # noqa: F401
 
@@ -54,7 +59,8 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def train(photos: Path, out: Path, *more: str, code: int = 0) -> None:
-    assert cli.main(["train", "--images", str(photos), "--out", str(out), *QUICK, *more]) == code
+    base = [] if "--head" in more else ["--base", "mini"]
+    assert cli.main(["train", "--images", str(photos), "--out", str(out), *base, *QUICK, *more]) == code
 
 
 def log(out: Path) -> list[dict[str, float]]:
@@ -96,25 +102,87 @@ def test_tensorboard_gets_losses_and_sample_tiles(photos: Path, tmp_path: Path) 
     assert (shown.width, shown.height) == (4 * 64, 64)
 
 
-def test_resuming_goes_on_to_the_same_adapter(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Broken off in the middle of a step, some steps after a checkpoint."""
-    more = ["--steps", "6", "--save-every", "0", "--cache", str(tmp_path / "cache")]
+@pytest.mark.parametrize("at", [7, 8])
+def test_resuming_goes_on_to_the_same_adapter(
+    at: int, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Cancelled in the first or in the second batch of a step: that is finished, and then saved."""
+    more = ["--steps", "6", "--cache", str(tmp_path / "cache")]
     train(photos, tmp_path / "whole.safetensors", *more)
     calls, value = [], AdapterLoss.value
 
     def cancelled(*arguments: Any) -> torch.Tensor:
         calls.append(arguments)
-        if len(calls) == 8:
-            raise KeyboardInterrupt
+        if len(calls) == at:
+            os.kill(os.getpid(), signal.SIGINT)
         return value(*arguments)
 
     with monkeypatch.context() as patch:
         patch.setattr(AdapterLoss, "value", cancelled)
         train(photos, tmp_path / "parts.safetensors", *more, code=130)
-    assert read_metadata(tmp_path / "parts.safetensors")["steps"] == "3"
+    assert read_metadata(tmp_path / "parts.safetensors")["steps"] == "4"
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     train(photos, tmp_path / "parts.safetensors", *more, "--resume")
     first, again = load_file(tmp_path / "whole.safetensors"), load_file(tmp_path / "parts.safetensors")
     assert first.keys() == again.keys() and any(first[name].any() for name in first if name.startswith("outputs"))
+    assert all(torch.equal(first[name], again[name]) for name in first)
+
+
+def test_a_checkpoint_of_another_run_is_not_gone_on_with_and_not_written_over(
+    photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "a.safetensors"
+    train(photos, out)
+    for more, says in (
+        (["--resume", "--width", "32"], "width: the checkpoint"),
+        (["--resume", "--seed", "1"], "seed: the checkpoint"),
+        ([], "is there already, an adapter"),
+        (["--head"], "a head comes first"),
+    ):
+        train(photos, out, *more, code=2)
+        assert says in capsys.readouterr().err
+    out.unlink()
+    train(photos, out, code=2)
+    assert "the checkpoint of another run" in capsys.readouterr().err
+
+
+def test_whenever_it_is_killed_a_whole_checkpoint_is_left(tmp_path: Path) -> None:
+    def write(name: str, step: int) -> Path:
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "step.json").write_text(json.dumps({"step": step}))
+        return tmp_path / name
+
+    assert last_checkpoint(tmp_path) is None
+    new = write("checkpoint-new", 1)
+    assert last_checkpoint(tmp_path) == new
+    _put(new, tmp_path)
+    assert last_checkpoint(tmp_path) == tmp_path / "checkpoint" and not new.exists()
+    (tmp_path / "checkpoint").rename(tmp_path / "checkpoint-old")  # killed between the two moves
+    new = write("checkpoint-new", 2)
+    assert last_checkpoint(tmp_path) == new
+    _put(new, tmp_path)
+    assert json.loads((last_checkpoint(tmp_path) / "step.json").read_text()) == {"step": 2}
+    assert [file.name for file in tmp_path.iterdir()] == ["checkpoint"]
+
+
+def test_a_full_disk_is_one_line(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    def full(*_: Any, **__: Any) -> None:
+        raise RuntimeError("[enforce fail at inline_container.cc:664] . unexpected pos\nmore")
+
+    monkeypatch.setattr(loop.Accelerator, "save_state", full)
+    train(photos, tmp_path / "a.safetensors", code=1)
+    assert "cannot be written: [enforce fail" in capsys.readouterr().err.splitlines()[-1]
+    monkeypatch.setattr(pictures.shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
+    train(photos, tmp_path / "b.safetensors", code=1)
+    assert "GB are free" in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_a_second_run_finds_all_in_the_cache(photos: Path, tmp_path: Path, request: pytest.FixtureRequest) -> None:
+    """What it is told nothing with is then encoded for the first time."""
+    model, cache = request.getfixturevalue("sd15"), str(tmp_path / "cache")
+    for name in ("a", "b"):
+        train(photos, tmp_path / f"{name}.safetensors", "--base", model, "--cache", cache)
+    first, again = load_file(tmp_path / "a.safetensors"), load_file(tmp_path / "b.safetensors")
     assert all(torch.equal(first[name], again[name]) for name in first)
 
 
@@ -127,7 +195,17 @@ def test_two_processes_make_the_same_steps_as_one_with_twice_the_batches(photos:
     flags = "--multi_gpu --num_processes 2 --num_machines 1 --mixed_precision no --dynamo_backend no"
     launch = ["-m", "accelerate.commands.launch", *flags.split(), "--main_process_port", "0", "-m"]
     for name, start, accumulate in (("one", ["-m"], "2"), ("two", launch, "1")):
-        words = ["--images", photos, "--out", tmp_path / f"{name}.safetensors", *QUICK, "--accumulate", accumulate]
+        words = [
+            "--base",
+            "mini",
+            "--images",
+            photos,
+            "--out",
+            tmp_path / f"{name}.safetensors",
+            *QUICK,
+            "--accumulate",
+            accumulate,
+        ]
         command = [sys.executable, *start, "lib_dinotile", "train", *map(str, words)]
         done = subprocess.run(command, env=_environment(), capture_output=True, text=True)
         assert done.returncode == 0, done.stderr[-2000:]
@@ -176,8 +254,8 @@ def test_the_loss_is_zero_for_the_true_prediction(
 def test_an_untrained_adapter_gains_nothing_and_the_gap_is_zero(photos: Path, tmp_path: Path) -> None:
     options = Training(encoder="mini", tile=64, patches=8, width=16, batch=2)
     host, encoder = load_host(Generation()), load_encoder("mini")
-    files, _ = find_photos(photos, 64)
-    prepared = Prepared(Photos(files, options, 64, 1), prepared_tiles(host, encoder, options, 64), tmp_path, [])
+    files, _, _ = find_photos(photos, 64, 0)
+    prepared = Prepared(Photos(photos, files, options, 64, 1), prepared_tiles(host, encoder, options, 64), tmp_path, [])
     prepared.prepare(Team(), "images")
     adapter = new_adapter(host, encoder, options)
     loss, tiles = AdapterLoss(host, options), Tiles(prepared, 64, host.factor, adapter.grid((32, 32)), 0)
@@ -194,33 +272,56 @@ def test_what_was_prepared_is_kept_and_made_again_where_it_is_damaged(photos: Pa
         calls.append(picture)
         return {"size": torch.tensor(picture.sharp.size).half()}
 
-    files, _ = find_photos(photos, 64)
+    files, _, _ = find_photos(photos, 64, 0)
     for expected in (6, 6):
-        prepared = Prepared(Photos(files, options, 64, 1), compute, tmp_path, ["one"])
+        prepared = Prepared(Photos(photos, files, options, 64, 1), compute, tmp_path, ["one"])
         prepared.prepare(Team(), "images")
         assert len(calls) == expected
     next(tmp_path.glob("*.safetensors")).write_bytes(b"cut off")
     assert all(prepared[i]["size"].min() >= 64 for i in range(6)) and len(calls) == 7
-    Prepared(Photos(files, options, 64, 1), compute, tmp_path, ["another"]).prepare(Team(), "images")
+    Prepared(Photos(photos, files, options, 64, 1), compute, tmp_path, ["another"]).prepare(Team(), "images")
     assert len(calls) == 13
 
 
 def test_held_out_pictures_are_not_trained_on(photos: Path) -> None:
-    files, _ = find_photos(photos, 64)
-    trained_on, held_out = hold_out(files, 2)
-    assert len(held_out) == 2 and not set(trained_on) & set(held_out)
-    assert hold_out(files[::-1], 2) == (trained_on, held_out)
+    trained_on, held_out, left_out = find_photos(photos, 64, 2)
+    assert len(held_out) == 2 and not set(trained_on) & set(held_out) and len(left_out) == 2
+    assert len(trained_on) == 4
+
+
+def test_a_picture_that_cannot_be_read_is_left_out(photos: Path, tmp_path: Path, capsys: Any) -> None:
+    shutil.copytree(photos, tmp_path / "photos")
+    whole = (photos / "bark.png").read_bytes()
+    for number in range(3):  # some are trained on, whatever their names
+        (tmp_path / "photos" / f"cut{number}.png").write_bytes(whole[: len(whole) // 2])
+    out = tmp_path / "a.safetensors"
+    train(tmp_path / "photos", out)
+    said = capsys.readouterr().out
+    assert "7 images to train on" in said and all(f"cut{number}.png cannot be read" in said for number in range(3))
+    assert 4 <= int(read_metadata(out)["images"]) <= 6
+
+
+def test_as_much_of_a_caption_is_taken_as_the_text_encoder_reads(request: pytest.FixtureRequest) -> None:
+    host = load_host(Generation(request.getfixturevalue("sd15")))
+    assert fitting(host, "a cat") == "a cat"
+    for caption in ("ab " * 100, "a" * 300):
+        short = fitting(host, caption)
+        assert len(short) > 30 and caption.startswith(short)
+        host.words(short)
+        with pytest.raises(DinotileError):
+            host.words(caption[: len(short) + 1])
 
 
 def test_a_head_is_trained_and_an_adapter_in_the_same_file_reads_through_it(photos: Path, tmp_path: Path) -> None:
     out = tmp_path / "both.safetensors"
     train(photos, out, "--head", "--hidden", "16", "--rate", "2e-3", "--steps", "100", "--report-every", "100")
-    losses = [line["loss"] for line in log(out) if "loss" in line]
+    lines = [json.loads(line) for line in (tmp_path / "both.head-run" / "log.jsonl").read_text().splitlines()]
+    losses = [line["loss"] for line in lines if "loss" in line]
     assert losses[-1] < 0.7 * losses[0]
-    assert {f"{kind} {layer}" for kind in ("raw", "restored") for layer in (-1, -2, -3)} <= set(log(out)[-1])
+    assert {f"{kind} {layer}" for kind in ("raw", "restored") for layer in (-1, -2, -3)} <= set(lines[-1])
+    train(photos, out, "--layer", "4", code=2)
     heads = load_heads(out, "mini", 192)
     assert set(heads) == {-1, -2, -3} and all(0 < float(head.floor[0]) < 1 for head in heads.values())
-    shutil.rmtree(tmp_path / "both.run")
     train(photos, out)
     assert read_config(out).restored
     for layer, head in load_heads(out, "mini", 192).items():
@@ -251,6 +352,9 @@ def test_a_head_is_trained_and_an_adapter_in_the_same_file_reads_through_it(phot
         (["--steps", "0"], "steps: 0 is not allowed"),
         (["--scale-low", "4", "--scale-high", "2"], "scale_low: 4 is not allowed with scale_high 2"),
         (["--resume"], "nothing to resume"),
+        (["--base", ""], "say which checkpoint"),
+        (["--tile", "32"], "tile: 32 is not allowed"),
+        (["--warmup", "9"], "warmup: 9 is not allowed with steps 4"),
         *([] if torch.cuda.is_available() else [(["--precision", "fp16"], "fp16 needs a GPU")]),
     ],
 )
@@ -267,6 +371,10 @@ def test_what_is_there_already_is_not_written_over(
     photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "a.safetensors"
+    shutil.copy(MINI / "unet" / "diffusion_pytorch_model.safetensors", out)
+    for more, says in (([], "none of dinotile's"), (["--head"], "none of dinotile's"), (["--resume"], "nothing to")):
+        train(photos, out, *more, code=2)
+        assert says in capsys.readouterr().err
     shutil.copy(MINI / "adapter.safetensors", out)
     for more in ([], ["--head"]):
         train(photos, out, *more, code=2)

@@ -26,7 +26,7 @@ from lib_dinotile.condition.adapter_file import save_adapter
 from lib_dinotile.condition.conditioner import to_tensor
 from lib_dinotile.dino.encoder import PatchEncoder, load_encoder
 from lib_dinotile.team import Team
-from lib_dinotile.train.adapter import prepared_tiles, schedule, train_adapter
+from lib_dinotile.train.adapter import make_schedule, prepared_tiles, train_adapter
 from lib_dinotile.train.options import Training
 from lib_dinotile.train.pictures import Picture, Prepared
 
@@ -88,7 +88,7 @@ def train_world_adapter(
         save_adapter(adapter, target / f"{name}.safetensors", **{**figures, "seed": str(seed), "reads": reads})
 
     set_seed(seed)
-    train_adapter(host, encoder, options, schedule(options, out / name, resume), prepared, CROP, save, samples=0)
+    train_adapter(host, encoder, options, make_schedule(options, out / name, resume), prepared, CROP, save, samples=0)
 
 
 def _reading(

@@ -54,6 +54,7 @@ class WorldHost(DiffusersHost):
         self.class_map = class_map
 
     def _predict(self, x: Tensor, timestep: Tensor, batch: Batch, progress: float) -> Tensor:
+        self.unet.told = None
         if self.class_map is not None:
             crops = [torch.from_numpy(self.class_map[tile.slices].copy()) for tile in batch.tiles]
             self.unet.told = one_hot(torch.stack(crops))

@@ -133,7 +133,9 @@ class Conditioner:
             own = adapters[name]
             adapter = _adapter(own, own.stat().st_mtime, device, host.dtype)
             if config.restored:
-                head = load_heads(own, encoder.id, encoder.width, device)[config.layer]
+                head = load_heads(own, encoder.id, encoder.width, device).get(config.layer)
+                if head is None:
+                    raise DinotileError(f"{own.name} is damaged: it has no head for the layer that it reads")
         decoder = host.guidance_decoder(settings.decoder) if settings.guidance else None
         return cls(settings, encoder, adapter, _restored(settings, encoder, heads or {}, own), decoder, head)
 

@@ -118,7 +118,7 @@ class PatchEncoder(nn.Module):
         # Keys of a layer are made of what goes into it, tokens are what comes out.
         places = [(range(self.depth)[layer] + (facet == "tokens"), facet) for layer, facet in wanted]
         found: dict[tuple[int, Facet], Tensor] = {}
-        with _without_autocast(self.device):
+        with without_autocast(self.device):
             patches = self.embed((pixels.to(self.mean) - self.mean) / self.std)
             grid = (patches.shape[2], patches.shape[3])
             tokens = patches.flatten(2).transpose(1, 2) + self._positions(grid)
@@ -157,7 +157,7 @@ class PatchEncoder(nn.Module):
         return super().train(False)
 
 
-def _without_autocast(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+def without_autocast(device: torch.device) -> contextlib.AbstractContextManager[Any]:
     """The weights' dtype is what is computed in, whatever the host has autocast set to."""
     if device.type in ("cuda", "cpu"):
         return torch.autocast(device.type, enabled=False)

@@ -73,6 +73,8 @@ def load_heads(
             metadata = file.metadata() or {}
             if not metadata.get("format", "").startswith("dinotile-") or "heads" not in metadata:
                 raise DinotileError(f"{path.name} has no restoration head of dinotile's")
+            if metadata["format"] == FORMAT and metadata.get("version") != VERSION:
+                raise DinotileError(f"{path.name} has another head format than this dinotile reads: update dinotile")
             if metadata["encoder"] != encoder or int(metadata["features"]) != features:
                 raise DinotileError(
                     f"head {path.name} is for encoder {metadata['encoder']!r}, not {encoder!r}: choose that one, "

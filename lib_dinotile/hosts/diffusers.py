@@ -22,7 +22,7 @@ from lib_dinotile.condition.shape import UNetShape
 from lib_dinotile.hosts.base import Batch, Views
 from lib_dinotile.hosts.layout import fast
 from lib_dinotile.hosts.overridden import in_float32, overridden
-from lib_dinotile.settings import Generation
+from lib_dinotile.settings import AUTOMATIC, Generation
 from lib_dinotile.tiling.canvas import Canvas
 from lib_dinotile.tiling.noise import TileNoise
 
@@ -87,6 +87,8 @@ class DiffusersHost:
         self._scheduler = DPMSolverMultistepScheduler.from_config(scheduler.config)
         self.alphas = self._scheduler.alphas_cumprod
         self._sigmas = ((1 - self.alphas) / self.alphas).sqrt().tolist()
+        self.prediction: str = self._scheduler.config.prediction_type
+        """What the UNet predicts: `epsilon`, `v_prediction` or `sample`."""
         self._guided = text is not None and generation.cfg > 1
         self._text = functools.lru_cache(maxsize=64)(text) if text else None
         self.prompt, self.denoise = generation.prompt, generation.denoise
@@ -193,8 +195,10 @@ class DiffusersHost:
         prompt, negative = prediction.chunk(2)
         return negative + self._generation.cfg * (prompt - negative)
 
+    @torch.no_grad()
     def words(self, prompt: str) -> tuple[Tensor, ...]:
         """A prompt as the UNet is given it: embeddings (1, n, D), for SDXL also the pooled one (1, D); or nothing."""
+        # No gradient: what is kept would carry the text encoder's graph along.
         return () if self._text is None else self._text(prompt)[::2]
 
     def predict(
@@ -227,6 +231,12 @@ class DiffusersHost:
     @contextlib.contextmanager
     def full_precision(self) -> Iterator[None]:
         with in_float32([self.unet, self._codec]), overridden(self, dtype=torch.float32):
+            yield
+
+    @contextlib.contextmanager
+    def precise_codec(self) -> Iterator[None]:
+        """While open, pictures are encoded and decoded in float32."""
+        with in_float32([self._codec]), overridden(self, dtype=torch.float32):
             yield
 
     def free_memory(self) -> None:
@@ -266,14 +276,21 @@ def _single_file(path: Path, config: str) -> Any:
         raise DinotileError(f"model: {path.name} is not a .safetensors file; other formats can run code, convert it")
     try:
         with safe_open(path, framework="pt") as file:
-            sdxl = any(name.startswith("conditioner.embedders.") for name in file.keys())  # noqa: SIM118
+            names = set(file.keys())
+            sdxl = any(name.startswith("conditioner.embedders.") for name in names)
     except (OSError, SafetensorError) as error:
         raise DinotileError(f"model: {path.name} cannot be read as a safetensors file: {error}") from error
     pipeline = StableDiffusionXLPipeline if sdxl else StableDiffusionPipeline
     more = {"config": config} if config else {}
     if not sdxl:
         more["safety_checker"] = None
-    return pipeline.from_single_file(str(path), **more)
+    pipe = pipeline.from_single_file(str(path), **more)
+    if "v_pred" in names:  # diffusers does not look at these marks
+        zero = "ztsnr" in names
+        pipe.scheduler = DDIMScheduler.from_config(
+            pipe.scheduler.config, prediction_type="v_prediction", rescale_betas_zero_snr=zero
+        )
+    return pipe
 
 
 def _pretrained(name: str) -> Any:
@@ -319,6 +336,8 @@ def load_host(
         raise DinotileError(
             f"model: {name} is a {type(pipe).__name__}; give a Stable Diffusion 1.5, 2 or XL checkpoint"
         )
+    if generation.prediction != AUTOMATIC:
+        pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, prediction_type=generation.prediction)
     pipe.to(device, dtype or usual)
     codec = VaeCodec(pipe.vae)
 

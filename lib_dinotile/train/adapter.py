@@ -7,6 +7,7 @@ whole. The objective is ControlNet's (arXiv 2302.05543), the denoiser's own loss
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -20,7 +21,7 @@ from torch import Tensor, nn
 from lib_dinotile import DinotileError
 from lib_dinotile.condition.adapter import Adapter, AdapterConfig
 from lib_dinotile.condition.conditioner import Conditioner, to_tensor
-from lib_dinotile.dino.encoder import PatchEncoder
+from lib_dinotile.dino.encoder import PatchEncoder, without_autocast
 from lib_dinotile.dino.field import FeatureField, feature_field
 from lib_dinotile.dino.head import RestorationHead
 from lib_dinotile.engine import upscale
@@ -49,15 +50,21 @@ def encode_image(host: DiffusersHost, image: Image.Image, tile: int) -> Tensor:
     return SourceLatents(host, canvas, pieces(plan, plan.padded, host.factor), print).crop(whole)
 
 
-def _words(host: DiffusersHost, caption: str) -> tuple[Tensor, ...]:
-    """As many of a caption's words as the text encoder reads."""
-    while True:
-        try:
-            return host.words(caption)
-        except DinotileError:
-            if not caption:
-                raise
-            caption = caption[: max(0, caption.rstrip().rfind(" "))]
+def fitting(host: DiffusersHost, caption: str) -> str:
+    """As much of a caption's beginning as the text encoder reads."""
+    try:
+        host.words(caption)
+        return caption
+    except DinotileError:
+        fits, too_long = 0, len(caption)
+        while too_long - fits > 1:
+            middle = (fits + too_long) // 2
+            try:
+                host.words(caption[:middle])
+                fits = middle
+            except DinotileError:
+                too_long = middle
+        return caption[:fits]
 
 
 def prepared_tiles(
@@ -74,8 +81,9 @@ def prepared_tiles(
         features = feature_field(encoder, source, size, options.patches, layer=-options.layer).features
         if head is not None:
             features = head(features[None])[0]
-        words = {f"words.{n}": kind[0] for n, kind in enumerate(_words(host, picture.caption))}
-        latents = {"sharp": encode_image(host, picture.sharp, tile), "degraded": encode_image(host, enlarged, tile)}
+        words = {f"words.{n}": kind[0] for n, kind in enumerate(host.words(fitting(host, picture.caption)))}
+        with host.precise_codec():
+            latents = {"sharp": encode_image(host, picture.sharp, tile), "degraded": encode_image(host, enlarged, tile)}
         return {**latents, "features": features, **words}
 
     return compute
@@ -92,9 +100,16 @@ class Tiles(torch.utils.data.Dataset):
         return 1_000_000_000
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
+        return self._cut(index, 0)
+
+    def other_features(self, index: int) -> Tensor:
+        """The features (D, *grid) of the same place in another picture."""
+        return self._cut(index, 1)["features"]
+
+    def _cut(self, index: int, beside: int) -> dict[str, Tensor]:
         turn, place = divmod(index, len(self._prepared))
         order = np.random.default_rng((self._seed, turn, 1)).permutation(len(self._prepared))
-        whole = self._prepared[int(order[place])]
+        whole = self._prepared[int(order[(place + beside) % len(order)])]
         rows, columns = whole["sharp"].shape[1:]
         rng = np.random.default_rng((self._seed, index, 2))
         cells = Rect(
@@ -176,7 +191,9 @@ class AdapterLoss:
         x, t = noised
         a, s = self._scales(t)
         residuals = None if model is None else model(features, tuple(x.shape[-2:]), (s / a).flatten())
-        prediction = self._host.predict(x.to(self._host.dtype), t, words, residuals).float()
+        # A checkpoint in half precision computes in that, as in use: autocast would take some layers to float32.
+        with contextlib.nullcontext() if self._host.dtype == torch.float32 else without_autocast(x.device):
+            prediction = self._host.predict(x.to(self._host.dtype), t, words, residuals).float()
         error = self._host.picture(x, prediction, t) - batch["sharp"]
         return ((a / s).square().clamp(max=self._options.gamma) * error.square()).mean()
 
@@ -190,7 +207,8 @@ class AdapterLoss:
             items = [tiles[number * size + i] for i in range(size)]
             batch = {name: torch.stack([item[name] for item in items]).to(self._host.device) for name in items[0]}
             noised, words = self.noised(batch, torch.Generator().manual_seed(number)), self._words(batch)
-            others = batch["features"].roll(size // 2, 0)
+            others = [tiles.other_features(number * size + i) for i in range(size)]
+            others = torch.stack(others).to(self._host.device)
             for name, kind, features in (
                 ("right", model, batch["features"]),
                 ("shuffled", model, others),
@@ -233,7 +251,7 @@ class Samples:
         box = (tile.x, tile.y, min(tile.right, size[0]), min(tile.bottom, size[1]))
         mask = Image.new("L", size, 0)
         mask.paste(255, box)
-        settings = replace(self._settings, tile_prompt=picture.caption, tile_prompt_mode="replace")
+        settings = replace(self._settings, tile_prompt=fitting(self._host, picture.caption), tile_prompt_mode="replace")
 
         def painted(conditioner: Conditioner | None) -> np.ndarray:
             noise = NoiseField(self._seed, self._host.channels)
@@ -258,9 +276,9 @@ def train_adapter(
     on_save: Callable[[Adapter, dict[str, str]], None],
     head: RestorationHead | None = None,
     samples: int = SHOWN,
-) -> Adapter:
+) -> None:
     """Train on the first of `pictures`, measure on the second; calls `on_save(adapter, how it was made)`, the adapter
-    with averaged weights, at every checkpoint. Returns the adapter, with averaged weights."""
+    with averaged weights, at every checkpoint."""
     host.unet.requires_grad_(False)
     if options.checkpointing:
         host.unet.enable_gradient_checkpointing()
@@ -277,7 +295,7 @@ def train_adapter(
         measured.update(loss.compare(averaged, held_out))
         strips = {
             f"source, plain, adapter, truth/{number}": shown.strip(
-                number, pictures[1].pictures[number], averaged.adapter, head
+                number, pictures[1].picture(number), averaged.adapter, head
             )
             for number in range(min(samples, len(pictures[1])))
         }
@@ -287,9 +305,7 @@ def train_adapter(
         figures = {f"held out, {name}": f"{value:.5f}" for name, value in measured.items()}
         on_save(averaged.adapter, {"steps": str(step), **figures})
 
-    ema = fit(model, trained_on, loss, schedule, save, report)
-    ema.copy_to(model.parameters())
-    return adapter.eval().requires_grad_(False)
+    fit(model, trained_on, loss, schedule, save, report)
 
 
 def tile_size(options: Training, base: str) -> int:
@@ -297,8 +313,8 @@ def tile_size(options: Training, base: str) -> int:
     return options.tile or {"mini": 64, "sdxl": 1024}.get(base, 512)
 
 
-def schedule(options: Training, out: Path, resume: bool) -> Schedule:
-    """As the options say; out: folder for checkpoints and logs."""
+def make_schedule(options: Training, out: Path, resume: bool, recipe: Mapping[str, Any] | None = None) -> Schedule:
+    """As the options say; out: folder for checkpoints and logs; recipe as in `Schedule`."""
     return Schedule(
         out,
         steps=options.steps,
@@ -312,4 +328,5 @@ def schedule(options: Training, out: Path, resume: bool) -> Schedule:
         seed=options.seed,
         precision=options.precision,
         resume=resume,
+        recipe=recipe or {},
     )

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import tensorboard  # noqa: F401  accelerate would do without, and say nothing
 import torch
 from accelerate.utils import set_seed
 from safetensors import SafetensorError
@@ -15,144 +18,189 @@ from lib_dinotile import DinotileError, __version__
 from lib_dinotile.condition.adapter import Adapter
 from lib_dinotile.condition.adapter_file import FORMAT, read_metadata, save_adapter
 from lib_dinotile.dino.encoder import PatchEncoder, load_encoder
+from lib_dinotile.dino.head import FORMAT as HEAD_FORMAT
 from lib_dinotile.dino.head import RestorationHead, load_heads, save_heads
 from lib_dinotile.hosts.diffusers import DiffusersHost, load_host
 from lib_dinotile.sampling import is_out_of_memory
 from lib_dinotile.settings import Generation
 from lib_dinotile.team import Team, make_team
-from lib_dinotile.train.adapter import prepared_tiles, schedule, tile_size, train_adapter
+from lib_dinotile.train.adapter import make_schedule, prepared_tiles, tile_size, train_adapter
 from lib_dinotile.train.head import LAYERS, prepared_pairs, train_heads
+from lib_dinotile.train.loop import CheckpointError, Schedule, check_resume, last_checkpoint
 from lib_dinotile.train.options import Training
-from lib_dinotile.train.pictures import Photos, Prepared, find_photos, hold_out
+from lib_dinotile.train.pictures import Photos, Prepared, find_photos, say_left_out
+from lib_dinotile.weights import stamp
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "no": torch.float32}
-LEFT_OUT_SHOWN = 5
-"""Lines about images that are left out."""
+KINDS = {FORMAT: "an adapter", HEAD_FORMAT: "a restoration head"}
+LASTING = ("base", "prediction", "encoder", "layer", "patches", "tile", "batch", "accumulate", "seed")
+ADAPTERS = ("width", "blocks")
+HEADS = ("hidden",)
+"""Options that must be the same when a run is resumed."""
 
 
-def train(options: Training, images: Path, out: Path, head_only: bool, resume: bool) -> None:
+@dataclass(frozen=True)
+class Job:
+    """What was asked for."""
+
+    options: Training
+    images: Path
+    out: Path
+    head: bool
+    """Whether only the restoration head is trained."""
+    resume: bool
+    team: Team
+
+    @property
+    def schedule(self) -> Schedule:
+        names = (*LASTING, *(HEADS if self.head else ADAPTERS))
+        recipe = {name: getattr(self.options, name) for name in names}
+        recipe |= {"trains": "heads" if self.head else "adapter", "processes": self.team.size}
+        return make_schedule(self.options, self.run, self.resume, recipe)
+
+    @property
+    def run(self) -> Path:
+        """Folder of the checkpoint and of the logs."""
+        return self.out.with_suffix(".head-run" if self.head else ".run")
+
+    def say(self, text: str) -> None:
+        if self.team.rank == 0:
+            print(text, flush=True)
+
+    def prepared(self, compute: Any, recipe: Any, tile: int) -> tuple[Prepared, Prepared]:
+        """What is trained on, and what is measured on."""
+        options = self.options
+        trained_on, held_out, left_out = find_photos(self.images, tile, options.held_out)
+        photos = (
+            Photos(self.images, trained_on, options, tile, options.variants),
+            Photos(self.images, held_out, options, tile, 1),
+        )
+        folder = Path(options.cache) if options.cache else self.out.with_suffix(".cache")
+        both = tuple(Prepared(each, compute, folder, recipe) for each in photos)
+        self.say(f"{len(trained_on)} images to train on, {len(held_out)} held out; logs: {self.run}")
+        for each, what in zip(both, ("images", "held-out images")):
+            left_out += each.prepare(self.team, what)
+            if not len(each):
+                raise DinotileError(f"images: none of the {what} can be read")
+        if self.team.rank == 0:
+            say_left_out(left_out)
+        return both
+
+    def write(self, save: Callable[[Path, dict[str, str]], None], figures: Mapping[str, str], images: int) -> None:
+        """Write `out` by way of another file, so that it is whole whenever a run is killed."""
+        made = {"dinotile": __version__, "images": str(images), "options": self.told, **figures}
+        part = self.out.with_suffix(".part")
+        try:
+            save(part, made)
+            part.replace(self.out)
+        finally:
+            part.unlink(missing_ok=True)
+
+    @property
+    def told(self) -> str:
+        """The options that are not as by default, as on the command line; of paths only the last part."""
+        chosen = {row: getattr(self.options, row.name) for row in self.options.table() if row.name != "cache"}
+        return " ".join(
+            f"--{row.flag or row.name.replace('_', '-')} {_named(value)}"
+            for row, value in chosen.items()
+            if value != row.default
+        )
+
+
+def train(options: Training, images: Path, out: Path, head: bool, resume: bool) -> None:
     """Train what the options say and write it to `out` at every checkpoint.
 
     Logs, the checkpoint and, if the options name no other folder, the cache lie beside it. DinotileError, one line,
     before any work is lost.
     """
-    if options.precision == "fp16" and not torch.cuda.is_available():
-        raise DinotileError("precision: fp16 needs a GPU, give bf16 or no")
+    _check_precision(options.precision)
     _check_out(out)
-    found = _already_there(out, head_only, resume)
-    team = make_team()
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if torch.cuda.is_available() else "cpu"
-    encoder = load_encoder(options.encoder, device=device)
-    if options.layer > encoder.depth:
-        raise DinotileError(f"layer: encoder {encoder.id!r} has {encoder.depth} layers, give at most that")
-    heads = load_heads(out, encoder.id, encoder.width, device) if found and not head_only else {}
-    host = None
-    if not head_only:
-        host = load_host(
-            Generation(model=options.base, config=options.config), number=team.rank, dtype=DTYPES[options.precision]
-        )
-    tile = tile_size(options, host.base if host else "")
-    files, left_out = find_photos(images, tile)
-    if team.rank == 0:
-        for line in left_out[:LEFT_OUT_SHOWN]:
-            print(f"left out: {line}")
-        if len(left_out) > LEFT_OUT_SHOWN:
-            print(f"left out: {len(left_out) - LEFT_OUT_SHOWN} more")
-    trained_on, held_out = hold_out(files, options.held_out)
-    pictures = Photos(trained_on, options, tile, options.variants), Photos(held_out, options, tile, 1)
-    if team.rank == 0:
-        print(f"{len(trained_on)} images to train on, {len(held_out)} held out; logs: {_beside(out, 'run')}")
-    made = {
-        "dinotile": __version__,
-        "made for": options.base if host else "any checkpoint",
-        "images": str(len(trained_on)),
-        "options": _told(options),
-    }
-    set_seed(options.seed)  # the new model's parameters
+    job = Job(options, images, out, head, resume, make_team())
     try:
-        if host is None:
-            _train_heads(encoder, options, pictures, out, tile, resume, team, made)
-        else:
-            _train_adapter(host, encoder, options, pictures, out, tile, resume, team, made, heads)
-    except DinotileError:
-        raise
-    except FileNotFoundError as error:  # no checkpoint
+        check_resume(job.schedule)
+        kind = _already_there(job)
+        _train(job, kind)
+    except CheckpointError as error:
         raise DinotileError(str(error)) from error
     except FloatingPointError as error:
         raise DinotileError(f"{error}: --resume goes on from the last checkpoint, try a lower --rate", 500) from error
+    except DinotileError:
+        raise
     except Exception as error:
         if is_out_of_memory(error):
-            message = (
-                "out of memory: --resume goes on, with a smaller --batch and more --accumulate, or --checkpointing true"
-            )
+            message = "out of memory: give a smaller --batch and more --accumulate, or --checkpointing true"
             raise DinotileError(message, 500) from error
         if isinstance(error, (OSError, SafetensorError)):
             raise DinotileError(f"{out} or what lies beside it cannot be written: {error}", 500) from error
         raise
-    if team.rank == 0:
-        print(f"{out}: done; look at it with: python -m lib_dinotile info {out}")
+    job.say(f"{out}: done; look at it with: python -m lib_dinotile info {out}")
 
 
-def _prepared(
-    pictures: tuple[Photos, Photos], compute: Any, recipe: Any, options: Training, out: Path, team: Team
-) -> tuple[Prepared, Prepared]:
-    folder = Path(options.cache) if options.cache else _beside(out, "cache")
-    made = tuple(Prepared(each, compute, folder, recipe) for each in pictures)
-    for each, what in zip(made, ("images", "held-out images")):
-        each.prepare(team, what)
-    return made
+def _train(job: Job, kind: str) -> None:
+    options = job.options
+    number = int(os.environ.get("LOCAL_RANK", 0))
+    device = torch.device("cuda", number) if torch.cuda.is_available() else torch.device("cpu")
+    encoder = load_encoder(options.encoder, device=device)
+    if options.layer > encoder.depth:
+        raise DinotileError(f"layer: encoder {encoder.id!r} has {encoder.depth} layers, give at most that")
+    if job.head:
+        set_seed(options.seed)  # the new model's parameters
+        return _train_heads(job, encoder)
+    if not options.base:
+        raise DinotileError("base: say which checkpoint the adapter is for")
+    heads = load_heads(job.out, encoder.id, encoder.width, device) if "head" in kind else {}
+    if heads and -options.layer not in heads:
+        there = ", ".join(str(-layer) for layer in sorted(heads, reverse=True))
+        raise DinotileError(f"layer: {job.out} has heads for the layers {there}, give one of them")
+    generation = Generation(model=options.base, config=options.config, prediction=options.prediction)
+    host = load_host(generation, number=number, dtype=DTYPES[options.precision])
+    job.say(f"base {options.base}: {host.base}, predicts {host.prediction}")
+    set_seed(options.seed)
+    return _train_adapter(job, encoder, host, heads)
 
 
-def _train_heads(
-    encoder: PatchEncoder,
-    options: Training,
-    photos: tuple[Photos, Photos],
-    out: Path,
-    tile: int,
-    resume: bool,
-    team: Team,
-    made: Mapping[str, str],
-) -> None:
-    layers = [layer for layer in LAYERS if layer >= -encoder.depth]
+def _train_heads(job: Job, encoder: PatchEncoder) -> None:
+    options, layers = job.options, [layer for layer in LAYERS if layer >= -encoder.depth]
+    tile = tile_size(options, "")
     recipe = ["pairs", encoder.id, encoder.fingerprint, options.patches, layers]
-    pictures = _prepared(photos, prepared_pairs(encoder, options.patches, layers), recipe, options, out, team)
+    pictures = job.prepared(prepared_pairs(encoder, options.patches, layers), recipe, tile)
 
     def save(heads: Mapping[int, RestorationHead], figures: Mapping[str, str]) -> None:
-        part = out.with_suffix(".part")
-        save_heads(heads, part, encoder.id, **made, **figures)
-        part.replace(out)
+        job.write(lambda path, made: save_heads(heads, path, encoder.id, **made), figures, len(pictures[0]))
 
-    plan = schedule(options, _beside(out, "run"), resume)
-    train_heads(encoder, options.hidden, plan, pictures, options.patches, tile, save, layers)
+    train_heads(encoder, options.hidden, job.schedule, pictures, options.patches, tile, save, layers)
 
 
-def _train_adapter(
-    host: DiffusersHost,
-    encoder: PatchEncoder,
-    options: Training,
-    photos: tuple[Photos, Photos],
-    out: Path,
-    tile: int,
-    resume: bool,
-    team: Team,
-    made: Mapping[str, str],
-    heads: Mapping[int, RestorationHead],
-) -> None:
-    head = heads.get(-options.layer)
-    recipe = ["tiles", options.base, _stamp(options.base), encoder.id, encoder.fingerprint]
-    recipe += [options.layer, options.patches, options.precision, tile, str(head and head.outer.weight.sum().item())]
-    pictures = _prepared(photos, prepared_tiles(host, encoder, options, tile, head), recipe, options, out, team)
+def _train_adapter(job: Job, encoder: PatchEncoder, host: DiffusersHost, heads: Mapping[int, RestorationHead]) -> None:
+    options, head, tile = job.options, heads.get(-job.options.layer), tile_size(job.options, host.base)
+    recipe = ["tiles", options.base, stamp(options.base), options.config, encoder.id, encoder.fingerprint]
+    recipe += [options.layer, options.patches, options.precision, tile, head and _digest(head)]
+    pictures = job.prepared(prepared_tiles(host, encoder, options, tile, head), recipe, tile)
 
     def save(adapter: Adapter, figures: Mapping[str, str]) -> None:
-        part = out.with_suffix(".part")
-        save_adapter(adapter, part, heads=heads, **made, **figures)
-        part.replace(out)
+        told = {**figures, "prediction": host.prediction}
+        job.write(lambda path, made: save_adapter(adapter, path, heads=heads, **made), told, len(pictures[0]))
 
-    train_adapter(host, encoder, options, schedule(options, _beside(out, "run"), resume), pictures, tile, save, head)
+    train_adapter(host, encoder, options, job.schedule, pictures, tile, save, head)
 
 
-def _beside(out: Path, what: str) -> Path:
-    return out.with_suffix(f".{what}")
+def _named(value: Any) -> Any:
+    """Of a path only the last part."""
+    return Path(value).name if isinstance(value, str) and Path(value).exists() else value
+
+
+def _digest(head: RestorationHead) -> str:
+    """What tells a head from any other."""
+    weights = b"".join(tensor.cpu().numpy().tobytes() for tensor in head.state_dict().values())
+    return hashlib.sha256(weights).hexdigest()
+
+
+def _check_precision(precision: str) -> None:
+    if not torch.cuda.is_available():
+        if precision == "fp16":
+            raise DinotileError("precision: fp16 needs a GPU, give bf16 or no")
+    elif precision == "bf16" and torch.version.cuda and torch.cuda.get_device_capability()[0] < 8:
+        raise DinotileError("precision: this GPU has no bf16, give fp16")
 
 
 def _check_out(out: Path) -> None:
@@ -164,30 +212,21 @@ def _check_out(out: Path) -> None:
         raise DinotileError(f"out: the folder {out.parent} is not writable")
 
 
-def _already_there(out: Path, head_only: bool, resume: bool) -> bool:
-    """Whether there is a file with heads, that an adapter is to read through."""
-    if not out.exists():
-        return False
-    metadata = read_metadata(out)
-    kind = "an adapter" if metadata.get("format") == FORMAT else "a restoration head"
-    if not resume and (head_only or kind == "an adapter"):
-        raise DinotileError(f"out: {out} is there already, {kind}: --resume goes on with it, or give another name")
-    if head_only and kind == "an adapter":
-        raise DinotileError(f"out: {out} is an adapter: a head is trained first, and into a new file")
-    return "heads" in metadata
-
-
-def _stamp(name: str) -> Any:
-    """Sizes and times of a checkpoint's files; None if it is no path."""
-    path = Path(name)
-    files = sorted(path.rglob("*")) if path.is_dir() else [path]
-    return [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files if file.is_file()] or None
-
-
-def _told(options: Training) -> str:
-    """The options that are not as by default, as on the command line."""
-    return " ".join(
-        f"--{row.flag or row.name.replace('_', '-')} {getattr(options, row.name)}"
-        for row in options.table()
-        if getattr(options, row.name) != row.default and row.name != "cache"
-    )
+def _already_there(job: Job) -> str:
+    """What is in the file already: nothing, or what may be gone on with or added to."""
+    kind = ""
+    if job.out.exists():
+        metadata = read_metadata(job.out)
+        kind = KINDS.get(metadata.get("format", ""), "")
+        if not kind:
+            raise DinotileError(f"out: {job.out} is there already, and is none of dinotile's files: give another name")
+        if job.head and kind == "an adapter":
+            raise DinotileError(f"out: {job.out} is there already, an adapter: a head comes first, into a new file")
+        if not job.resume and (job.head or kind == "an adapter"):
+            raise DinotileError(f"out: {job.out} is there already, {kind}: --resume goes on, or give another name")
+        kind += " with a head" if "heads" in metadata else ""
+    if not job.resume and last_checkpoint(job.run) is not None:
+        raise DinotileError(
+            f"out: the checkpoint of another run is in {job.run}: --resume goes on with it, or give another name"
+        )
+    return kind

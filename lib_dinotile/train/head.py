@@ -20,7 +20,7 @@ from lib_dinotile.dino.head import RestorationHead
 from lib_dinotile.tiling.canvas import Canvas
 from lib_dinotile.tiling.plan import TilePlan
 from lib_dinotile.train.loop import Schedule, fit
-from lib_dinotile.train.pictures import Picture, Pictures, Prepared
+from lib_dinotile.train.pictures import Picture, Prepared
 
 LAYERS = (-1, -2, -3)
 """Those that adapter, guard and guidance look at by default."""
@@ -115,13 +115,13 @@ def compare(model: HeadTraining, squares: Squares, device: torch.device, count: 
 
 @torch.no_grad()
 def measure_floor(
-    encoder: PatchEncoder, heads: Mapping[int, RestorationHead], pictures: Pictures, patches: int, tile: int
+    encoder: PatchEncoder, heads: Mapping[int, RestorationHead], pictures: Prepared, patches: int, tile: int
 ) -> None:
     """Sets the heads' `floor`: how far true patches are from what the head makes of the source, as the guard sees them
     in the blurred canvas, on pictures that it was not trained on."""
     distances: dict[int, list[Tensor]] = {layer: [] for layer in heads}
     for number in range(len(pictures)):
-        picture = pictures[number]
+        picture = pictures.picture(number)
         plan = TilePlan(*picture.sharp.size, tile, 0)
         sharp = Canvas(picture.sharp, plan)
         blurred = Canvas(picture.source.resize(picture.sharp.size, Image.Resampling.LANCZOS), plan)
@@ -159,7 +159,7 @@ def train_heads(
         return measured, {}
 
     def save(averaged: nn.Module, step: int) -> None:
-        measure_floor(encoder, averaged.by_layer, pictures[1].pictures, patches, tile)
+        measure_floor(encoder, averaged.by_layer, pictures[1], patches, tile)
         figures = {f"held out, {name}": f"{value:.5f}" for name, value in measured.items()}
         on_save(averaged.by_layer, {"steps": str(step), **figures})
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from lib_dinotile.train.encoder import EncoderImages, EncoderTraining, encoder_loss, export_encoder
 from lib_dinotile.train.images import PHOTOS, Pool, RestorePairs, package_roots, read_photo
-from lib_dinotile.train.loop import Schedule, fit
+from lib_dinotile.train.loop import CheckpointError, Schedule, fit
 from lib_dinotile.train.objective import (
     SCHEDULER_CONFIG,
     alphas_cumprod,
@@ -137,7 +137,7 @@ def main(arguments: list[str] | None = None) -> None:
     train = {"unet": train_unet, "encoder": train_encoder}[args.part]
     try:
         train(schedule, pool, args.export, args.bank)
-    except FileNotFoundError as error:
+    except CheckpointError as error:
         raise SystemExit(str(error)) from error
 
 

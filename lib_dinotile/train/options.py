@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from lib_dinotile import DinotileError
 from lib_dinotile.options import Options, option
+from lib_dinotile.settings import AUTOMATIC, PREDICTIONS
 
 PRECISIONS = ("bf16", "fp16", "no")
 
@@ -15,10 +16,16 @@ class Training(Options):
     """How an adapter, or a restoration head, is trained."""
 
     base: str = option(
-        "mini", "Base", "Checkpoint that the adapter is for: a file, a diffusers folder, a Hugging Face id, or mini."
+        "", "Base", "Checkpoint that the adapter is for: a file, a diffusers folder, a Hugging Face id, or mini."
     )
     config: str = option(
         "", "Configuration", "Folder with the diffusers configuration for a checkpoint file; empty: from the Hub."
+    )
+    prediction: str = option(
+        AUTOMATIC,
+        "Prediction",
+        "What the checkpoint's UNet predicts. Automatic: what the file or its configuration says, else epsilon.",
+        choices=PREDICTIONS,
     )
     encoder: str = option(
         "facebook/dinov2-small", "DINO encoder", "Looks at the source: an id, a folder, or mini.", flag="dino"
@@ -33,7 +40,12 @@ class Training(Options):
         0, "Tile size", "Side of a tile in pixels; 0: 512, 1024 for SDXL, 64 for mini.", minimum=0, maximum=2048, step=8
     )
     longest: int = option(
-        2048, "Longest side", "Larger pictures are shrunk to this many pixels.", minimum=64, maximum=16384, step=1
+        2048,
+        "Longest side",
+        "Larger pictures are shrunk to this many pixels, but no side below a tile.",
+        minimum=64,
+        maximum=16384,
+        step=1,
     )
     variants: int = option(
         2, "Variants", "Ways in which each picture is cropped, mirrored and degraded.", minimum=1, maximum=1000, step=1
@@ -85,6 +97,10 @@ class Training(Options):
     cache: str = option("", "Cache", "Folder for latents and features; empty: beside OUT, with .cache in its name.")
 
     def __post_init__(self) -> None:
+        if 0 < self.tile < 64:
+            raise DinotileError(f"tile: {self.tile} is not allowed, give 0 or at least 64")
+        if self.warmup >= self.steps:
+            raise DinotileError(f"warmup: {self.warmup} is not allowed with steps {self.steps}, give fewer")
         for low, high in (("scale_low", "scale_high"), ("denoise_low", "denoise_high")):
             least, most = getattr(self, low), getattr(self, high)
             if least > most:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -25,6 +26,13 @@ from lib_dinotile.team import Team
 from lib_dinotile.train.degradation import degrade
 from lib_dinotile.train.options import Training
 
+CELL = 8
+"""Pixels a latent cell, at most."""
+CHAIN = 1
+"""Grows when pictures of the same options come out otherwise, so that no older cache is taken for them."""
+SHOWN = 5
+"""Lines about pictures that are left out."""
+
 
 @dataclass(frozen=True)
 class Picture:
@@ -35,6 +43,7 @@ class Picture:
     source: Image.Image
     """RGB, smaller and worse."""
     caption: str = ""
+    name: str = ""
 
 
 class Pictures(Protocol):
@@ -48,12 +57,18 @@ class Pictures(Protocol):
         """What tells it from all others, for JSON."""
 
 
-def find_photos(folder: Path, least: int) -> tuple[list[Path], list[str]]:
-    """Images of at least so many pixels a side in a folder and below it, and a line for each that is left out."""
+def find_photos(folder: Path, least: int, held_out: int) -> tuple[list[Path], list[Path], list[str]]:
+    """Images of at least so many pixels a side in a folder and below it: (to train on, held out, left out and why).
+
+    Held-out ones are chosen by their names alone, so that other files in the folder change little. DinotileError if
+    there are too few.
+    """
     if not folder.is_dir():
         raise DinotileError(f"images: {folder} is not a folder")
-    endings, found, left_out = Image.registered_extensions(), [], []
-    for file in sorted(file for file in folder.rglob("*") if file.suffix.lower() in endings and file.is_file()):
+    endings, left_out = Image.registered_extensions(), []
+    files = [file for file in folder.rglob("*") if file.suffix.lower() in endings and file.is_file()]
+    found = []
+    for file in sorted(files, key=lambda file: hashlib.sha256(file.name.encode()).hexdigest()):
         try:
             with Image.open(file) as image:
                 size = image.size
@@ -64,24 +79,27 @@ def find_photos(folder: Path, least: int) -> tuple[list[Path], list[str]]:
             left_out.append(f"{file.name}: {size[0]}x{size[1]} is smaller than a tile of {least}")
             continue
         found.append(file)
-    return found, left_out
-
-
-def hold_out(files: Sequence[Path], count: int) -> tuple[list[Path], list[Path]]:
-    """(to train on, held out): chosen by their names, so that other files in the folder change little."""
-    if len(files) <= count:
+    if len(found) <= held_out:
         raise DinotileError(
-            f"images: {len(files)} usable ones are too few with held_out {count}: give more, or hold out fewer"
+            f"images: {len(found)} usable ones are too few with held_out {held_out}: give more, or hold out fewer"
         )
-    ordered = sorted(files, key=lambda file: hashlib.sha256(file.name.encode()).hexdigest())
-    return sorted(ordered[count:]), sorted(ordered[:count])
+    return sorted(found[held_out:]), sorted(found[:held_out]), left_out
+
+
+def say_left_out(lines: Sequence[str]) -> None:
+    for line in lines[:SHOWN]:
+        print(f"left out: {line}")
+    if len(lines) > SHOWN:
+        print(f"left out: {len(lines) - SHOWN} more")
 
 
 class Photos:
     """The photos of some files, each in several variants: another zoom, mirrored or not, another degradation."""
 
-    def __init__(self, files: Sequence[Path], options: Training, tile: int, variants: int) -> None:
-        self._files, self._options, self._tile, self._variants = files, options, tile, variants
+    def __init__(self, folder: Path, files: Sequence[Path], options: Training, tile: int, variants: int) -> None:
+        """folder: what the files' names are counted from."""
+        self._folder, self._files, self._options = folder, files, options
+        self._tile, self._variants = tile, variants
 
     def __len__(self) -> int:
         return len(self._files) * self._variants
@@ -94,24 +112,28 @@ class Photos:
         captions = file.with_suffix(".txt")
         stamps = [[each.stat().st_size, each.stat().st_mtime_ns] for each in (file, captions) if each.is_file()]
         made_by = [o.longest, o.scale_low, o.scale_high, o.severity, o.seed, self._tile]
-        return ["photo", file.name, stamps, variant, made_by]
+        return ["photo", CHAIN, file.relative_to(self._folder).as_posix(), stamps, variant, made_by]
 
     def __getitem__(self, index: int) -> Picture:
         (file, variant), o = self._at(index), self._options
         rng = np.random.default_rng((o.seed, variant, zlib.crc32(file.name.encode())))
         sharp = read_image(file)
+        if min(sharp.size) < self._tile:
+            raise DinotileError(f"{file.name}: {sharp.width}x{sharp.height} is smaller than a tile of {self._tile}")
         least = max(1.0, max(sharp.size) / o.longest)
         zoom = least if rng.random() < 0.5 else rng.uniform(least, max(least, min(sharp.size) / self._tile, 1.0))
         zoom = min(zoom, 2 * least, min(sharp.size) / self._tile)
         if zoom > 1:
             size = tuple(max(self._tile, round(side / zoom)) for side in sharp.size)
             sharp = sharp.resize(size, Image.Resampling.LANCZOS)
+        # Whole latent cells: the canvas is not padded.
+        sharp = sharp.crop((0, 0, sharp.width // CELL * CELL, sharp.height // CELL * CELL))
         if rng.random() < 0.5:
             sharp = ImageOps.mirror(sharp)
         scale = float(np.exp(rng.uniform(np.log(o.scale_low), np.log(o.scale_high))))
         captions = file.with_suffix(".txt")
         caption = captions.read_text(encoding="utf-8", errors="replace").strip() if captions.is_file() else ""
-        return Picture(sharp, degrade(rng, sharp, scale, o.severity), caption)
+        return Picture(sharp, degrade(rng, sharp, scale, o.severity), caption, file.name)
 
 
 class Prepared(torch.utils.data.Dataset):
@@ -121,39 +143,67 @@ class Prepared(torch.utils.data.Dataset):
         self, pictures: Pictures, compute: Callable[[Picture], dict[str, Tensor]], folder: Path, recipe: Any
     ) -> None:
         """recipe: all that `compute` depends on besides the picture, for JSON."""
-        self.pictures, self._compute, self._folder = pictures, compute, folder
+        self._pictures, self._compute, self._folder = pictures, compute, folder
         digests = [hashlib.sha256(json.dumps([recipe, pictures.key(i)]).encode()) for i in range(len(pictures))]
-        self._paths = [folder / f"{digest.hexdigest()[:32]}.safetensors" for digest in digests]
+        paths = [folder / f"{digest.hexdigest()[:32]}.safetensors" for digest in digests]
+        self._entries = list(enumerate(paths))
+        """(number of the picture, its file)."""
 
     def __len__(self) -> int:
-        return len(self._paths)
+        return len(self._entries)
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
+        path = self._entries[index][1]
         try:
-            return load_file(self._paths[index])
+            return load_file(path)
         except (OSError, SafetensorError):  # lost, or cut off by a crash
-            self._make(index)
-            return load_file(self._paths[index])
+            self._write(path, self.picture(index))
+            return load_file(path)
 
-    def prepare(self, team: Team, what: str) -> None:
-        """Compute what is not on disk yet. DinotileError if it cannot be written."""
-        missing = [index for index in range(len(self))[team.rank :: team.size] if not self._paths[index].is_file()]
-        for index in tqdm(missing, desc=what, disable=None if missing and not team.rank else True):
-            self._make(index)
-        team.gather(None)
+    def picture(self, index: int) -> Picture:
+        """The picture itself."""
+        return self._pictures[self._entries[index][0]]
 
-    def _make(self, index: int) -> None:
-        tensors = {
-            name: tensor.half().cpu().contiguous() for name, tensor in self._compute(self.pictures[index]).items()
-        }
-        path = self._paths[index]
+    def prepare(self, team: Team, what: str) -> list[str]:
+        """Compute what is not on disk yet. Pictures that cannot be read are left out: a line for each.
+
+        DinotileError if the disk has not the space for all of it, or it cannot be written.
+        """
+        missing = [entry for entry in self._entries[team.rank :: team.size] if not entry[1].is_file()]
+        unread: list[tuple[int, str]] = []
+        for done, (number, path) in enumerate(
+            tqdm(missing, desc=what, disable=None if missing and not team.rank else True)
+        ):
+            try:
+                picture = self._pictures[number]
+            except DinotileError as error:
+                unread.append((number, str(error)))
+                continue
+            self._write(path, picture)
+            if done == 0:
+                self._check_space(path.stat().st_size, (len(missing) - 1) * team.size)
+        lost = dict(entry for each in team.gather(unread) for entry in each)
+        self._entries = [entry for entry in self._entries if entry[0] not in lost]
+        return list(lost.values())
+
+    def _check_space(self, each: int, count: int) -> None:
+        free = shutil.disk_usage(self._folder).free
+        if each * count > free:
+            space = f"needs {each * count / 1e9:.1f} GB more, {free / 1e9:.1f} GB are free"
+            raise DinotileError(f"cache: {self._folder} {space}: give another --cache, or fewer --variants", 500)
+
+    def _write(self, path: Path, picture: Picture) -> None:
+        tensors = {name: tensor.half().cpu().contiguous() for name, tensor in self._compute(picture).items()}
+        odd = [name for name, tensor in tensors.items() if not tensor.isfinite().all()]
+        if odd:
+            raise DinotileError(f"{picture.name}: its {odd[0]} came out as not a number, leave it out", 500)
         part = path.with_suffix(f".{os.getpid()}.part")
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
             save_file(tensors, part)
             part.replace(path)
         except (OSError, SafetensorError) as error:
+            message = f"cache: {self._folder} cannot be written: {error}; give another --cache"
+            raise DinotileError(message, 500) from error
+        finally:
             part.unlink(missing_ok=True)
-            raise DinotileError(
-                f"cache: {self._folder} cannot be written: {error}; give another --cache", 500
-            ) from error
