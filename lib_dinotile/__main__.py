@@ -136,15 +136,20 @@ def _read_mask(name: str, size: tuple[int, int]) -> Image.Image | None:
     return mask
 
 
-def _upscale(arguments: argparse.Namespace) -> None:
-    from tqdm import tqdm
+def _quiet() -> None:
+    """transformers warns of what is optional, and shows bars of its own."""
     from transformers.utils import logging
-
-    from lib_dinotile.hosts.diffusers import load_host
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
 
+
+def _upscale(arguments: argparse.Namespace) -> None:
+    from tqdm import tqdm
+
+    from lib_dinotile.hosts.diffusers import load_host
+
+    _quiet()
     if arguments.model in (None, "mini") and arguments.adapter is None:
         arguments.adapter = "mini"
     settings, generation = _options(Settings, arguments), _options(Generation, arguments)
@@ -243,10 +248,7 @@ def _heads(settings: Settings) -> dict[str, Path]:
 
 def _analyze(arguments: argparse.Namespace) -> None:
     """Maps of one image, without a diffusion model."""
-    from transformers.utils import logging
-
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
+    _quiet()
     settings = dataclasses.replace(_options(Settings, arguments), maps=BOTH, adapter=NONE)
     target = Path(arguments.OUT)
     check_writable(target)
@@ -266,6 +268,7 @@ def _train(arguments: argparse.Namespace) -> None:
     except ModuleNotFoundError as error:
         raise DinotileError(f"training needs {error.name}: pip install '.[train]'") from error
 
+    _quiet()
     train(_options(Training, arguments), Path(arguments.images), Path(arguments.out), arguments.head, arguments.resume)
 
 
