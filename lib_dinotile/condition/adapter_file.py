@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 
 from lib_dinotile import DinotileError
 from lib_dinotile.condition.adapter import Adapter, AdapterConfig
@@ -49,7 +49,7 @@ def save_adapter(
         "hyperparameters": json.dumps({name: getattr(config, name) for name in HYPERPARAMETERS}),
     }
     tensors = {name: tensor.to("cpu", dtype).contiguous() for name, tensor in adapter.state_dict().items()}
-    save_file({**tensors, **packed}, path, metadata=metadata)
+    path.write_bytes(save({**tensors, **packed}, metadata=metadata))  # save_file's files are readable by one user only
 
 
 def _config(metadata: dict[str, str], path: Path) -> AdapterConfig:

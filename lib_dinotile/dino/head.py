@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor, nn
 
 from lib_dinotile import DinotileError
@@ -58,7 +58,8 @@ def save_heads(heads: Mapping[int, RestorationHead], path: Path, encoder: str, *
     Layers are counted from the end: -1 is the last.
     """
     tensors, metadata = pack(heads)
-    save_file(tensors, path, {**extra, **metadata, "format": FORMAT, "version": VERSION, "encoder": encoder})
+    told = {**extra, **metadata, "format": FORMAT, "version": VERSION, "encoder": encoder}
+    path.write_bytes(save(tensors, told))  # save_file's files are readable by one user only
 
 
 def load_heads(

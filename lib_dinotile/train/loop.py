@@ -199,7 +199,7 @@ def fit(
             fresh.clear()
             if not math.isfinite(recent[-1]):
                 raise FloatingPointError(f"the loss is not a number at step {step}")
-            if step % schedule.log_every == 0 and rank == 0:
+            if (step % schedule.log_every == 0 or step == schedule.steps) and rank == 0:
                 line = {"step": step, "loss": sum(recent) / len(recent), "rate": rates.get_last_lr()[0], **figures}
                 log.write(json.dumps({**line, "seconds": round(time.monotonic() - start, 1)}) + "\n")
                 log.flush()
@@ -209,6 +209,7 @@ def fit(
                 with averaged() as plain, torch.no_grad():
                     found, pictures = report(plain, step)
                 log.write(json.dumps({"step": step, **found}) + "\n")
+                bar.write(f"step {step}: " + ", ".join(f"{name} {value:.4g}" for name, value in found.items()))
                 accelerator.log({f"held out/{name}": value for name, value in found.items()}, step)
                 shown = {name: picture[None] for name, picture in pictures.items()}
                 accelerator.get_tracker("tensorboard").log_images(shown, step, dataformats="NHWC")
