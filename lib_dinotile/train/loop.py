@@ -108,7 +108,7 @@ def fit(
     With accelerate's launcher the processes share out the batches: a step sees as many more. `on_save(model, step)` is
     called after each checkpoint and `report` every so often, in the first process, the model holding the averaged
     parameters meanwhile. A run that is cancelled finishes its step, saves a checkpoint and raises KeyboardInterrupt.
-    CheckpointError if there is none to resume, OSError if it cannot be written, FloatingPointError where the loss is no number.
+    CheckpointError: none to resume; OSError: it cannot be written; FloatingPointError: the loss is no number.
     """
     folder = check_resume(schedule)
     accelerator = Accelerator(
