@@ -45,7 +45,7 @@ UNET_CONFIG: dict[str, Any] = {
     "norm_num_groups": 8,
     "cross_attention_dim": 8,
 }
-"""No attention, no text: 3.2 M parameters. Latents are RGB in -1..1, pixel-unshuffled by 2."""
+"""No attention, no text: 2.62 M parameters. Latents are RGB in -1..1, pixel-unshuffled by 2."""
 
 
 class UNetLoss:
