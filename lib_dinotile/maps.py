@@ -113,10 +113,10 @@ def consistency_map(image: Image.Image, cosines: Tensor, doubtful: Tensor) -> Im
 
 
 def _border(mask: np.ndarray, width: int) -> np.ndarray:
-    """True along the inner edge of what is true."""
+    """True along the inner edge of what is true, also where the picture ends: else islands would seem to be meant."""
     inner = mask.copy()
     for _ in range(width):
-        padded = np.pad(inner, 1, mode="edge")
+        padded = np.pad(inner, 1)
         inner = inner & padded[:-2, 1:-1] & padded[2:, 1:-1] & padded[1:-1, :-2] & padded[1:-1, 2:]
     return mask & ~inner
 
