@@ -112,6 +112,6 @@ def test_what_is_no_head_is_refused_in_one_line(tmp_path):
 def test_doubt_has_a_border_also_where_the_picture_ends():
     doubtful = torch.ones(4, 4, dtype=torch.bool)
     doubtful[1, 1] = False
-    drawn = np.asarray(maps.consistency_map(Image.new("RGB", (320, 320)), torch.zeros(4, 4), doubtful))[:320, :320]
+    drawn = np.asarray(consistency_map(Image.new("RGB", (320, 320)), torch.zeros(4, 4), doubtful))[:320, :320]
     red = (drawn == (200, 0, 0)).all(axis=2)
     assert red[0].all() and red[-1].all() and red[:, 0].all() and red[:, -1].all() and not red[100:140, 100:140].any()
