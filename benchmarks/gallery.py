@@ -27,8 +27,10 @@ from lib_dinotile.tiling.noise import NoiseField
 from lib_dinotile.train.evaluate import sharpness
 from lib_dinotile.train.images import HELD_OUT, package_roots, read_photo
 
-PART = 144
+PART = 104
 """Side of what a sheet shows of a photo, in its own pixels at twice its size; at four times half as many."""
+BESIDE = 2
+"""Photos in a row of a sheet."""
 WAYS = ("Lanczos", "plain tiles", "dinotile")
 
 
@@ -54,20 +56,22 @@ def liveliest(image: Image.Image, side: int) -> tuple[int, int, int, int]:
     return int(x), int(y), int(x) + side, int(y) + side
 
 
-def sheet(rows: Sequence[tuple[str, Sequence[Image.Image]]], file: Path) -> None:
-    """A row a photo, a column a way, every part shown pixel by pixel."""
-    side, gap, top = rows[0][1][0].width, 6, 26
-    width, height = len(WAYS) * (side + gap) - gap, top + len(rows) * (side + gap) - gap
-    dpi = 100
+def sheet(photos: Sequence[Sequence[Image.Image]], file: Path) -> None:
+    """A photo after the other, each in all ways, every part shown pixel by pixel."""
+    side, gap, between, top, dpi = photos[0][0].width, 4, 16, 26, 100
+    beside = min(BESIDE, len(photos))
+    group, rows = len(WAYS) * (side + gap) - gap + between, -(-len(photos) // beside)
+    width, height = beside * group - between, top + rows * (side + gap) - gap
     figure = Figure(figsize=(width / dpi, height / dpi), dpi=dpi, facecolor="white")
-    for column, way in enumerate(WAYS):
-        x = (column * (side + gap) + side / 2) / width
-        figure.text(x, 1 - top / 2 / height, way, ha="center", va="center", fontsize=11)
-    for row, (_, parts) in enumerate(rows):
-        for column, part in enumerate(parts):
-            upper = height - top - row * (side + gap) - side
-            figure.figimage(np.asarray(part), column * (side + gap), upper, origin="upper")
-    figure.savefig(file, pil_kwargs={"quality": 90} if file.suffix == ".jpg" else {})
+    for number, parts in enumerate(photos):
+        row, place = divmod(number, beside)
+        for column, (way, part) in enumerate(zip(WAYS, parts)):
+            left = place * group + column * (side + gap)
+            figure.figimage(np.asarray(part), left, height - top - row * (side + gap) - side, origin="upper")
+            if row == 0:
+                x, y = (left + side / 2) / width, 1 - top / 2 / height
+                figure.text(x, y, way, ha="center", va="center", fontsize=11)
+    figure.savefig(file)
 
 
 def main() -> None:
@@ -104,7 +108,7 @@ def main() -> None:
             )
             box = liveliest(source, round(2 * PART / scale))
             parts = [image.crop(tuple(round(scale * side) for side in box)) for image in made.values()]
-            rows.append((name, parts))
+            rows.append(parts)
         sheet(rows, arguments.out / f"sheet-{scale:g}x.png")
 
 
