@@ -77,7 +77,7 @@ def test_the_command_writes_an_adapter_and_says_how_it_was_made(
     assert "4 images to train on, 2 held out" in said
     config, metadata = read_config(out), read_metadata(out)
     assert (config.base, config.encoder, config.layer, config.restored) == ("mini", "mini", -1, False)
-    assert metadata["steps"] == "4" and metadata["images"] == "4" and "--patches 8" in metadata["options"]
+    assert metadata["steps"] == "4" and metadata["examples"] == "4" and "--patches 8" in metadata["options"]
     assert any(output.weight.any() for output in load_adapter(out).outputs)
     reports = [line for line in log(out) if "gap" in line]
     assert [line["step"] for line in reports] == [2, 4]
@@ -298,7 +298,7 @@ def test_a_picture_that_cannot_be_read_is_left_out(photos: Path, tmp_path: Path,
     train(tmp_path / "photos", out)
     said = capsys.readouterr().out
     assert "7 images to train on" in said and all(f"cut{number}.png cannot be read" in said for number in range(3))
-    assert 4 <= int(read_metadata(out)["images"]) <= 6
+    assert 4 <= int(read_metadata(out)["examples"]) <= 6
 
 
 def test_as_much_of_a_caption_is_taken_as_the_text_encoder_reads(request: pytest.FixtureRequest) -> None:

@@ -86,9 +86,9 @@ class Job:
             say_left_out(left_out)
         return both
 
-    def write(self, save: Callable[[Path, dict[str, str]], None], figures: Mapping[str, str], images: int) -> None:
+    def write(self, save: Callable[[Path, dict[str, str]], None], figures: Mapping[str, str], examples: int) -> None:
         """Write `out` by way of another file, so that it is whole whenever a run is killed."""
-        made = {"dinotile": __version__, "images": str(images), "options": self.told, **figures}
+        made = {"dinotile": __version__, "examples": str(examples), "options": self.told, **figures}
         part = self.out.with_suffix(".part")
         try:
             save(part, made)
