@@ -100,7 +100,7 @@ class Training(Options):
         if 0 < self.tile < 64:
             raise DinotileError(f"tile: {self.tile} is not allowed, give 0 or at least 64")
         if self.warmup >= self.steps:
-            raise DinotileError(f"warmup: {self.warmup} is not allowed with steps {self.steps}, give fewer")
+            raise DinotileError(f"warmup: {self.warmup} is not allowed with steps {self.steps}, give less than that")
         for low, high in (("scale_low", "scale_high"), ("denoise_low", "denoise_high")):
             least, most = getattr(self, low), getattr(self, high)
             if least > most:
