@@ -354,7 +354,6 @@ def test_a_head_is_trained_and_an_adapter_in_the_same_file_reads_through_it(phot
         (["--resume"], "nothing to resume"),
         (["--base", ""], "say which checkpoint"),
         (["--tile", "32"], "tile: 32 is not allowed"),
-        (["--warmup", "9"], "warmup: 9 is not allowed with steps 4"),
         *([] if torch.cuda.is_available() else [(["--precision", "fp16"], "fp16 needs a GPU")]),
     ],
 )

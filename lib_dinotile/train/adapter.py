@@ -321,7 +321,7 @@ def make_schedule(options: Training, out: Path, resume: bool, recipe: Mapping[st
         batch=options.batch,
         accumulate=options.accumulate,
         rate=options.rate,
-        warmup=options.warmup,
+        warmup=min(options.warmup, options.steps // 10),
         decay=options.decay,
         save_every=60 * options.save_every,
         report_every=options.report_every,

@@ -79,7 +79,14 @@ class Training(Options):
     batch: int = option(4, "Batch", "Tiles at once, in each process.", minimum=1, maximum=4096, step=1)
     accumulate: int = option(4, "Accumulate", "Batches that make one step.", minimum=1, maximum=4096, step=1)
     rate: float = option(2e-4, "Learning rate", "The highest; it falls as a cosine.", minimum=1e-7, maximum=1.0)
-    warmup: int = option(200, "Warm-up", "Steps until it is that high.", minimum=0, maximum=1_000_000, step=1)
+    warmup: int = option(
+        200,
+        "Warm-up",
+        "Steps until it is that high, but at most a tenth of all.",
+        minimum=0,
+        maximum=1_000_000,
+        step=1,
+    )
     gamma: float = option(
         5.0, "Min-SNR gamma", "Bounds the weight of steps with little noise.", minimum=0.1, maximum=1000.0
     )
@@ -99,8 +106,6 @@ class Training(Options):
     def __post_init__(self) -> None:
         if 0 < self.tile < 64:
             raise DinotileError(f"tile: {self.tile} is not allowed, give 0 or at least 64")
-        if self.warmup >= self.steps:
-            raise DinotileError(f"warmup: {self.warmup} is not allowed with steps {self.steps}, give less than that")
         for low, high in (("scale_low", "scale_high"), ("denoise_low", "denoise_high")):
             least, most = getattr(self, low), getattr(self, high)
             if least > most:
