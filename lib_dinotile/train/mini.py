@@ -29,7 +29,6 @@ from lib_dinotile.train.objective import (
     restoration_loss,
     unshuffle,
 )
-from lib_dinotile.train.textures import TEXTURES, texture_atlas
 
 MINI = Path(__file__).parents[1] / "mini"
 
@@ -81,8 +80,8 @@ def train_encoder(schedule: Schedule, pool: Pool, export: Path, bank: int) -> No
     fit(EncoderTraining(), data, encoder_loss, schedule, lambda averaged, _: export_encoder(averaged, export))
 
 
-def write_photos(folder: Path, roots: Sequence[Path], textures: int = 4) -> None:
-    """The photographs that are installed, as PNG files, and so many of each procedural texture."""
+def write_photos(folder: Path, roots: Sequence[Path]) -> None:
+    """The photographs that are installed, as PNG files."""
     folder.mkdir(parents=True, exist_ok=True)
     for number, photo in enumerate(PHOTOS):
         image = read_photo(photo, package_roots(roots))
@@ -90,9 +89,6 @@ def write_photos(folder: Path, roots: Sequence[Path], textures: int = 4) -> None
             print(f"not installed: {photo.path} ({photo.package})")
         else:
             Image.fromarray(image).save(folder / f"photo-{number:03d}-{Path(photo.path).stem}.png")
-    for name, group in zip(TEXTURES, texture_atlas(textures, 384)):
-        for number, texture in enumerate(group):
-            Image.fromarray(texture).save(folder / f"texture-{name}-{number}.png")
 
 
 def main(arguments: list[str] | None = None) -> None:
