@@ -47,7 +47,8 @@ def _add_options(parser: argparse.ArgumentParser, table: type[Options], names: S
             continue
         default = f" (default: {option.default})" if option.default != "" else ""
         flags = [f"--{option.flag or option.name.replace('_', '-')}"]
-        text = f"{option.help} {option.allowed.capitalize()}{default}".replace("%", "%%")
+        allowed = f" {option.allowed[0].upper()}{option.allowed[1:]}" if option.allowed != "text" else ""
+        text = f"{option.help}{allowed}{default}".replace("%", "%%")
         parser.add_argument(*flags, dest=option.name, metavar=option.type.__name__.upper(), help=text)
 
 
