@@ -265,6 +265,20 @@ def test_an_untrained_adapter_gains_nothing_and_the_gap_is_zero(photos: Path, tm
     assert loss.compare(AdapterTraining(adapter), tiles, 4)["gap"] != 0
 
 
+def test_prompt_and_condition_are_dropped_as_often_as_asked(request: pytest.FixtureRequest) -> None:
+    host = load_host(Generation(request.getfixturevalue("sd15")))
+    words, seen = host.words("a cat")[0], []
+    batch = {name: torch.zeros(4, 4, 8, 8) for name in ("sharp", "degraded")}
+    batch |= {"features": torch.ones(4, 3, 2, 2), "words.0": words.expand(4, -1, -1)}
+    for share in (0.0, 1.0):
+        loss = AdapterLoss(host, Training(drop_prompt=share, drop_condition=share))
+        loss.value = lambda model, noised, batch, features, words: seen.append((features, words[0]))
+        loss(None, batch, torch.Generator().manual_seed(0))
+    (kept, told), (dropped, silent) = seen
+    assert torch.equal(kept, batch["features"]) and torch.equal(told, batch["words.0"])
+    assert not dropped.any() and torch.equal(silent, host.words("")[0].expand(4, -1, -1))
+
+
 def test_what_was_prepared_is_kept_and_made_again_where_it_is_damaged(photos: Path, tmp_path: Path) -> None:
     options, calls = Training(), []
 
