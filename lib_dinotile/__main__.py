@@ -178,6 +178,7 @@ def _upscale(arguments: argparse.Namespace) -> None:
         bar.refresh()
 
     host = load_host(generation, progress, team.rank)
+    settings = settings.for_base(host.base)
     conditioner = Conditioner.load(settings, host, adapters, heads=_heads(settings))
 
     def make(source: Path, target: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -20,7 +21,7 @@ from lib_dinotile.settings import BOTH, CONSISTENCY, MAX_SIDE, SEMANTIC, Setting
 from lib_dinotile.team import Team
 from lib_dinotile.tiling.canvas import Canvas
 from lib_dinotile.tiling.noise import NoiseField
-from lib_dinotile.tiling.plan import Rect, TilePlan
+from lib_dinotile.tiling.plan import Rect, TilePlan, Tiles
 from lib_dinotile.tiling.seams import seam_passes
 
 
@@ -76,16 +77,29 @@ def canvas_size(size: tuple[int, int], settings: Settings, given: tuple[int, int
 
 def make_plan(host: Host, size: tuple[int, int], settings: Settings) -> TilePlan:
     """The tiles for a canvas of (width, height) on this host."""
+    settings = settings.for_base(host.base)
     return TilePlan(*size, settings.tile, settings.overlap, host.factor, settings.order)
+
+
+def _passes(plan: TilePlan, settings: Settings) -> list[Tiles]:
+    """What is painted, one on top of the other: the plan, and the seam pass over it."""
+    seams = [grid for grid, _ in seam_passes(plan, settings.seams, settings.seam_width)]
+    return seams if plan.order == "none" else [plan, *seams]
 
 
 def job_count(plan: TilePlan, settings: Settings) -> int:
     """How many batches there are at most; a canvas that is sampled as a whole is one."""
-    plans = [grid for grid, _ in seam_passes(plan, settings.seams, settings.seam_width)]
-    if plan.order in ("chess", "linear"):
-        plans.append(plan)
-    batches = sum(len(chunks(wave, settings.batch)) for grid in plans for wave in grid.waves)
-    return batches + (plan.order == "fused")
+    passes = _passes(plan, settings)
+    return sum(
+        1 if tiles.order == "fused" else sum(len(chunks(wave, settings.batch)) for wave in tiles.waves)
+        for tiles in passes
+    )
+
+
+def workload(plan: TilePlan, settings: Settings) -> tuple[int, int]:
+    """(tiles, pixels of all of them) that are painted if none is left out."""
+    passes = _passes(plan, settings)
+    return sum(map(len, passes)), sum(len(tiles) * math.prod(tiles.tile_size) for tiles in passes)
 
 
 def upscale(
@@ -109,6 +123,7 @@ def upscale(
     DinotileError, before any work is done, for settings that this host cannot meet; UnfinishedError, with what is
     painted, for whatever breaks the run off later. If the user stops the host the result is not `complete`.
     """
+    settings = settings.for_base(host.base)
     check_name("upscaler", settings.upscaler, host.upscalers())
     size = size or canvas_size(source.size, settings)
     plan = make_plan(host, size, settings)
@@ -162,6 +177,18 @@ def _canvas(
         raise OutOfMemoryError(message, 500) from error
 
 
+def preview(conditioner: Conditioner, source: Image.Image, plan: TilePlan) -> Image.Image:
+    """The semantic map of a source (RGB) with the tiles of a plan, before anything is painted."""
+    from lib_dinotile import maps  # matplotlib takes long to load
+
+    size = plan.width, plan.height
+    with torch.no_grad():
+        field = conditioner.features(source, size).shown
+    share = min(1.0, maps.SIDE / max(size))
+    picture = source.resize([max(1, round(side * share)) for side in size], Image.Resampling.LANCZOS)
+    return maps.semantic_map(picture, field, plan)
+
+
 def analyze(
     conditioner: Conditioner,
     source: Image.Image,
@@ -171,6 +198,7 @@ def analyze(
 ) -> dict[str, Image.Image]:
     """The maps that `settings` ask for, of a source (RGB) and its result of (width, height); without one, of the source
     itself enlarged by Lanczos."""
+    settings = settings.for_base("sd15")
     plan = TilePlan(*size, settings.tile, settings.overlap)
     with torch.no_grad():
         features = conditioner.features(source, size)

@@ -23,6 +23,8 @@ COLOURS = "cividis"
 """From dark blue over grey to yellow: made to be read alike with and without colour blindness (Nunez et al. 2018)."""
 STEP = 8
 """Pixels of the canvas along a side of a cell of the consistency map."""
+LEGIBLE = 32
+"""Pixels of a tile's side that its number needs."""
 LEAST, MOST = 0.0, 1.0
 """The ends of the scale of cosines, the same for every map."""
 
@@ -53,13 +55,19 @@ def semantic_map(image: Image.Image, field: FeatureField, plan: TilePlan) -> Ima
     colours = (principal_colours(field.features) * 255).byte().permute(1, 2, 0).numpy()
     overlay = Image.fromarray(colours).resize(image.size, Image.Resampling.BICUBIC)
     picture = Image.blend(image.convert("L").convert("RGB"), overlay, 0.65)
-    draw = ImageDraw.Draw(picture)
+    draw, (width, height) = ImageDraw.Draw(picture), plan.tile_size
+    # All tiles together are a grid: its lines cross the whole picture.
+    for column in plan.columns:
+        for x in (column * ratio, min(column + width, plan.width) * ratio - 1):
+            draw.line((x, 0, x, picture.height), "white")
+    for row in plan.rows:
+        for y in (row * ratio, min(row + height, plan.height) * ratio - 1):
+            draw.line((0, y, picture.width, y), "white")
+    if min(width, height) * ratio < LEGIBLE:
+        return picture
     for number, tile in enumerate(plan.tiles, 1):
-        left, top = tile.x * ratio, tile.y * ratio
-        right, bottom = min(tile.right, plan.width) * ratio - 1, min(tile.bottom, plan.height) * ratio - 1
-        draw.rectangle((left, top, right, bottom), outline="white")
-        middle = ((left + right) / 2, (top + bottom) / 2)
-        _label(draw, middle, str(number), 16)
+        right, bottom = min(tile.right, plan.width), min(tile.bottom, plan.height)
+        _label(draw, ((tile.x + right) / 2 * ratio, (tile.y + bottom) / 2 * ratio), str(number), 16)
     return picture
 
 

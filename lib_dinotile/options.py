@@ -28,6 +28,8 @@ class Option:
     maximum: float | None = None
     step: float | None = None
     """Of the slider; an int must be a multiple of it, counted from zero."""
+    zero: str | None = None
+    """What 0 stands for, of an int that may be 0 besides its range."""
     choices: tuple[str, ...] | None = None
     """The allowed values where they are fixed. Lists that depend on what is installed are checked by the host."""
     infotext: str | None = None
@@ -49,7 +51,8 @@ class Option:
         if self.type in (int, float):
             number = "a whole number" if self.type is int else "a number"
             steps = f", a multiple of {self.step:g}" if self.type is int and self.step and self.step > 1 else ""
-            return f"{number} from {self.type(self.minimum):n} to {self.type(self.maximum):n}{steps}"
+            zero = f"0 ({self.zero}) or " if self.zero else ""
+            return f"{zero}{number} from {self.type(self.minimum):n} to {self.type(self.maximum):n}{steps}"
         return "true or false" if self.type is bool else "text"
 
     def check(self, value: Any) -> Any:
@@ -60,7 +63,8 @@ class Option:
         if self.type in (int, float):
             number = isinstance(value, (int, float)) and not isinstance(value, bool)
             # Also refuses what is not a number: nothing compares with it.
-            if not number or not self.minimum <= value <= self.maximum or (self.type is int and value != int(value)):
+            within = number and (self.minimum <= value <= self.maximum or (self.zero is not None and value == 0))
+            if not within or (self.type is int and value != int(value)):
                 raise self._refuse(value)
             value = self.type(value)
             if self.type is int and self.step and value % self.step:

@@ -6,6 +6,7 @@ WebUI's own controls; command line only). Adding an option is adding a field.
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +23,9 @@ PROMPT_MODES = ("follow", "replace")
 
 MAX_SIDE = 65536
 """Longest side of a canvas, in pixels."""
+
+SMALL = ("sd15", "sd2", "mini")
+"""Families of checkpoints that are at home at 512 pixels; all others are at 1024."""
 
 NONE = "None"
 """The choice that stands for no adapter, and for no captions."""
@@ -99,12 +103,13 @@ class Settings(Options):
         infotext="DINO Tile upscaler",
     )
     tile: int = option(
-        512,
+        0,
         "Tile size",
-        "Side of a tile in pixels: 512 for SD 1.5, 1024 for SDXL.",
+        "Side of a tile in pixels. 0: as the checkpoint likes it, 512 for SD 1.5 and 2, 1024 for SDXL and newer ones.",
         minimum=64,
         maximum=2048,
         step=8,
+        zero="automatic",
         infotext="DINO Tile tile size",
     )
     overlap: int = option(
@@ -242,9 +247,9 @@ class Settings(Options):
     )
     guidance: float = option(
         0.5,
-        "Guidance strength",
-        "Steers the sampler towards what DINO sees in the source, with any checkpoint: how far, as a share of what the "
-        "model changes. 0 is off.",
+        "Stay true to the source",
+        "Guidance strength: how far every tile is steered towards what DINO sees in the source there, as a share of "
+        "what the model changes. 0 is off.",
         minimum=0.0,
         maximum=4.0,
         step=0.05,
@@ -400,6 +405,10 @@ class Settings(Options):
         only_with=_looking,
     )
 
+    def for_base(self, base: str) -> Settings:
+        """What is automatic as it is for a checkpoint of that family, `sd15` and so on; see `Host.base`."""
+        return self if self.tile else dataclasses.replace(self, tile=512 if base in SMALL else 1024)
+
     @property
     def looks(self) -> bool:
         """Whether anything looks at the source with DINO."""
@@ -426,7 +435,7 @@ class Settings(Options):
 
     def __post_init__(self) -> None:
         parse_lines(self.tile_prompts)
-        if self.overlap > self.tile // 2:
+        if self.tile and self.overlap > self.tile // 2:
             raise DinotileError(
                 f"overlap: {self.overlap} is not allowed with tile {self.tile}, give at most {self.tile // 2}"
             )

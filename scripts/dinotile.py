@@ -3,7 +3,7 @@
 from modules import script_callbacks, scripts
 
 from lib_dinotile.hosts.takeover import Takeover, refuse
-from lib_dinotile.ui import accordion, xyz
+from lib_dinotile.ui import accordion, api, xyz
 
 
 class Script(scripts.Script):
@@ -36,3 +36,5 @@ class Script(scripts.Script):
 
 
 script_callbacks.on_before_ui(xyz.register)
+script_callbacks.on_after_component(accordion.img2img.pick)
+script_callbacks.on_app_started(api.register)

@@ -9,6 +9,8 @@ from hypothesis import strategies as st
 from lib_dinotile import DinotileError
 from lib_dinotile.settings import Generation, Settings
 
+TILE = "0 (automatic) or a whole number from 64 to 2048, a multiple of 8"
+
 
 def test_defaults_are_allowed():
     for table in (Settings, Generation):
@@ -39,8 +41,14 @@ def test_infotext_keys_are_unique_and_name_the_extension():
         ({"scale": True}, "scale: True is not allowed, give a number from 1 to 8"),
         ({"scale": None}, "scale: None is not allowed, give a number from 1 to 8"),
         ({"scale": math.nan}, "scale: nan is not allowed, give a number from 1 to 8"),
-        ({"tile": 500}, "tile: 500 is not allowed, give a whole number from 64 to 2048, a multiple of 8"),
-        ({"tile": 512.5}, "tile: 512.5 is not allowed, give a whole number from 64 to 2048, a multiple of 8"),
+        (
+            {"tile": 500},
+            f"tile: 500 is not allowed, give {TILE}",
+        ),
+        (
+            {"tile": 512.5},
+            f"tile: 512.5 is not allowed, give {TILE}",
+        ),
         ({"order": "spiral"}, "order: 'spiral' is not allowed, give one of chess, linear, fused, none"),
         ({"adapter": 3}, "adapter: 3 is not allowed, give text"),
         ({"enabled": 1}, "enabled: 1 is not allowed, give true or false"),

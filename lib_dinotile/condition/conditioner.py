@@ -141,11 +141,24 @@ class Conditioner:
 
     @classmethod
     def without_model(
-        cls, settings: Settings, heads: Mapping[str, Path], device: torch.device | str = "cpu"
+        cls,
+        settings: Settings,
+        heads: Mapping[str, Path] | None = None,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+        adapters: Mapping[str, Path] | None = None,
+        encoders: Path | None = None,
+        trusted: bool = True,
     ) -> Conditioner:
-        """Only looks: for maps. The encoder is any that `load_encoder` finds; heads as in `load`."""
-        encoder = _eye(settings, None, None, torch.device(device), torch.float32, trusted=True)
-        return cls(dataclasses.replace(settings, guidance=0.0), encoder, heads=_restored(settings, encoder, heads))
+        """Only looks: for maps. Of an adapter only the encoder that it names is taken; all else as in `load`."""
+        own = None if settings.adapter == NONE else _chosen("adapter", settings.adapter, adapters or {})
+        named = read_config(own).encoder if own else None
+        encoder = _eye(settings, named, encoders, torch.device(device), dtype, trusted)
+        return cls(
+            dataclasses.replace(settings, guidance=0.0),
+            encoder,
+            heads=_restored(settings, encoder, heads or {}, own),
+        )
 
     @property
     def notes(self) -> list[str]:

@@ -36,7 +36,6 @@ class A1111Host(WebUIHost):
         model = p.sd_model
         unet = getattr(getattr(model, "model", None), "diffusion_model", None)
         self.unet = unet if hasattr(unet, "output_blocks") else None
-        self.base = "sdxl" if model.is_sdxl else "sd2" if model.is_sd2 else "sd15" if model.is_sd1 else "unknown"
         self.shape = UNetShape.of_ldm(self.unet) if self.unet is not None else None
         self._canvas = (0, 0)
         self._whole: list[tuple[Any, str, Tensor]] = []

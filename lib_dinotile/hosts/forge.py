@@ -51,7 +51,6 @@ class ForgeHost(WebUIHost):
         super().__init__(p)
         model = p.sd_model
         unet = model.forge_objects.unet.model.diffusion_model
-        self.base = "sdxl" if model.is_sdxl else "sd2" if model.is_sd2 else "sd15" if model.is_sd1 else "unknown"
         self.unet = unet if hasattr(unet, "output_blocks") else None
         self.shape = UNetShape.of_ldm(self.unet) if self.unet is not None else None
         self._views: Views | None = None

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import hashlib
+import time
 from typing import Any
 
 import numpy as np
@@ -21,7 +22,7 @@ from torch import Tensor
 from lib_dinotile import DinotileError, engine
 from lib_dinotile.condition.conditioner import Conditioner, installed_weights
 from lib_dinotile.condition.guard import OFF
-from lib_dinotile.hosts import folders
+from lib_dinotile.hosts import folders, pace
 from lib_dinotile.hosts.area import Area
 from lib_dinotile.hosts.base import check_name
 from lib_dinotile.hosts.overridden import overridden
@@ -203,6 +204,8 @@ class Takeover:
             p.color_corrections = corrections * (p.batch_size // len(corrections))
 
         self._host = make_host(p)
+        self._settings = self._settings.for_base(self._host.base)
+        p.extra_generation_params.update(self._settings.infotext)
         self._conditioner = Conditioner.load(
             self._settings,
             self._host,
@@ -276,12 +279,13 @@ class Takeover:
         area = self._area
         fill = masking.fill if area.mask is not None and self._p.inpainting_fill == 0 else None
         width, height = area.canvas
+        began = time.perf_counter()
         with (
             # The WebUI's own preview would show single tiles; the host shows the canvas.
             overridden(shared.state, do_set_current_image=lambda: None, current_latent=None),
             overridden(self._p, width=width, height=height),
         ):
-            return engine.upscale(
+            result = engine.upscale(
                 self._host,
                 area.cut(source),
                 self._settings,
@@ -291,6 +295,10 @@ class Takeover:
                 mask=area.mask,
                 fill=fill,
             )
+        tiles, pixels = engine.workload(engine.make_plan(self._host, area.canvas, self._settings), self._settings)
+        steps = sd_samplers_common.setup_img2img_steps(self._p)[1] + 1
+        pace.learn(self._p.sd_model, time.perf_counter() - began, pixels * result.painted // max(1, tiles), steps)
+        return result
 
     def _keep(self, image: Image.Image, seed: int, prompt: str) -> str | None:
         """Saves what a failed run has painted where the finished image would have gone; the file's name."""

@@ -29,6 +29,11 @@ ORIGINAL, LATENT_NOISE, LATENT_NOTHING = 1, 2, 3
 """What inpainting can start from besides the picture itself, or what fills it."""
 
 
+def base_of(model: Any) -> str:
+    """The family of the WebUI's model; see `Host.base`."""
+    return "sdxl" if model.is_sdxl else "sd2" if model.is_sd2 else "sd15" if model.is_sd1 else "unknown"
+
+
 def _stacked(entries: Sequence[tuple[Any, Any]]) -> tuple[Any, Any]:
     """Conditionings of tiles as the sampler takes them, from entries (cond, uncond) of the batches."""
     batch = [cond for cond, _ in entries]
@@ -70,7 +75,6 @@ class WebUIHost:
     """The loaded checkpoint, sampled as the processing object `p` says; see `Host`."""
 
     factor = processing.opt_f
-    base: str
     unet: torch.nn.Module | None
     """The UNet, if it is one of the ldm kind."""
     shape: UNetShape | None
@@ -80,6 +84,7 @@ class WebUIHost:
 
     def __init__(self, p: Any) -> None:
         self._p = p
+        self.base = base_of(p.sd_model)
         self.device = devices.device
         self.dtype = devices.dtype
         self._negative = ""

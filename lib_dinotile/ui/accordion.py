@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import gradio as gr
+from gradio.context import Context
 from modules import shared
 from modules.ui_common import create_refresh_button
 from modules.ui_components import InputAccordion
@@ -19,38 +20,33 @@ from lib_dinotile.hosts.interrogators import INTERROGATORS
 from lib_dinotile.hosts.takeover import last_prompts
 from lib_dinotile.options import Option
 from lib_dinotile.settings import AUTOMATIC, NONE, Settings
+from lib_dinotile.ui.preview import Img2Img
 
 TITLE = "DINO Tile"
+img2img = Img2Img()
+"""img2img's own controls, for the preview."""
+PREVIEW = ()
+"""The row that has the preview."""
 GROUPS: tuple[tuple[str | None, tuple[tuple[str, ...], ...]], ...] = (
+    (None, (("target", "scale", "longest"), ("tile",), ("guidance", "guard"), PREVIEW)),
+    ("Upscaler, colours and how tiles are laid", (("upscaler", "colour"), ("overlap", "order"), ("batch", "flat"))),
+    ("Borders that can be seen: a second pass over them", (("seams",), ("seam_denoise", "seam_width"))),
     (
-        None,
-        (
-            ("target", "scale", "longest"),
-            ("upscaler", "colour"),
-            ("tile", "overlap"),
-            ("batch", "order"),
-        ),
-    ),
-    ("Seam pass", (("seams", "seam_denoise", "seam_width"),)),
-    (
-        "Flat tiles, prompts by tile",
-        (("flat",), ("tile_prompt", "tile_prompt_mode"), ("captions",), ("tile_prompts",)),
+        "Words for single tiles",
+        (("tile_prompt", "tile_prompt_mode"), ("captions",), ("tile_prompts",)),
     ),
     (
-        "DINO: true to the source",
+        "Staying true: steering and checking in detail",
         (
-            ("guidance", "guard"),
+            ("guard_seeds", "guard_weaker", "guard_strictness"),
             ("guidance_start", "guidance_end"),
             ("every", "views"),
             ("distance", "layer", "decoder"),
-            ("guard_seeds", "guard_weaker", "guard_strictness"),
             ("maps",),
         ),
     ),
-    (
-        "DINO: adapter and encoder",
-        (("adapter",), ("strength",), ("start", "end"), ("encoder", "head"), ("patches", "windows")),
-    ),
+    ("Adapter: trained weights, if you have some", (("adapter",), ("strength",), ("start", "end"))),
+    ("How DINO looks at the source", (("encoder", "head"), ("patches", "windows"))),
 )
 """Titles of foldable groups, and which options stand side by side in them; `enabled` is the accordion's own switch."""
 
@@ -83,6 +79,8 @@ CHOICES: dict[str, Callable[[], list[str]]] = {
     "captions": lambda: [NONE, *INTERROGATORS],
 }
 """Lists that depend on what is installed."""
+REFRESHED = ("adapter", "encoder", "head", "upscaler")
+"""Those that may grow while the WebUI runs."""
 
 
 def _component(option: Option) -> Any:
@@ -92,7 +90,8 @@ def _component(option: Option) -> Any:
         return gr.Dropdown(choices=list(choices), **common)
     if option.type is str:
         return gr.Textbox(lines=option.lines, **common)
-    return gr.Slider(minimum=option.minimum, maximum=option.maximum, step=option.step, **common)
+    least = option.minimum if option.zero is None else 0
+    return gr.Slider(minimum=least, maximum=option.maximum, step=option.step, **common)
 
 
 def build() -> dict[str, Any]:
@@ -104,14 +103,39 @@ def build() -> dict[str, Any]:
         for title, rows in GROUPS:
             with gr.Accordion(title, open=False) if title else contextlib.nullcontext():
                 for row in rows:
+                    if row == PREVIEW:
+                        shown = _add_preview()
+                        continue
                     with gr.Row(elem_classes="dinotile-row"):
                         for name in row:
                             components[name] = _component(options[name])
-                        if "adapter" in row:
-                            _add_refresh(components["adapter"])
+                            if name in REFRESHED:
+                                _add_refresh(name, components[name])
                     if "tile_prompts" in row:
                         _add_captions(components["tile_prompts"])
+    _follow_target(components)
+    img2img.show_in(*shown, components)
     return {name: components[name] for name in options}
+
+
+def _add_preview() -> tuple[Any, Any, Any]:
+    button = gr.Button("Preview tiles and time", size="sm", elem_id="dinotile_preview")
+    text = gr.HTML(elem_id="dinotile_preview_text")
+    picture = gr.Image(visible=False, interactive=False, type="pil", show_label=False, elem_id="dinotile_preview_image")
+    return button, text, picture
+
+
+def _follow_target(components: Mapping[str, Any]) -> None:
+    """Of the sizes only the one that counts is shown."""
+    names = ("scale", "longest")
+
+    def sizes(target: str) -> list[Any]:
+        settings = Settings(target=target)
+        return [gr.update(visible=Settings.option(name).only_with(settings)) for name in names]
+
+    wiring = {"fn": sizes, "inputs": [components["target"]], "outputs": [components[name] for name in names]}
+    components["target"].change(**wiring, show_progress=False)
+    Context.root_block.load(**wiring, show_progress=False)  # the user's own defaults are set after the page is built
 
 
 def _add_captions(prompts: Any) -> None:
@@ -119,8 +143,8 @@ def _add_captions(prompts: Any) -> None:
     button.click(fn=last_prompts, inputs=[], outputs=[prompts], show_progress=False)
 
 
-def _add_refresh(adapter: Any) -> None:
-    create_refresh_button(adapter, lambda: None, lambda: {"choices": adapter_choices()}, "dinotile_refresh")
+def _add_refresh(name: str, component: Any) -> None:
+    create_refresh_button(component, lambda: None, lambda: {"choices": CHOICES[name]()}, f"dinotile_refresh_{name}")
 
 
 def infotext_fields(components: Mapping[str, Any]) -> list[tuple[Any, Any]]:

@@ -10,11 +10,18 @@ from client import WebUI, difference, encode
 from conftest import TILES
 from PIL import Image
 
+TILE = r"0 \(automatic\) or a whole number from 64 to 2048, a multiple of 8"
 OPTIONS = {
     "unknown option": ({"scal": 2}, r"'scal' is no option of DINO Tile: did you mean 'scale'\?"),
     "out of range": ({"scale": 9}, "scale: 9 is not allowed, give a number from 1 to 8"),
-    "below range": ({"tile": 8}, "tile: 8 is not allowed, give a whole number from 64 to 2048, a multiple of 8"),
-    "off the grid": ({"tile": 100}, "tile: 100 is not allowed, give a whole number from 64 to 2048, a multiple of 8"),
+    "below range": (
+        {"tile": 8},
+        f"tile: 8 is not allowed, give {TILE}",
+    ),
+    "off the grid": (
+        {"tile": 100},
+        f"tile: 100 is not allowed, give {TILE}",
+    ),
     "text for a number": ({"scale": "2"}, "scale: '2' is not allowed, give a number from 1 to 8"),
     "nothing for a number": ({"scale": None}, "scale: None is not allowed, give a number from 1 to 8"),
     "number for a switch": ({"enabled": 1}, "enabled: 1 is not allowed, give true or false"),

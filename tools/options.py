@@ -1,0 +1,25 @@
+"""Writes the table of options into README.md: python tools/options.py"""
+
+import re
+from pathlib import Path
+
+from lib_dinotile.options import Option
+from lib_dinotile.settings import Settings
+
+README = Path(__file__).parents[1] / "README.md"
+HEAD = "| name | in the UI | default | |\n|---|---|---|---|\n"
+
+
+def row(option: Option) -> str:
+    text = f"{option.help} {option.allowed[0].upper()}{option.allowed[1:]}."
+    return f"| `{option.name}` | {option.label} | {option.default} | {text.removesuffix(' Text.')} |\n"
+
+
+def with_table(text: str) -> str:
+    """The README's text with the table as it has to be."""
+    table = HEAD + "".join(map(row, Settings.table()))
+    return re.sub(re.escape(HEAD) + r"(\|.*\n)*", lambda _: table, text)
+
+
+if __name__ == "__main__":
+    README.write_text(with_table(README.read_text(encoding="utf-8")), encoding="utf-8")
