@@ -4,10 +4,25 @@ __version__ = "0.1.0"
 
 
 class DinotileError(Exception):
-    """What the user did or lacks, in one line that says what to do about it."""
+    """What the user did or lacks, in one line that says what to do about it.
+
+    It stays one line whatever the names of files in it: what cannot be printed is written as in Python's strings.
+    """
 
     def __init__(self, message: str, status_code: int = 422) -> None:
+        message = printable(message)
         super().__init__(message)
         # The WebUIs' API reads these two off any exception and answers with them.
         self.status_code = status_code
         self.detail = message
+
+
+def printable(text: str) -> str:
+    """Text on one line, with line ends, control characters and halves of characters spelled out."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+
+
+def one_line(error: BaseException) -> str:
+    """What an exception says, on one line and not endless."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= 200 else text[:197] + "..."

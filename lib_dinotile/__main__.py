@@ -8,8 +8,10 @@ import dataclasses
 import hashlib
 import io
 import json
+import logging
 import os
 import sys
+import warnings
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -17,12 +19,12 @@ from typing import Any, NoReturn
 
 from PIL import Image, PngImagePlugin
 
-from lib_dinotile import DinotileError, __version__
+from lib_dinotile import DinotileError, __version__, printable
 from lib_dinotile.condition.conditioner import MINI, Conditioner
 from lib_dinotile.engine import UnfinishedError, analyze, canvas_size, upscale
-from lib_dinotile.images import check_writable, read_image, read_mask, write_image
+from lib_dinotile.images import MAX_PIXELS, check_writable, endings, read_image, read_mask, write_image
 from lib_dinotile.journal import open_journal
-from lib_dinotile.settings import AUTOMATIC, BOTH, MAX_SIDE, NONE, SEMANTIC, Generation, Options, Settings
+from lib_dinotile.settings import AUTOMATIC, BOTH, NONE, SEMANTIC, Generation, Options, Settings
 from lib_dinotile.team import Team, make_team
 from lib_dinotile.tiling.noise import NoiseField
 from lib_dinotile.train.options import Training
@@ -38,7 +40,7 @@ class Parser(argparse.ArgumentParser):
     """Says what is wrong in one line."""
 
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: {message}\n")
+        self.exit(2, f"{self.prog}: {printable(message)}\n")
 
 
 def _add_options(parser: argparse.ArgumentParser, table: type[Options], names: Sequence[str] | None = None) -> None:
@@ -59,13 +61,16 @@ def _options(table: type[Options], arguments: argparse.Namespace) -> Any:
 
 def _jobs(source: Path, target: Path) -> list[tuple[Path, Path]]:
     """Pairs of files to read and to write: one, or one for every image in a folder."""
-    if not source.is_dir():
-        if not source.is_file():
-            raise DinotileError(f"{source} is not there")
+    if not os.path.isdir(source):
+        if not os.path.isfile(source):
+            raise DinotileError(f"{source} is no file" if os.path.lexists(source) else f"{source} is not there")
         check_writable(target)
         return [(source, target)]
-    endings = Image.registered_extensions()
-    files = sorted(file for file in source.iterdir() if file.suffix.lower() in endings)
+    kinds = endings()
+    try:
+        files = sorted(file for file in source.iterdir() if file.suffix.lower() in kinds and not file.is_dir())
+    except OSError as error:
+        raise DinotileError(f"the folder {source} cannot be read: {error.strerror}") from error
     if not files:
         raise DinotileError(f"the folder {source} has no images")
     try:
@@ -119,10 +124,12 @@ def _digest(recipe: Mapping[str, Any]) -> str:
 
 def _is_done(target: Path, recipe: Mapping[str, Any]) -> bool:
     """Whether the image is there, made by this recipe."""
+    if not os.path.isfile(target):  # a pipe would be waited for
+        return False
     try:
         with PngImagePlugin.PngImageFile(target) as file:  # Image.open refuses large ones, but we have made it
             return file.info.get(RECIPE) == _digest(recipe)
-    except (OSError, SyntaxError):
+    except Exception:  # decoders of damaged files raise whatever they like
         return False
 
 
@@ -158,13 +165,13 @@ def _upscale(arguments: argparse.Namespace) -> None:
     adapters = {"mini": MINI / "adapter.safetensors"}
     if settings.adapter not in (NONE, *adapters):
         adapters[settings.adapter] = Path(settings.adapter)
-    if settings.adapter in adapters and not adapters[settings.adapter].is_file():
+    if settings.adapter in adapters and not os.path.isfile(adapters[settings.adapter]):
         raise DinotileError(f"adapter: there is no file {adapters[settings.adapter]}")
     if arguments.report:
         _add_line(Path(arguments.report), "")
 
     team = make_team()
-    folder = Path(arguments.IN).is_dir()  # then every process has images of its own
+    folder = os.path.isdir(arguments.IN)  # then every process has images of its own
     mine, sharing = (jobs[team.rank :: team.size], Team()) if folder else (jobs, team)
     quiet = arguments.quiet or (team.rank > 0 and not folder)
     bar = tqdm(unit="tile", disable=None if not quiet else True, position=team.rank)
@@ -182,7 +189,7 @@ def _upscale(arguments: argparse.Namespace) -> None:
     conditioner = Conditioner.load(settings, host, adapters, heads=_heads(settings))
 
     def make(source: Path, target: Path) -> None:
-        image = read_image(source)
+        image = read_image(source, tell=lambda line: say(f"{source.name} {line}"))
         size = canvas_size(image.size, settings, (generation.width, generation.height))
         check_writable(target, size)
         recipe = _recipe(settings, generation, source)
@@ -243,7 +250,7 @@ def _heads(settings: Settings) -> dict[str, Path]:
     """The restoration head: on the command line its name is that of its file."""
     if settings.head in (NONE, AUTOMATIC):
         return {}
-    if not Path(settings.head).is_file():
+    if not os.path.isfile(settings.head):
         raise DinotileError(f"head: there is no file {settings.head}")
     return {settings.head: Path(settings.head)}
 
@@ -338,7 +345,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a file's name must not be what a run breaks off at
             stream.reconfigure(errors="backslashreplace")
-    Image.MAX_IMAGE_PIXELS = MAX_SIDE**2  # the files are the user's own, and what was written is to be read again
+    Image.MAX_IMAGE_PIXELS = MAX_PIXELS  # the files are the user's own: more than Pillow reads unasked
+    warnings.filterwarnings("ignore", module="PIL")
+    warnings.simplefilter("error", Image.DecompressionBombWarning)
+    logging.getLogger("PIL").addHandler(logging.NullHandler())  # what is to be said of a file, one line says
     try:
         parsed.run(parsed)
     except KeyboardInterrupt:

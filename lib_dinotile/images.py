@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
-from PIL import Image, ImageCms, ImageOps, PngImagePlugin
+from PIL import ExifTags, Image, ImageCms, PngImagePlugin, UnidentifiedImageError
 
-from lib_dinotile import DinotileError
+from lib_dinotile import DinotileError, one_line
 from lib_dinotile.settings import MAX_SIDE
 
 LARGEST = {
@@ -27,31 +29,120 @@ LARGEST = {
 what keeps a square one below 4 GiB."""
 
 
-def read_image(path: Path) -> Image.Image:
-    """The first frame as sRGB, turned as its EXIF says, transparency on white. DinotileError if it is no image."""
-    image = _open(path)
-    profile = image.info.get("icc_profile")
-    image = _on(image, "white")
-    return (_in_srgb(image, profile) if profile else image).convert("RGB")
+MAX_PIXELS = 2**30
+"""Of an image that is read: 32768x32768, say, which take 4 GiB as Pillow keeps them and over 12 as the encoder is given
+them. A file of a few bytes can say that it holds any number; it is refused before memory is taken."""
+
+FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "AVIF", "TIFF", "BMP", "GIF", "ICO", "JPEG2000", "PPM", "PSD", "QOI", "TGA")
+"""What is read, by Pillow's names. Not all that it can: it has programs such as Ghostscript open EPS."""
+PAGED = ("GIF", "PNG", "WEBP", "AVIF", "TIFF")
+"""Those of them that can hold several images of equal rank."""
+
+TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+"""What makes a picture upright, by its EXIF orientation."""
 
 
-def read_mask(path: Path) -> Image.Image:
+LONGEST_NAME = 200
+"""Of a file that is written, in bytes without its ending: file systems hold 255, and those beside it have longer names."""
+
+
+def endings() -> set[str]:
+    """Endings of the files that can be read, in lower case."""
+    return {ending for ending, kind in Image.registered_extensions().items() if kind in FORMATS}
+
+
+def read_image(
+    file: Path | BinaryIO, name: str = "", limit: int = MAX_PIXELS, tell: Callable[[str], None] = lambda line: None
+) -> Image.Image:
+    """The first frame as sRGB (RGB), turned as its EXIF says, transparency on white.
+
+    name: what messages call it, if not by its path; limit: of pixels; tell: is given a line if there are more frames.
+    DinotileError if it is no whole image of a kind in FORMATS.
+    """
+    with _opened(file, name or str(file), limit, tell) as image:
+        profile = image.info.get("icc_profile")
+        image = _on(image, "white")
+        return (_in_srgb(image, profile) if profile else image).convert("RGB")
+
+
+def read_mask(file: Path | BinaryIO, name: str = "", limit: int = MAX_PIXELS) -> Image.Image:
     """The same as shades of grey (L); what is transparent is black."""
-    return _on(_open(path), "black").convert("L")
+    with _opened(file, name or str(file), limit) as image:
+        return _on(image, "black").convert("L")
 
 
-def _open(path: Path) -> Image.Image:
+@contextlib.contextmanager
+def _opened(
+    file: Path | BinaryIO, name: str, limit: int, tell: Callable[[str], None] = lambda line: None
+) -> Iterator[Image.Image]:
+    """The first frame, upright; DinotileError for whatever is raised with it."""
+    if isinstance(file, Path) and not os.path.isfile(file):  # a pipe would be waited for
+        raise DinotileError(f"{name} is no file" if os.path.lexists(file) else f"{name} is not there")
+    Image.init()
     try:
-        with Image.open(path) as file:
-            file.load()
-            image = ImageOps.exif_transpose(file)
+        with Image.open(file, formats=[kind for kind in FORMATS if kind in Image.OPEN]) as opened:
+            if opened.width * opened.height > limit:
+                raise Image.DecompressionBombError
+            opened.load()
+            image = _turned(_in_8_bits(opened, name))
+            if opened.format in PAGED and _has_more(opened):
+                tell("holds several images, the first is taken")
+        yield image
+    except DinotileError:
+        raise
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise DinotileError(f"{name} has too many pixels: at most {limit:,} are read") from error
+    except MemoryError as error:
+        raise DinotileError(f"{name} needs more memory than there is: make it smaller") from error
+    except UnidentifiedImageError as error:
+        kinds = ", ".join(FORMATS)
+        raise DinotileError(f"{name} cannot be read as an image: it is damaged, or none of {kinds}") from error
     except Exception as error:  # decoders of damaged files raise whatever they like
-        raise DinotileError(f"{path} cannot be read as an image: {error}") from error
-    if image.mode == "F" or (image.mode == "I" and file.format == "TIFF"):
-        raise DinotileError(f"{path} has 32 bits a channel: save it with 8 or 16")
-    if image.mode.startswith("I"):  # 16 bit; Pillow would cut it off at 255
-        return Image.fromarray((np.asarray(image).clip(0, 65535) // 256).astype(np.uint8))
-    return image
+        raise DinotileError(f"{name} cannot be read as an image: {one_line(error)}") from error
+
+
+def _has_more(image: Image.Image) -> bool:
+    try:
+        return getattr(image, "is_animated", False)
+    except Exception:  # what follows the first frame may be damaged
+        return False
+
+
+def _turned(image: Image.Image) -> Image.Image:
+    """Upright. Damaged EXIF turns nothing; ImageOps.exif_transpose wants to write it anew, and stumbles over it."""
+    try:
+        orientation = image.getexif().get(ExifTags.Base.Orientation)
+    except Exception:  # it raises whatever it likes, too
+        return image
+    turn = TURNS.get(orientation) if isinstance(orientation, int) else None
+    return image if turn is None else image.transpose(turn)
+
+
+def _in_8_bits(image: Image.Image, name: str) -> Image.Image:
+    """Greys of 12 or 16 bits scaled to 8, where Pillow would cut them off at 255; others as they are."""
+    tags = image.tag_v2 if image.format == "TIFF" else {}
+    if image.mode == "F" or (image.mode == "I" and tags):
+        raise DinotileError(f"{name} has numbers for colours whose white is not known: save it with 8 or 16 bits")
+    if not image.mode.startswith("I"):
+        return image
+    values = np.asarray(image).clip(0, 65535).astype(np.uint16)
+    grey = (values >> (4 if tags.get(ExifTags.Base.BitsPerSample) == (12,) else 8)).astype(np.uint8)
+    if tags.get(ExifTags.Base.PhotometricInterpretation) == 0:  # white is zero
+        grey = 255 - grey
+    clear, info = image.info.get("transparency"), {**image.info}
+    channels = [grey] if clear is None else [grey, np.where(values == clear, 0, 255).astype(np.uint8)]
+    result = Image.merge("L" if clear is None else "LA", [Image.fromarray(channel) for channel in channels])
+    info.pop("transparency", None)
+    result.info = info
+    return result
 
 
 def _on(image: Image.Image, background: str) -> Image.Image:
@@ -84,17 +175,19 @@ def check_writable(path: Path, size: tuple[int, int] = (1, 1)) -> None:
             f"{path}: {path.suffix} images have at most {largest} pixels a side, this one has {size[0]}x{size[1]}; "
             "try .png"
         )
-    if path.is_dir():
+    if os.path.isdir(path):
         raise DinotileError(f"{path} is a folder, give a file")
-    if not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
+    if not os.path.isdir(path.parent) or not os.access(path.parent, os.W_OK):
         raise DinotileError(f"{path}: the folder {path.parent} is not there or not writable")
+    if len(os.fsencode(path.stem)) > LONGEST_NAME:
+        raise DinotileError(f"{path}: the name is too long, give one of at most {LONGEST_NAME} bytes")
 
 
 def write_image(image: Image.Image, path: Path, texts: Mapping[str, str]) -> None:
     """Write `image`, all of it or nothing; PNG files carry the texts by their keys, as the WebUIs' do `parameters`."""
     information = PngImagePlugin.PngInfo()
     for key, text in texts.items():
-        information.add_text(key, text)
+        information.add_text(key, text.encode(errors="backslashreplace").decode())  # names of files may be no UTF-8
     more = {"pnginfo": information} if path.suffix.lower() == ".png" else {"quality": 95}
     name = None
     try:
@@ -103,8 +196,8 @@ def write_image(image: Image.Image, path: Path, texts: Mapping[str, str]) -> Non
         image.save(name, **more)
         os.chmod(name, 0o666 & ~_umask())
         os.replace(name, path)
-    except (OSError, ValueError) as error:
-        raise DinotileError(f"{path} cannot be written: {error}", 500) from error
+    except (OSError, ValueError, MemoryError) as error:
+        raise DinotileError(f"{path} cannot be written: {one_line(error)}", 500) from error
     finally:
         if name:
             Path(name).unlink(missing_ok=True)

@@ -38,6 +38,7 @@ class Journal:
         self._begun = False
         try:
             before = json.loads((folder / RECIPE).read_text(encoding="utf-8"))
+            before = before if isinstance(before, dict) else None
         except (OSError, ValueError):
             before = None  # not there, or cut off when the machine went down
         if before is not None and resume:
@@ -47,7 +48,7 @@ class Journal:
             raise DinotileError(
                 f"{folder} holds painted tiles of this image: --resume goes on with them; to start anew, delete it"
             )
-        if before is None and folder.exists() and not all(map(_is_ours, folder.glob("*"))):
+        if before is None and os.path.lexists(folder) and not _holds_only_ours(folder):
             raise DinotileError(f"{folder} holds other files, painted tiles are kept there: move it away")
 
     def _unusable(self, error: Exception) -> DinotileError:
@@ -120,6 +121,10 @@ class Journal:
         """The image is done: the tiles are no longer needed."""
         if self._writes and self._begun:
             shutil.rmtree(self._folder, ignore_errors=True)
+
+
+def _holds_only_ours(folder: Path) -> bool:
+    return folder.is_dir() and all(map(_is_ours, folder.glob("*")))
 
 
 def _is_ours(file: Path) -> bool:

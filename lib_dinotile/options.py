@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import reprlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -11,6 +12,10 @@ from typing import Any, TypeVar
 from lib_dinotile import DinotileError
 
 T = TypeVar("T")
+
+_shown = reprlib.Repr()
+_shown.maxstring = _shown.maxother = _shown.maxlong = 80
+_shown.maxlevel = 2
 
 
 @dataclass(frozen=True)
@@ -58,7 +63,8 @@ class Option:
     def check(self, value: Any) -> Any:
         """`value` in the option's own type; DinotileError with one line if it is not allowed.
 
-        A whole float is accepted for an int (JSON and sliders do not tell them apart), nothing else is converted.
+        A whole float is accepted for an int (JSON and sliders do not tell them apart), and spaces around a text do not
+        count (PNG info does not keep them); nothing else is converted.
         """
         if self.type in (int, float):
             number = isinstance(value, (int, float)) and not isinstance(value, bool)
@@ -71,6 +77,10 @@ class Option:
                 raise self._refuse(value)
         elif not isinstance(value, self.type) or (self.choices is not None and value not in self.choices):
             raise self._refuse(value)
+        elif self.type is str and self.choices is None:
+            if not _is_unicode(value):
+                raise self._refuse(value)
+            value = value.strip()
         return value
 
     def parse(self, text: str) -> Any:
@@ -84,10 +94,22 @@ class Option:
             raise self._refuse(text) from error
 
     def _refuse(self, value: Any) -> DinotileError:
-        shown = repr(value)
+        try:
+            shown = _shown.repr(value)
+        except ValueError:  # Python writes no whole number of over 4300 digits
+            shown = "a number so large"
         if len(shown) > 80:
             shown = shown[:77] + "..."
         return DinotileError(f"{self.name}: {shown} is not allowed, give {self.allowed}")
+
+
+def _is_unicode(text: str) -> bool:
+    """Whether it can be written to a file: halves of characters cannot."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def option(default: T, label: str, help: str, **more: Any) -> T:
@@ -110,9 +132,9 @@ class Options:
         rows = {row.name: row for row in cls.table()}
         if name in rows:
             return rows[name]
-        near = difflib.get_close_matches(str(name), rows, n=1)
+        near = difflib.get_close_matches(name[:80], rows, n=1) if isinstance(name, str) else ()
         hint = f"did you mean {near[0]!r}?" if near else "there are " + ", ".join(rows)
-        raise DinotileError(f"{str(name)[:80]!r} is no option of DINO Tile: {hint}")
+        raise DinotileError(f"{_shown.repr(name)} is no option of DINO Tile: {hint}")
 
     @classmethod
     def parse(cls: Callable[..., T], values: Mapping[str, Any]) -> T:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -40,8 +41,8 @@ MEASURED = ".floor"
 def stamp(name: str) -> Any:
     """Sizes and times of a file, or of all files of a folder; None if it is neither."""
     path = Path(name)
-    files = sorted(path.rglob("*")) if path.is_dir() else [path]
-    return [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files if file.is_file()] or None
+    files = sorted(path.rglob("*")) if os.path.isdir(path) else [path]
+    return [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files if os.path.isfile(file)] or None
 
 
 def describe(path: Path) -> dict[str, Any]:
@@ -93,9 +94,9 @@ def _header(path: Path) -> dict[str, Any]:
 
     Read by hand once safetensors has checked it: its oldest versions tell no tensor's type.
     """
-    if not path.exists():
+    if not os.path.exists(path):
         raise DinotileError(f"{path} is not there")
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise DinotileError(f"{path} is no file")
     try:
         with safe_open(path, framework="pt"):

@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from lib_dinotile import DinotileError
-from lib_dinotile.dino.checkpoint import CONFIG, Checkpoint, one_line
+from lib_dinotile import DinotileError, one_line
+from lib_dinotile.dino.checkpoint import CONFIG, Checkpoint
 
 NAMES = ("auto", "transformers", "timm")
 

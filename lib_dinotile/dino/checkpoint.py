@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 import ssl
 import urllib.error
@@ -17,7 +18,7 @@ from typing import Any
 
 import torch
 
-from lib_dinotile import DinotileError
+from lib_dinotile import DinotileError, one_line
 
 KNOWN = (
     "facebook/dinov2-small",
@@ -36,12 +37,6 @@ MODEL_TYPES = ("dinov2", "dinov2_with_registers")
 
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 _PROBE_SECONDS = 5.0
-
-
-def one_line(error: BaseException) -> str:
-    """What an exception says, on one line and not endless."""
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= 200 else text[:197] + "..."
 
 
 # Where a checkpoint lies --------------------------------------------------------------------------------------------
@@ -86,9 +81,9 @@ def locate(name: str, folder: Path | None) -> tuple[str, Path]:
         raise DinotileError(f"no encoder is named; it is one of {', '.join([*installed(folder), *KNOWN])}")
     if folder is not None and ".." not in Path(name).parts and not Path(name).is_absolute():
         for candidate in (folder / name, folder / Path(name).name):
-            if candidate.is_dir():
+            if os.path.isdir(candidate):
                 return _known(name), candidate
-    if Path(name).is_dir():
+    if os.path.isdir(name):
         return Path(name).resolve().name, Path(name)
     name = _known(name)
     if not _HUB_ID.fullmatch(name):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -314,7 +315,7 @@ def load_host(
     gpus = torch.cuda.device_count()
     device = torch.device("cuda", number % gpus) if gpus else torch.device("cpu")
     usual = torch.float16 if device.type == "cuda" else torch.float32
-    name, path = generation.model, Path(generation.model)
+    name, path, is_file = generation.model, Path(generation.model), os.path.isfile(generation.model)
     diffusers_logging.set_verbosity_error()
     diffusers_logging.disable_progress_bar()
     if name == "mini":
@@ -322,15 +323,15 @@ def load_host(
         return DiffusersHost(
             unet, DDIMScheduler.from_pretrained(MINI / "scheduler"), PixelCodec(), "mini", generation, progress=progress
         )
-    if path.suffix in (".safetensors", ".ckpt", ".pt", ".pth", ".bin") and not path.is_file():
+    if path.suffix in (".safetensors", ".ckpt", ".pt", ".pth", ".bin") and not is_file:
         raise DinotileError(f"model: there is no file {name}")
     try:
-        pipe = _single_file(path, generation.config) if path.is_file() else _pretrained(name)
+        pipe = _single_file(path, generation.config) if is_file else _pretrained(name)
     except DinotileError:
         raise
     except Exception as error:  # whatever the libraries raise for what is missing or damaged
         line = str(error).strip().split("\n")[0]
-        hint = " (--config FOLDER spares the Hugging Face Hub)" if path.is_file() and not generation.config else ""
+        hint = " (--config FOLDER spares the Hugging Face Hub)" if is_file and not generation.config else ""
         raise DinotileError(f"model: {name} cannot be loaded{hint}: {line}") from error
     if not isinstance(getattr(pipe, "unet", None), UNet2DConditionModel) or pipe.unet.config.in_channels != 4:
         raise DinotileError(
