@@ -248,8 +248,7 @@ class Settings(Options):
     guidance: float = option(
         0.5,
         "Stay true to the source",
-        "Guidance strength: how far every tile is steered towards what DINO sees in the source there, as a share of "
-        "what the model changes. 0 is off.",
+        "How strongly every tile is steered towards what DINO sees in the source there (guidance strength). 0 is off.",
         minimum=0.0,
         maximum=4.0,
         step=0.05,

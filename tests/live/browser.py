@@ -1,0 +1,150 @@
+"""A running WebUI as its user sees it: the img2img tab in headless Chromium."""
+
+from __future__ import annotations
+
+import io
+import shutil
+import urllib.parse
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from PIL import Image
+from playwright.sync_api import Locator, Page, sync_playwright
+
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+"""The system's own browser."""
+PATIENCE = 60_000
+"""Milliseconds that the page may take for anything, on a slow machine."""
+WIDE, NARROW = (1400, 1100), (500, 1000)
+"""Windows, in pixels."""
+
+
+@contextmanager
+def open_tab(url: str, theme: str = "light", window: tuple[int, int] = WIDE) -> Iterator[Tab]:
+    """The img2img tab, with DINO Tile's accordion open."""
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", "--disable-gpu"])
+        page = browser.new_page(viewport={"width": window[0], "height": window[1]})
+        page.set_default_timeout(PATIENCE)
+        errors: list[str] = []
+        page.on("pageerror", lambda error: errors.append(str(error)))
+        try:
+            page.goto(f"{url}/?__theme={theme}", wait_until="domcontentloaded")
+            yield Tab(page, errors)
+        finally:
+            browser.close()
+
+
+class Tab:
+    """What a user does there."""
+
+    def __init__(self, page: Page, errors: list[str]) -> None:
+        self.page, self.errors = page, errors
+        page.locator("#tabs > .tab-nav button", has_text="img2img").click()
+        self.accordion = page.locator("#dinotile_enabled").first
+        self.accordion.scroll_into_view_if_needed()
+        # The switch in the header is laid there by the WebUI's own script, once the page stands.
+        self.switch = page.locator(
+            "#dinotile_enabled input.input-accordion-checkbox, #dinotile_enabled-visible-checkbox"
+        )
+        self.switch.first.wait_for()
+        page.wait_for_timeout(3000)
+
+    def enable(self) -> None:
+        """Opens the accordion, which turns its switch on."""
+        label = self.accordion.locator(".label-wrap").first
+        label.scroll_into_view_if_needed()
+        label.click()
+        self.control("scale").wait_for(state="visible")
+        assert self.switch.first.is_checked()
+
+    def control(self, name: str) -> Locator:
+        return self.page.locator(f"#dinotile_{name}")
+
+    def fold(self, title: str) -> None:
+        """Opens a group, or closes it."""
+        label = self.accordion.locator(".label-wrap", has_text=title)
+        label.scroll_into_view_if_needed()
+        label.click()
+
+    def slide(self, name: str, value: float) -> None:
+        box = self.control(name).locator("input[type=number]")
+        box.fill(str(value))
+        box.blur()
+
+    def slid(self, name: str) -> float:
+        return float(self.control(name).locator("input[type=number]").input_value())
+
+    def choose(self, name: str, value: str) -> None:
+        box = self.control(name).locator("input").first
+        box.scroll_into_view_if_needed()
+        box.click()
+        self.page.locator("ul.options li, ul[role=listbox] li").filter(has_text=value).first.click()
+
+    def chosen(self, name: str) -> str:
+        return self.control(name).locator("input").first.input_value()
+
+    def choices(self, name: str) -> list[str]:
+        self.control(name).locator("input").first.click()
+        found = self.page.locator("ul.options li, ul[role=listbox] li").all_inner_texts()
+        self.page.keyboard.press("Escape")
+        return [text.replace("✓", "").strip() for text in found]
+
+    def drop(self, image: Image.Image, place: str = "#img2img_image") -> None:
+        """Drops an image into the img2img tab, or another place."""
+        file = io.BytesIO()
+        image.save(file, "PNG", pnginfo=getattr(image, "png", None))
+        upload = {"name": "photo.png", "mimeType": "image/png", "buffer": file.getvalue()}
+        self.page.locator(f"{place} input[type=file]").first.set_input_files(upload)
+        self.page.locator(f"{place} img").first.wait_for(state="attached")
+        self.page.wait_for_timeout(2000)
+
+    def number(self, selector: str, value: float) -> None:
+        """One of the WebUI's own sliders."""
+        box = self.page.locator(f"{selector} input[type=number]").first
+        box.fill(str(value))
+        box.blur()
+
+    def preview(self) -> str:
+        """What the preview says."""
+        answer = self.page.locator("#dinotile_preview_text p, #dinotile_preview_text .error").first
+        before = answer.inner_text() if answer.count() else ""
+        self.control("preview").click()
+        self.page.wait_for_function(
+            "before => { const found = document.querySelector("
+            "'#dinotile_preview_text p, #dinotile_preview_text .error');"
+            "return found && found.innerText !== before; }",
+            arg=before,
+        )
+        self.page.wait_for_timeout(1000)
+        return answer.inner_text().strip()
+
+    def generate(self) -> None:
+        """Does not wait for the image."""
+        self.page.locator("#img2img_generate").click()
+
+    def done(self) -> None:
+        """Waits for the end of a generation."""
+        self.page.wait_for_timeout(1500)
+        self.page.locator("#img2img_interrupt").wait_for(state="hidden")
+        self.page.wait_for_timeout(1500)
+
+    @property
+    def told(self) -> str:
+        """What stands below the images."""
+        return (
+            self.page.locator("#html_info_img2img").inner_text() + self.page.locator("#html_log_img2img").inner_text()
+        )
+
+    def image(self) -> Image.Image:
+        """The first of the gallery, as the file that it is, PNG info and all."""
+        source = self.page.locator("#img2img_gallery img").first.get_attribute("src")
+        answer = self.page.request.get(urllib.parse.urljoin(self.page.url, source))
+        return Image.open(io.BytesIO(answer.body()))
+
+    def shot(self, path: Path, whole: bool = False) -> None:
+        """A picture of the accordion, or of the whole page."""
+        self.page.mouse.move(0, 0)
+        self.page.wait_for_timeout(500)
+        (self.page if whole else self.accordion).screenshot(path=path)
