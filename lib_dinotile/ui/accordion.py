@@ -38,10 +38,12 @@ GROUPS: tuple[tuple[str | None, tuple[tuple[str, ...], ...]], ...] = (
     (
         "Staying true: steering and checking in detail",
         (
-            ("guard_seeds", "guard_weaker", "guard_strictness"),
+            ("guard_seeds", "guard_weaker"),
+            ("guard_strictness",),
             ("guidance_start", "guidance_end"),
             ("every", "views"),
-            ("distance", "layer", "decoder"),
+            ("distance", "layer"),
+            ("decoder",),
             ("maps",),
         ),
     ),

@@ -10,30 +10,37 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from PIL import Image
-from playwright.sync_api import Locator, Page, sync_playwright
+from PIL.PngImagePlugin import PngInfo
+from playwright.sync_api import Browser, Locator, Page, sync_playwright
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 """The system's own browser."""
 PATIENCE = 60_000
 """Milliseconds that the page may take for anything, on a slow machine."""
+LONG = 600_000
+"""Milliseconds for a generation."""
 WIDE, NARROW = (1400, 1100), (500, 1000)
 """Windows, in pixels."""
 
 
 @contextmanager
-def open_tab(url: str, theme: str = "light", window: tuple[int, int] = WIDE) -> Iterator[Tab]:
-    """The img2img tab, with DINO Tile's accordion open."""
+def open_browser() -> Iterator[Browser]:
     with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", "--disable-gpu"])
-        page = browser.new_page(viewport={"width": window[0], "height": window[1]})
-        page.set_default_timeout(PATIENCE)
-        errors: list[str] = []
-        page.on("pageerror", lambda error: errors.append(str(error)))
-        try:
-            page.goto(f"{url}/?__theme={theme}", wait_until="domcontentloaded")
-            yield Tab(page, errors)
-        finally:
-            browser.close()
+        yield playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", "--disable-gpu"])
+
+
+@contextmanager
+def open_tab(browser: Browser, url: str, theme: str = "light", window: tuple[int, int] = WIDE) -> Iterator[Tab]:
+    """The img2img tab in a window of its own."""
+    page = browser.new_page(viewport={"width": window[0], "height": window[1]})
+    page.set_default_timeout(PATIENCE)
+    errors: list[str] = []
+    page.on("pageerror", lambda error: errors.append(str(error)))
+    try:
+        page.goto(f"{url}/?__theme={theme}", wait_until="domcontentloaded")
+        yield Tab(page, errors)
+    finally:
+        page.close()
 
 
 class Tab:
@@ -61,6 +68,9 @@ class Tab:
 
     def control(self, name: str) -> Locator:
         return self.page.locator(f"#dinotile_{name}")
+
+    def shows(self, name: str) -> bool:
+        return self.control(name).first.is_visible()
 
     def fold(self, title: str) -> None:
         """Opens a group, or closes it."""
@@ -93,8 +103,12 @@ class Tab:
 
     def drop(self, image: Image.Image, place: str = "#img2img_image") -> None:
         """Drops an image into the img2img tab, or another place."""
+        information = PngInfo()
+        for key, text in image.info.items():
+            if isinstance(text, str):
+                information.add_text(key, text)
         file = io.BytesIO()
-        image.save(file, "PNG", pnginfo=getattr(image, "png", None))
+        image.save(file, "PNG", pnginfo=information)
         upload = {"name": "photo.png", "mimeType": "image/png", "buffer": file.getvalue()}
         self.page.locator(f"{place} input[type=file]").first.set_input_files(upload)
         self.page.locator(f"{place} img").first.wait_for(state="attached")
@@ -120,6 +134,26 @@ class Tab:
         self.page.wait_for_timeout(1000)
         return answer.inner_text().strip()
 
+    def read_png_info(self, image: Image.Image) -> None:
+        """Through the PNG Info tab, and its button that sends everything to img2img."""
+        self.page.locator("#tabs > .tab-nav button", has_text="PNG Info").click()
+        self.drop(image, "#pnginfo_image")
+        self.page.locator("#tab_pnginfo").get_by_text("DINO Tile scale").first.wait_for()
+        self.page.locator("#tab_pnginfo #img2img_tab").click()
+        self.page.wait_for_timeout(4000)
+
+    def apply_defaults(self) -> None:
+        """What the controls are at becomes the user's defaults: Settings, Defaults, Apply."""
+        self.page.locator("#tabs > .tab-nav button", has_text="Settings").click()
+        self.page.locator("#settings .tab-nav button", has_text="Defaults").click()
+        self.page.locator("#ui_defaults_apply").click()
+        self.page.wait_for_timeout(3000)
+
+    def reload_ui(self) -> None:
+        """The link at the foot of the page."""
+        self.page.locator("#footer").get_by_text("Reload UI").click()
+        self.page.wait_for_timeout(5_000)
+
     def generate(self) -> None:
         """Does not wait for the image."""
         self.page.locator("#img2img_generate").click()
@@ -127,15 +161,14 @@ class Tab:
     def done(self) -> None:
         """Waits for the end of a generation."""
         self.page.wait_for_timeout(1500)
-        self.page.locator("#img2img_interrupt").wait_for(state="hidden")
+        self.page.wait_for_function("() => !document.querySelector('.progressDiv, .livePreview')", timeout=LONG)
         self.page.wait_for_timeout(1500)
 
     @property
     def told(self) -> str:
         """What stands below the images."""
-        return (
-            self.page.locator("#html_info_img2img").inner_text() + self.page.locator("#html_log_img2img").inner_text()
-        )
+        places = ("#html_info_img2img", "#html_log_img2img")
+        return "\n".join(self.page.locator(place).first.inner_text() for place in places)
 
     def image(self) -> Image.Image:
         """The first of the gallery, as the file that it is, PNG info and all."""

@@ -33,6 +33,7 @@ PREVIEWS = {"override_settings": {"live_previews_enable": True}}
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("live", "tests against a running WebUI")
     group.addoption("--webui", metavar="URL", help="address of the WebUI, on this machine, with --api")
+    group.addoption("--shots", metavar="FOLDER", type=Path, help="where pictures of the page are put, to be looked at")
     group.addoption("--models", metavar="FOLDER", type=Path, help="its models/dinotile folder; adapters are lent to it")
     group.addoption("--unet-channels", default="320,640,1280,1280", help="of the loaded checkpoint, level by level")
     group.addoption("--unet-blocks", default=2, type=int, help="its residual blocks per level")

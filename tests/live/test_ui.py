@@ -1,0 +1,244 @@
+"""The img2img tab in a browser, as a user goes through it."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import requests
+from client import WebUI, difference, fields
+from PIL import Image
+
+from lib_dinotile.settings import Settings
+from lib_dinotile.tiling.plan import TilePlan
+
+pytest.importorskip("playwright", reason="the page is tested with playwright: pip install '.[live]'")
+
+from browser import LONG, NARROW, WIDE, Browser, Tab, open_browser, open_tab
+
+PHOTO = Path(__file__).parents[2] / "examples" / "photo.png"
+FOLDED = 6
+"""Groups that a beginner need not open."""
+
+
+@pytest.fixture(scope="module")
+def picture() -> Image.Image:
+    """A cat, 150x100."""
+    return Image.open(PHOTO).convert("RGB").resize((150, 100), Image.Resampling.LANCZOS)
+
+
+@pytest.fixture(scope="module")
+def url(request: pytest.FixtureRequest) -> str:
+    return request.config.getoption("--webui").rstrip("/")
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    with open_browser() as browser:
+        yield browser
+
+
+@pytest.fixture(scope="module")
+def tab(browser: Browser, url: str, picture: Image.Image) -> Iterator[Tab]:
+    """With the picture, DINO Tile on, and everything so small that it does not take long."""
+    with open_tab(browser, url) as tab:
+        tab.drop(picture)
+        tab.enable()
+        tab.number("#img2img_steps", 4)
+        tab.number("#img2img_denoising_strength", 0.4)
+        tab.number("#img2img_seed", 7)
+        tab.slide("tile", 128)
+        tab.fold("Upscaler, colours")
+        tab.slide("overlap", 32)
+        tab.fold("Upscaler, colours")
+        yield tab
+        assert not [error for error in tab.errors if "dinotile" in error.lower()]
+
+
+@pytest.fixture
+def shots(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
+    folder = request.config.getoption("--shots") or tmp_path
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def up(webui: WebUI) -> bool:
+    """Waits until a WebUI that starts its page anew answers again."""
+    for _ in range(120):
+        time.sleep(1)
+        with contextlib.suppress(requests.ConnectionError):
+            if webui.get("sdapi/v1/options").ok:
+                return True
+    return False
+
+
+@pytest.mark.parametrize("theme", ["light", "dark"])
+@pytest.mark.parametrize("window", [WIDE, NARROW], ids=["wide", "narrow"])
+def test_a_beginner_sees_few_plain_choices(
+    browser: Browser, url: str, shots: Path, theme: str, window: tuple[int, int]
+):
+    with open_tab(browser, url, theme, window) as tab:
+        assert not tab.switch.first.is_checked()
+        tab.enable()
+        seen = [option.name for option in Settings.table() if option.name != "enabled" and tab.shows(option.name)]
+        assert seen == ["target", "scale", "tile", "guidance", "guard"]
+        tab.shot(shots / f"folded-{theme}-{window[0]}.png")
+        folded = tab.accordion.locator(".label-wrap").all_inner_texts()[1:]
+        assert len(folded) == FOLDED
+        for title in folded:
+            tab.fold(title.split("\n")[0].strip(" ▼◀"))
+        hidden = [option.name for option in Settings.table() if option.name != "enabled" and not tab.shows(option.name)]
+        assert hidden == ["longest"]
+        tab.shot(shots / f"open-{theme}-{window[0]}.png")
+        frame = tab.accordion.bounding_box()
+        for option in Settings.table():
+            if option.name not in ("enabled", "longest"):
+                box = tab.control(option.name).bounding_box()
+                inside = frame["x"] <= box["x"] and box["x"] + box["width"] <= frame["x"] + frame["width"] + 1
+                assert inside and box["width"] > 100, (option.name, box, frame)
+
+
+def test_only_the_size_that_counts_is_shown(tab: Tab):
+    for target, seen in (("longest side", (False, True)), ("img2img size", (False, False)), ("scale", (True, False))):
+        tab.choose("target", target)
+        tab.page.wait_for_timeout(2000)
+        assert (tab.shows("scale"), tab.shows("longest")) == seen, target
+
+
+def test_every_control_says_what_it_does(tab: Tab):
+    page = tab.accordion.inner_text() + tab.accordion.evaluate("element => element.textContent")
+    for option in Settings.table():
+        if option.name != "enabled":
+            assert option.label in page and option.help in page, option.name
+
+
+def test_a_preview_shows_tiles_map_and_time_before_anything_is_run(tab: Tab, picture: Image.Image, shots: Path):
+    plan = TilePlan(300, 200, 128, 32)
+    line = tab.preview()
+    found = re.match(r"300 x 200 pixels: (\d+) tiles of 128 x 128, about (\d+) (s|min)\. ", line)
+    assert found and int(found[1]) == len(plan), line
+    shown = tab.page.locator("#dinotile_preview_image img")
+    assert shown.is_visible()
+    assert shown.evaluate("image => [image.naturalWidth, image.naturalHeight]") == [300, 200]
+    tab.shot(shots / "preview.png")
+
+
+def test_a_preview_follows_the_options(tab: Tab):
+    tab.choose("target", "longest side")
+    tab.slide("longest", 600)
+    line = tab.preview()
+    tab.choose("target", "scale")
+    assert line.startswith("600 x 400 pixels: ")
+
+
+def test_what_cannot_be_is_told_in_a_line(browser: Browser, tab: Tab, url: str):
+    tab.slide("tile", 64)
+    tab.fold("Upscaler, colours")
+    tab.slide("overlap", 40)
+    assert tab.preview() == "overlap: 40 is not allowed with tile 64, give at most 32"
+    tab.slide("overlap", 32)
+    tab.fold("Upscaler, colours")
+    tab.slide("tile", 128)
+    with open_tab(browser, url) as empty:
+        empty.enable()
+        assert empty.preview() == "there is no image to upscale: drop one into the img2img tab"
+
+
+def test_adapters_and_encoders_can_be_looked_up_anew(tab: Tab, request: pytest.FixtureRequest):
+    folder: Path = request.config.getoption("--models") / "adapters"
+    new = folder / "just-copied.safetensors"
+    tab.fold("Adapter")
+    try:
+        new.write_bytes(b"")
+        assert "just-copied" not in tab.choices("adapter")
+        tab.page.locator("#dinotile_refresh_adapter").click()
+        tab.page.wait_for_timeout(2000)
+        assert "just-copied" in tab.choices("adapter")
+    finally:
+        new.unlink()
+        tab.page.locator("#dinotile_refresh_adapter").click()
+        tab.fold("Adapter")
+
+
+def test_a_photo_is_upscaled_and_its_png_info_gives_it_again(
+    browser: Browser, tab: Tab, url: str, picture: Image.Image, shots: Path
+):
+    tab.slide("guidance", 0.75)
+    tab.choose("guard", "report")
+    tab.generate()
+    tab.done()
+    first = tab.image()
+    assert first.size == (300, 200)
+    told = fields(first.info["parameters"])
+    assert told["DINO Tile guidance"] == "0.75" and told["DINO Tile guard"] == "report"
+    assert told["DINO Tile tile size"] == "128"
+    assert "guidance looked through" in tab.told
+    tab.shot(shots / "generated.png", whole=True)
+    with open_tab(browser, url) as other:
+        other.read_png_info(first)
+        assert other.switch.first.is_checked()
+        assert other.slid("guidance") == 0.75 and other.chosen("guard") == "report" and other.slid("tile") == 128
+        other.shot(shots / "sent.png", whole=True)
+        other.drop(picture)
+        other.generate()
+        other.done()
+        assert difference(first, other.image()) == 0
+    tab.slide("guidance", 0.5)
+    tab.choose("guard", "retry")
+
+
+def test_an_interrupted_image_keeps_what_is_painted(tab: Tab, shots: Path):
+    tab.number("#img2img_steps", 20)
+    tab.slide("guidance", 0)
+    tab.choose("guard", "off")
+    tab.generate()
+    tab.page.wait_for_function(
+        "() => [...document.querySelectorAll('.progressDiv')].some("
+        "bar => /DINO Tile: [1-9]\\d* of/.test(bar.innerText))",
+        timeout=LONG,
+    )
+    tab.shot(shots / "running.png", whole=True)
+    tab.page.locator("#img2img_interrupt").click()
+    tab.done()
+    told = fields(tab.image().info["parameters"])
+    painted, total = map(int, told["DINO Tile painted"].split(" of "))
+    assert 0 < painted < total
+    tab.number("#img2img_steps", 4)
+    tab.slide("guidance", 0.5)
+    tab.choose("guard", "retry")
+
+
+def test_the_users_defaults_survive_a_reload(browser: Browser, url: str, webui: WebUI):
+    def apply(scale: float) -> None:
+        with open_tab(browser, url) as tab:
+            tab.enable()
+            tab.slide("scale", scale)
+            tab.switch.first.uncheck()
+            tab.page.wait_for_timeout(1000)
+            tab.apply_defaults()
+            tab.reload_ui()
+        assert up(webui)
+
+    try:
+        apply(3.5)
+        with open_tab(browser, url) as tab:
+            tab.enable()
+            assert tab.slid("scale") == 3.5
+    finally:
+        apply(2.0)
+
+
+def test_a_refusal_is_told_where_the_user_looks(tab: Tab):
+    tab.slide("tile", 64)
+    tab.fold("Upscaler, colours")
+    tab.slide("overlap", 40)
+    tab.generate()
+    tab.done()
+    assert "overlap: 40 is not allowed with tile 64, give at most 32" in tab.told
+    tab.slide("overlap", 32)
+    tab.fold("Upscaler, colours")
+    tab.slide("tile", 128)
