@@ -51,6 +51,17 @@ def _encoder(name: str, folder: Path | None, modified: float, device: torch.devi
     return load_encoder(name, folder, device=device, dtype=dtype)
 
 
+@functools.lru_cache(maxsize=2)
+def _heads(
+    path: Path, modified: float, encoder: str, features: int, device: torch.device
+) -> Mapping[int, RestorationHead]:
+    return load_heads(path, encoder, features, device)
+
+
+def _heads_in(path: Path, encoder: PatchEncoder) -> Mapping[int, RestorationHead]:
+    return _heads(path, path.stat().st_mtime, encoder.id, encoder.width, encoder.device)
+
+
 @dataclass(frozen=True)
 class Features:
     """What a source shows, as fields over the canvas; None where nothing asks for it."""
@@ -113,6 +124,7 @@ class Conditioner:
             _adapter.cache_clear()
         if not settings.looks:
             _encoder.cache_clear()
+            _heads.cache_clear()
             return None
         config, device = None, torch.device(host.device)
         if settings.adapter != NONE:
@@ -133,7 +145,7 @@ class Conditioner:
             own = adapters[name]
             adapter = _adapter(own, own.stat().st_mtime, device, host.dtype)
             if config.restored:
-                head = load_heads(own, encoder.id, encoder.width, device).get(config.layer)
+                head = _heads_in(own, encoder).get(config.layer)
                 if head is None:
                     raise DinotileError(f"{own.name} is damaged: it has no head for the layer that it reads")
         decoder = host.guidance_decoder(settings.decoder) if settings.guidance else None
@@ -275,7 +287,7 @@ def _eye(
 
 def _restored(
     settings: Settings, encoder: PatchEncoder, files: Mapping[str, Path], adapter: Path | None = None
-) -> dict[int, RestorationHead]:
+) -> Mapping[int, RestorationHead]:
     """The heads that `settings` ask for; adapter: the adapter's file, which may have some."""
     if settings.head == NONE:
         return {}
@@ -285,7 +297,7 @@ def _restored(
         file = adapter
     else:
         return {}
-    return load_heads(file, encoder.id, encoder.width, encoder.device)
+    return _heads_in(file, encoder)
 
 
 def automatic_encoder(folder: Path | None) -> str:
