@@ -187,6 +187,7 @@ def _upscale(arguments: argparse.Namespace) -> None:
     host = load_host(generation, progress, team.rank)
     settings = settings.for_base(host.base)
     conditioner = Conditioner.load(settings, host, adapters, heads=_heads(settings))
+    used = conditioner.used if conditioner else settings
 
     def make(source: Path, target: Path) -> None:
         image = read_image(source, tell=lambda line: say(f"{source.name} {line}"))
@@ -209,13 +210,13 @@ def _upscale(arguments: argparse.Namespace) -> None:
                 raise
             where, kept = journal.kept, target.with_stem(target.stem + "-unfinished")
             with contextlib.suppress(DinotileError):  # for want of space, say, and that is told already
-                parameters = _parameters(settings, generation, size, error.result.report.lines)
+                parameters = _parameters(used, generation, size, error.result.report.lines)
                 write_image(error.result.image, kept, {"parameters": parameters})
                 where = f" (kept in {kept}; --resume goes on with it)"
             raise UnfinishedError(error.__cause__, error.result, where) from error.__cause__
         if sharing.rank == 0:
             try:
-                parameters = _parameters(settings, generation, size, result.report.lines)
+                parameters = _parameters(used, generation, size, result.report.lines)
                 write_image(result.image, target, {"parameters": parameters, RECIPE: _digest(recipe)})
             except DinotileError as error:
                 raise DinotileError(f"{error}{journal.kept}", error.status_code) from error

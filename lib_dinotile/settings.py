@@ -33,7 +33,8 @@ NONE = "None"
 AUTOMATIC = "Automatic"
 """The choice that stands for what fits best: of encoders the one that the adapter names, of decoders a cheap one."""
 
-DECODERS = (AUTOMATIC, "TAESD", "approximate", "full VAE")
+TAESD, APPROXIMATE, FULL_VAE = "TAESD", "approximate", "full VAE"
+DECODERS = (AUTOMATIC, TAESD, APPROXIMATE, FULL_VAE)
 PREDICTIONS = (AUTOMATIC, "epsilon", "v_prediction")
 SEMANTIC, CONSISTENCY, BOTH = "semantic", "consistency", "both"
 MAPS = ("none", SEMANTIC, CONSISTENCY, BOTH)

@@ -1,26 +1,42 @@
 """From names in the settings to the condition of a tile."""
 
+import dataclasses
+import itertools
 import types
+from unittest.mock import Mock
 
 import pytest
 import torch
 
 from lib_dinotile import DinotileError
+from lib_dinotile.condition import conditioner as module
 from lib_dinotile.condition.adapter import AdapterCondition, AdapterConfig
 from lib_dinotile.condition.adapter_file import save_adapter
 from lib_dinotile.condition.conditioner import Conditioner, installed_weights
+from lib_dinotile.dino import cache
+from lib_dinotile.dino.head import RestorationHead
 from lib_dinotile.settings import Settings
-from lib_dinotile.tiling.plan import Rect
+from lib_dinotile.tiling.canvas import Canvas
+from lib_dinotile.tiling.plan import Rect, TilePlan
 from tests.test_adapter import SMALL, random_adapter
 from tests.test_tiling import random_image
 
-HOST = types.SimpleNamespace(base="sd15", shape=SMALL.shape, device="cpu", dtype=torch.float32)
+HOST = types.SimpleNamespace(
+    base="sd15",
+    shape=SMALL.shape,
+    device="cpu",
+    dtype=torch.float32,
+    guidance_decoder=lambda choice: (choice if choice != "Automatic" else "TAESD", lambda latents: latents[:, :3]),
+)
 CONFIG = AdapterConfig("sd15", SMALL.shape, "mini", features=192, width=16, blocks=1)
 
 
 @pytest.fixture
 def adapters(tmp_path):
     save_adapter(random_adapter(CONFIG), tmp_path / "fur.safetensors", torch.float32)
+    heads = {-2: RestorationHead(192, 4), -1: RestorationHead(192, 4)}
+    restored = random_adapter(dataclasses.replace(CONFIG, restored=True))
+    save_adapter(restored, tmp_path / "restored.safetensors", torch.float32, heads)
     return installed_weights(tmp_path)
 
 
@@ -57,7 +73,7 @@ def test_loading_draws_nothing_from_the_common_generator(adapters):
 @pytest.mark.parametrize(
     "values, host, says",
     [
-        ({"adapter": "leaves"}, {}, "adapter: 'leaves' is not installed, give one of None, fur"),
+        ({"adapter": "leaves"}, {}, "adapter: 'leaves' is not installed, give one of None, fur, restored"),
         ({"adapter": "../fur"}, {}, "adapter: '../fur' is not installed"),
         ({}, {"base": "sdxl"}, "is for sd15 checkpoints, this one is sdxl"),
         ({}, {"shape": None}, "this checkpoint's UNet takes no residuals"),
@@ -69,3 +85,50 @@ def test_what_is_not_there_or_does_not_fit_is_refused_with_one_line(adapters, va
     with pytest.raises(DinotileError, match=says) as error:
         Conditioner.load(settings(**values), types.SimpleNamespace(**{**vars(HOST), **host}), adapters, trusted=False)
     assert "\n" not in str(error.value)
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """What takes long, by name, each to be asked how often it was called."""
+    watched = {}
+    for place, name in (
+        (cache, "feature_fields"),
+        (module, "load_encoder"),
+        (module, "load_adapter"),
+        (module, "load_heads"),
+    ):
+        watched[name] = Mock(wraps=getattr(place, name))
+        monkeypatch.setattr(place, name, watched[name])
+    for kept in (module._encoder, module._adapter, module._heads):
+        kept.cache_clear()
+    module._features.clear()
+    return watched
+
+
+@pytest.mark.parametrize("adapter, files", [("fur", 0), ("restored", 1)])
+def test_all_runs_on_one_source_look_at_it_once(adapters, calls, adapter, files):
+    """As the cells of a plot are, and the next seed: once at the source, and once at it shrunk, for the guard."""
+    source, plan = random_image(64, 48), TilePlan(128, 96, tile=64, overlap=16, factor=8)
+    for strength, guidance, guard in itertools.product((0.5, 1.0), (0.25, 0.5, 1.0), ("report", "retry")):
+        asked = settings(adapter=adapter, strength=strength, guidance=guidance, guard=guard)
+        conditioner = Conditioner.load(asked, HOST, adapters)
+        features = conditioner.features(source.copy(), (128, 96))
+        conditioner.conditions(source, features, Canvas(source.resize((128, 96)), plan), plan)
+    counts = {name: call.call_count for name, call in calls.items()}
+    assert counts == {"feature_fields": 2, "load_encoder": 1, "load_adapter": 1, "load_heads": files}
+
+
+def test_what_automatic_stood_for_is_told_and_gives_the_same_again(adapters):
+    def used(**values):
+        return Conditioner.load(settings(**values), HOST, adapters).used
+
+    told = used(adapter="fur", guidance=0.5)
+    assert (told.encoder, told.head, told.decoder) == ("mini", "None", "TAESD")
+    again = Conditioner.load(told, HOST, adapters)
+    assert again.used == told
+    assert again.notes == Conditioner.load(settings(guidance=0.5), HOST, adapters).notes
+    alone = {"adapter": "None", "guard": "report"}
+    assert Conditioner.load(used(**alone), HOST, {}).notes == Conditioner.load(settings(**alone), HOST, {}).notes != []
+    # A head in the adapter's own file goes with that.
+    assert used(adapter="restored").head == "Automatic"
+    assert used(adapter="restored", head="None").head == "None"

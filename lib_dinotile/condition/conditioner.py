@@ -25,7 +25,7 @@ from lib_dinotile.dino.encoder import BUILT_IN, KNOWN, Facet, PatchEncoder, inst
 from lib_dinotile.dino.field import FeatureField
 from lib_dinotile.dino.head import RestorationHead, load_heads
 from lib_dinotile.hosts.base import Host, Residuals
-from lib_dinotile.settings import AUTOMATIC, BOTH, NONE, SEMANTIC, Settings
+from lib_dinotile.settings import AUTOMATIC, BOTH, DECODERS, NONE, SEMANTIC, Settings
 from lib_dinotile.tiling.canvas import Canvas
 from lib_dinotile.tiling.plan import Rect, TilePlan
 
@@ -173,12 +173,25 @@ class Conditioner:
         )
 
     @property
+    def used(self) -> Settings:
+        """The settings for PNG info, with what Automatic stood for: on another machine it may stand for something else.
+
+        A head that stays Automatic is the one in the adapter's file.
+        """
+        chosen = {"encoder": self.encoder.id, "head": AUTOMATIC if self._heads else NONE}
+        if self._decoder and self._decoder[0] in DECODERS:
+            chosen["decoder"] = self._decoder[0]
+        automatic = {name: value for name, value in chosen.items() if getattr(self._settings, name) == AUTOMATIC}
+        return dataclasses.replace(self._settings, **automatic)
+
+    @property
     def notes(self) -> list[str]:
-        """What a user should know of what was chosen for them."""
+        """What a user should know of what looked at the source."""
         told = []
         if self._decoder:
-            told.append(f"guidance looked through {self._decoder[0]}")
-        if self.encoder.id == BUILT_IN and self._settings.encoder == AUTOMATIC and self._adapter is None:
+            told.append(f"guidance decoder: {self._decoder[0]}")
+        # Also where it was named, or PNG info would not give itself again.
+        if self.encoder.id == BUILT_IN and self._adapter is None:
             told.append("looked with the small built-in encoder; a DINOv2 has better eyes, see DINO encoder")
         return told
 

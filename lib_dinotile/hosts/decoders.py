@@ -12,7 +12,7 @@ from modules import paths, sd_vae_approx, sd_vae_taesd, shared
 from torch import Tensor, nn
 
 from lib_dinotile import DinotileError
-from lib_dinotile.settings import AUTOMATIC
+from lib_dinotile.settings import APPROXIMATE, AUTOMATIC, FULL_VAE, TAESD
 
 Decoder = Callable[[Tensor], Tensor]
 
@@ -21,7 +21,7 @@ def guidance_decoder(
     choice: str, device: torch.device, dtype: torch.dtype, full: Callable[[], Decoder]
 ) -> tuple[str, Decoder]:
     """See `Host`; full: gives the full VAE, to pixels in [-1, 1]."""
-    tried = {"TAESD": _taesd, "approximate": _approximate}
+    tried = {TAESD: _taesd, APPROXIMATE: _approximate}
     if choice == AUTOMATIC:
         for name, load in tried.items():
             if _is_there(name):
@@ -31,9 +31,9 @@ def guidance_decoder(
             return choice, tried[choice](device, dtype)
         except Exception as error:  # whatever the download or the file raises
             line = (str(error).strip() or type(error).__name__).splitlines()[0]
-            raise DinotileError(f"decoder: {choice} cannot be had: {line}; choose full VAE") from error
+            raise DinotileError(f"decoder: {choice} cannot be had: {line}; choose {FULL_VAE}") from error
     decode = full()
-    return "the full VAE", lambda latents: (decode(latents) + 1) / 2
+    return FULL_VAE, lambda latents: (decode(latents) + 1) / 2
 
 
 def _is_there(name: str) -> bool:
@@ -41,7 +41,7 @@ def _is_there(name: str) -> bool:
     model = shared.sd_model
     kind = "sd3" if getattr(model, "is_sd3", False) else "sdxl" if model.is_sdxl else ""
     legacy = getattr(model, "is_webui_legacy_model", lambda: True)()
-    if name == "TAESD":
+    if name == TAESD:
         file = f"tae{'f1' if not legacy and not kind else 'sd3' if kind == 'sd3' else 'sd' + kind[2:]}_decoder.pth"
         return (Path(paths.models_path) / "VAE-taesd" / file).is_file()
     if not legacy:

@@ -23,7 +23,7 @@ from lib_dinotile.condition.shape import UNetShape
 from lib_dinotile.hosts.base import Batch, Views
 from lib_dinotile.hosts.layout import fast
 from lib_dinotile.hosts.overridden import in_float32, overridden
-from lib_dinotile.settings import AUTOMATIC, Generation
+from lib_dinotile.settings import APPROXIMATE, AUTOMATIC, FULL_VAE, TAESD, Generation
 from lib_dinotile.tiling.canvas import Canvas
 from lib_dinotile.tiling.noise import TileNoise
 
@@ -221,13 +221,13 @@ class DiffusersHost:
         codec = self._codec
         if isinstance(codec, PixelCodec):
             return "the model's own pixels", lambda latents: (codec.decode(latents) + 1) / 2
-        if choice == "approximate":
-            raise DinotileError("decoder: only the WebUIs have an approximate decoder; choose TAESD or full VAE")
-        tiny = None if choice == "full VAE" else _taesd(self.base, download=choice == "TAESD")
+        if choice == APPROXIMATE:
+            raise DinotileError(f"decoder: only the WebUIs have an approximate decoder; choose {TAESD} or {FULL_VAE}")
+        tiny = None if choice == FULL_VAE else _taesd(self.base, download=choice == TAESD)
         if tiny is None:
-            return "the full VAE", lambda latents: (codec.decode(latents.to(codec.vae.dtype)).float() + 1) / 2
+            return FULL_VAE, lambda latents: (codec.decode(latents.to(codec.vae.dtype)).float() + 1) / 2
         tiny.to(self.device, self.dtype)
-        return "TAESD", lambda latents: (tiny.decode(latents.to(tiny.dtype)).sample.float() + 1) / 2
+        return TAESD, lambda latents: (tiny.decode(latents.to(tiny.dtype)).sample.float() + 1) / 2
 
     @contextlib.contextmanager
     def full_precision(self) -> Iterator[None]:

@@ -205,7 +205,6 @@ class Takeover:
 
         self._host = make_host(p)
         self._settings = self._settings.for_base(self._host.base)
-        p.extra_generation_params.update(self._settings.infotext)
         self._conditioner = Conditioner.load(
             self._settings,
             self._host,
@@ -214,6 +213,8 @@ class Takeover:
             installed_weights(folders.heads()),
             trusted=False,
         )
+        used = self._conditioner.used if self._conditioner else self._settings
+        p.extra_generation_params.update(used.infotext)
         if self._settings.adapter != NONE:
             self._host.check_residuals()
         plan = engine.make_plan(self._host, self._area.canvas, self._settings)
