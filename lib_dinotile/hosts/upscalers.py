@@ -2,8 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
 from modules import shared
 from PIL import Image
+
+from lib_dinotile import DinotileError
+from lib_dinotile.hosts.upscaled import Upscaled, is_resampled
+from lib_dinotile.weights import stamp
 
 RESAMPLING = {
     "Lanczos": Image.Resampling.LANCZOS,
@@ -15,16 +22,46 @@ RESAMPLING = {
 MAX_FACTOR = 8
 """At once: the WebUI goes three times through a model, which may only double, and resamples what is missing then."""
 
+_last = Upscaled()
+
 
 def upscale(image: Image.Image, size: tuple[int, int], name: str) -> Image.Image:
-    """The RGB image made exactly (width, height) large by the upscaler of that name, in as many passes as it takes."""
+    """The RGB image made exactly (width, height) large by the upscaler of that name, in as many passes as it takes.
+
+    What a model made of the last image is kept: the cells of a plot, and the next seed, begin with the same.
+    """
     if name in RESAMPLING:
         return image.resize(size, RESAMPLING[name])
     data = next(entry for entry in shared.sd_upscalers if entry.name == name)
+    kept = _last.get(image, size, _recipe(data))
+    if kept is not None:
+        return kept
+    large = _by_model(image, size, data)
+    # Broken off it would not be whole. The recipe anew: the model may only now have been downloaded.
+    if not (shared.state.interrupted or shared.state.skipped):
+        _last.keep(image, size, _recipe(data), large)
+    return large
+
+
+def _by_model(image: Image.Image, size: tuple[int, int], data: Any) -> Image.Image:
     while not shared.state.interrupted:
         # It cuts its result to multiples of 8: let it make one at least as large.
         factor = max((-(-side // 8) * 8) / own for side, own in zip(size, image.size))
-        image = data.scaler.upscale(image, min(factor, MAX_FACTOR), data.data_path).convert("RGB")
+        made = data.scaler.upscale(image, min(factor, MAX_FACTOR), data.data_path).convert("RGB")
+        # Of a model that cannot be loaded the WebUI only logs that, and resamples.
+        if data.data_path and factor >= 1 and not shared.state.interrupted and is_resampled(image, made):
+            raise DinotileError(f"upscaler: {data.name} did nothing, the WebUI's log says why; choose another", 500)
+        image = made
         if factor <= MAX_FACTOR:
             break
     return image if image.size == size else image.resize(size, Image.Resampling.LANCZOS)
+
+
+def _recipe(data: Any) -> tuple[Any, ...] | None:
+    """What a result depends on besides image and size; None if that is not known: there is no model file."""
+    file = data.local_data_path
+    if not file or not Path(file).is_file():
+        return None
+    opts = shared.opts
+    told = (name for name, row in opts.data_labels.items() if row.section and row.section[0] == "upscaling")
+    return data.name, stamp(file), *((name, str(getattr(opts, name))) for name in told)

@@ -100,15 +100,21 @@ def test_a_size_that_is_too_large_is_refused(webui: WebUI, small: Image.Image):
     assert "give one of at most 65536 a side" in webui.refusal(long, {**TILES, "scale": 8})
 
 
+def model(webui: WebUI) -> str:
+    """An upscaler with a model; without one there is nothing to test."""
+    upscalers = webui.get("sdapi/v1/upscalers").json()
+    name = next((u["name"] for u in upscalers if u["model_path"] and Path(u["model_path"]).is_file()), None)
+    if name is None:
+        pytest.skip("this WebUI has no upscaler with a model")
+    return name
+
+
 @pytest.mark.parametrize("size, target", [((50, 34), 101), ((23, 17), 331)], ids=str)
 @pytest.mark.parametrize("name", ["None", "Nearest", "Lanczos", "a model"])
 def test_upscalers_of_the_webui_to_exact_sizes(webui: WebUI, photo: Image.Image, name: str, size, target: int):
     """331 is more than a model gives in the three runs that the WebUI allows it, if it doubles."""
     if name == "a model":
-        upscalers = webui.get("sdapi/v1/upscalers").json()
-        name = next((u["name"] for u in upscalers if u["model_path"] and Path(u["model_path"]).is_file()), None)
-        if name is None:
-            pytest.skip("this WebUI has no upscaler with a model")
+        name = model(webui)
     source = photo.resize(size)
     reply = webui.img2img(source, {**UNPAINTED, "upscaler": name, "target": "longest side", "longest": target})
     check_size(reply, (target, round(size[1] * target / size[0])))
@@ -116,3 +122,18 @@ def test_upscalers_of_the_webui_to_exact_sizes(webui: WebUI, photo: Image.Image,
     near = source.resize(reply.image.size, Image.Resampling.LANCZOS)
     assert correlation(reply.image, near) > 0.9
     assert (difference(reply.image, near) == 0) == (name in ("None", "Lanczos"))
+
+
+def test_what_a_model_made_is_kept_for_its_own_source_and_size_alone(webui: WebUI, photo: Image.Image):
+    options = {**UNPAINTED, "upscaler": model(webui)}
+    source, other = photo.resize((40, 30)), photo.transpose(Image.Transpose.FLIP_LEFT_RIGHT).resize((40, 30))
+
+    def upscaled(image: Image.Image, seed: int, **more: float) -> Image.Image:
+        return webui.img2img(image, {**options, **more}, seed=seed).image
+
+    first = upscaled(source, 1)
+    assert difference(upscaled(source, 2), first) == 0  # kept
+    assert upscaled(source, 1, scale=1.5).size == (60, 45)
+    turned = upscaled(other, 1)
+    assert correlation(turned.transpose(Image.Transpose.FLIP_LEFT_RIGHT), first) > 0.9 > correlation(turned, first)
+    assert difference(upscaled(source, 1), first) == 0  # made anew
