@@ -38,15 +38,13 @@ class Option:
     choices: tuple[str, ...] | None = None
     """The allowed values where they are fixed. Lists that depend on what is installed are checked by the host."""
     infotext: str | None = None
-    """Key in PNG info, or None if it does not change the image."""
+    """Key in PNG info, or None if it does not change the image; what does is an X/Y/Z axis, too."""
     flag: str | None = None
     """On the command line, where that is not the name with dashes."""
     only_with: Callable[[Any], bool] = lambda settings: True
     """Whether it has a part in the image with these settings."""
     lines: int = 1
     """Lines that its text box shows."""
-    xyz: bool = True
-    """Whether it is an X/Y/Z axis."""
 
     @property
     def allowed(self) -> str:

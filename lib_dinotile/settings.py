@@ -69,7 +69,7 @@ def _looking(settings: Settings) -> bool:
 class Settings(Options):
     """What dinotile does with the image."""
 
-    enabled: bool = option(False, "Enable", "Upscale the image tile by tile.", xyz=False)
+    enabled: bool = option(False, "Enable", "Upscale the image tile by tile.")
     target: str = option(
         "scale",
         "Target size",

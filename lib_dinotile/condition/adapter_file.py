@@ -124,10 +124,12 @@ def check_fit(config: AdapterConfig, name: str, base: str, shape: UNetShape) -> 
         )
 
 
-def check_encoder(config: AdapterConfig, name: str, encoder: str, width: int) -> None:
-    """DinotileError if the adapter `name` does not read the tokens of this encoder."""
-    if config.encoder != encoder or config.features != width:
+def check_encoder(config: AdapterConfig, name: str, encoder: str, width: int | None = None) -> None:
+    """DinotileError if the adapter `name` does not read the tokens of this encoder; width: theirs, once it is known."""
+    if config.encoder != encoder:
+        raise DinotileError(f"adapter {name!r} reads encoder {config.encoder!r}, not {encoder!r}: choose that encoder")
+    if width not in (None, config.features):
         raise DinotileError(
-            f"adapter {name!r} reads encoder {config.encoder!r} ({config.features} wide), "
-            f"not {encoder!r} ({width} wide): choose that encoder"
+            f"adapter {name!r} reads tokens {config.features} wide, those of encoder {encoder!r} are {width}: choose "
+            "the encoder that it was trained with"
         )

@@ -1,7 +1,8 @@
-"""Axes for the WebUI's X/Y/Z plot script, one for each option of the table."""
+"""Axes for the WebUI's X/Y/Z plot script, one for each option that changes the image."""
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -9,12 +10,23 @@ from typing import Any
 from modules import scripts
 
 from lib_dinotile import DinotileError
+from lib_dinotile.condition.adapter_file import check_encoder, read_config
+from lib_dinotile.condition.conditioner import installed_weights
+from lib_dinotile.hosts import folders
+from lib_dinotile.hosts.takeover import Takeover
 from lib_dinotile.options import Option
-from lib_dinotile.settings import Settings
-from lib_dinotile.ui.accordion import CHOICES, TITLE
+from lib_dinotile.settings import AUTOMATIC, Settings
+from lib_dinotile.ui.accordion import CHOICES, TITLE, settings_from
 
 ATTRIBUTE = "dinotile_axes"
 """Where the values of a plot's cell wait on its processing object."""
+PLOTTED = "dinotile_plotted"
+"""Where all values of all axes wait on the plot's, until they are checked together."""
+COSTS = {"encoder": 0.4, "adapter": 0.3, "upscaler": 0.2, "target": 0.2, "scale": 0.2, "longest": 0.2} | dict.fromkeys(
+    ("guidance", "guard", "head"), 0.1
+)
+"""The plot changes what costs more less often. Only one encoder, one adapter and one upscaled image are kept, and no
+encoder while nothing looks."""
 
 
 def _apply(option: Option) -> Callable[[Any, Any, Any], None]:
@@ -28,12 +40,37 @@ def _apply(option: Option) -> Callable[[Any, Any, Any], None]:
 def _confirm(option: Option) -> Callable[[Any, list[Any]], None]:
     def confirm(p: Any, values: list[Any]) -> None:
         installed = CHOICES[option.name]() if option.name in CHOICES else None
-        for value in values:
-            parsed = option.parse(str(value))
-            if installed is not None and parsed not in installed:
-                raise DinotileError(f"{option.name}: {parsed!r} is not installed, give one of {', '.join(installed)}")
+        parsed = [option.parse(str(value)) for value in values]
+        for value in parsed:
+            if installed is not None and value not in installed:
+                raise DinotileError(f"{option.name}: {value!r} is not installed, give one of {', '.join(installed)}")
+        setattr(p, PLOTTED, {**getattr(p, PLOTTED, {}), option.name: parsed})
 
     return confirm
+
+
+def _check(p: Any) -> None:
+    """DinotileError if some values do not go together, or not with what is set besides; once for a plot."""
+    plotted = p.__dict__.pop(PLOTTED, None)
+    if not plotted:
+        return
+    script = next(script for script in p.scripts.alwayson_scripts if script.title() == TITLE)
+    args = tuple(p.script_args[script.args_from : script.args_to])
+    adapters = installed_weights(folders.adapters())
+    for values in itertools.product(*plotted.values()):
+        settings = settings_from(args, dict(zip(plotted, values)))
+        Takeover(p, settings)
+        if settings.adapter in adapters and settings.encoder != AUTOMATIC:
+            check_encoder(read_config(adapters[settings.adapter]), settings.adapter, settings.encoder)
+
+
+def _label(option: Option) -> Callable[[Any, Any, Any], str]:
+    def label(p: Any, axis: Any, value: Any) -> str:
+        # The plot asks for its labels when it knows all axes and has made no cell.
+        _check(p)
+        return f"{option.label}: {round(value, 8) if isinstance(value, float) else value}"
+
+    return label
 
 
 def axes(p: Any) -> Mapping[str, Any]:
@@ -47,17 +84,20 @@ def register() -> None:
         if Path(data.path).name != "xyz_grid.py":
             continue
         module = data.module
+
         present = {axis.label for axis in module.axis_options}
         for option in Settings.table():
-            label = f"[{TITLE}] {option.label}"
-            if not option.xyz or label in present:
+            name = f"[{TITLE}] {option.label}"
+            if not option.infotext or name in present:
                 continue
             choices = CHOICES.get(option.name) or (option.choices and (lambda o=option: list(o.choices)))
             axis = module.AxisOptionImg2Img(
-                label,
+                name,
                 str if choices else option.type,
                 _apply(option),
+                format_value=_label(option),
                 confirm=_confirm(option),
+                cost=COSTS.get(option.name, 0.0),
                 choices=choices or None,
             )
             module.axis_options.append(axis)

@@ -12,6 +12,7 @@ import pytest
 from adapters import Adapters
 from client import Reply, WebUI, difference
 from PIL import Image
+from plots import Plot
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 TILES = {"scale": 2.0, "tile": 96, "overlap": 16, "batch": 4}
@@ -103,6 +104,11 @@ def tiled(webui: WebUI, source: Image.Image) -> Reply:
 def adapted(webui: WebUI, source: Image.Image, adapters: Adapters) -> Reply:
     """The source in `TILES`, with an adapter of random weights."""
     return webui.img2img(source, {**TILES, "adapter": adapters.random})
+
+
+@pytest.fixture(scope="session")
+def plot(webui: WebUI) -> Plot:
+    return Plot(webui)
 
 
 @pytest.fixture(scope="session")

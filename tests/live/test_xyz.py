@@ -4,53 +4,13 @@ from __future__ import annotations
 
 import itertools
 import re
-from typing import Any
 
 import pytest
 from adapters import Adapters
-from client import Reply, WebUI, difference, fields
+from client import WebUI, difference, fields
 from conftest import TILES
 from PIL import Image
-
-SCRIPT = "x/y/z plot"
-
-
-class Plot:
-    """Makes the argument list of the plot script, as the WebUI describes it."""
-
-    def __init__(self, webui: WebUI) -> None:
-        scripts = webui.get("sdapi/v1/script-info").json()
-        self._args = next(s["args"] for s in scripts if s["name"] == SCRIPT and s["is_img2img"])
-
-    def args(self, **axes: tuple[str, list[Any]]) -> list[Any]:
-        """axes: x, y, z -> (label of the option, values)."""
-        values, dropdown = {}, set()
-        for letter in "XYZ":
-            label, wanted = axes.get(letter.lower(), ("Nothing", []))
-            label = label if label == "Nothing" else f"[DINO Tile] {label}"
-            choices = next(arg["choices"] for arg in self._args if arg["label"] == f"{letter} type")
-            values[f"{letter} type"] = choices.index(label)
-            values[f"{letter} values"] = ", ".join(str(value) for value in wanted)
-            dropdown.add(f"{letter} values")
-        values |= {"Draw legend": False, "Include Sub Images": True}
-        row, seen = [], set()
-        for arg in self._args:
-            label = arg["label"]
-            if label in dropdown and label in seen:  # of two of that name the second is the list of choices
-                row.append([value for value in values[label].split(", ") if value])
-            else:
-                row.append(values.get(label, arg["value"]))
-            seen.add(label)
-        return row
-
-
-@pytest.fixture(scope="module")
-def plot(webui: WebUI) -> Plot:
-    return Plot(webui)
-
-
-def run(webui: WebUI, source: Image.Image, options: dict[str, Any], args: list[Any]) -> Reply:
-    return webui.img2img(source, options, script_name=SCRIPT, script_args=args)
+from plots import SCRIPT, Plot, run
 
 
 def test_every_cell_is_what_a_run_with_its_values_gives(
@@ -91,9 +51,32 @@ def test_progress_grows_over_all_cells(webui: WebUI, plot: Plot, small: Image.Im
 
 
 @pytest.mark.parametrize(
+    "options, axes, line",
+    [
+        ({}, {"x": ("Tile size", [64, 96]), "y": ("Overlap", [16, 48])}, "overlap: 48 is not allowed with tile 64"),
+        ({"end": 0.4}, {"z": ("Adapter start", [0, 0.5])}, "start: 0.5 is not allowed with end 0.4"),
+        ({"overlap": 40}, {"y": ("Tile size", [96, 64])}, "overlap: 40 is not allowed with tile 64"),
+        ({}, {"x": ("Tile prompt", ["a cat", "<lora:cat:1>"])}, "tile prompts cannot load networks"),
+        ({}, {"x": ("DINO encoder", ["mini", "facebook/dinov2-base"])}, "adapter '.*' reads encoder 'mini', not"),
+    ],
+)
+def test_values_that_do_not_go_together_are_refused_before_the_first_cell(
+    webui: WebUI, plot: Plot, small: Image.Image, adapters: Adapters, options, axes, line: str
+):
+    everything = {**TILES, "adapter": adapters.random, **options}
+    refusal = webui.refusal(small, everything, script_name=SCRIPT, script_args=plot.args(**axes))
+    assert re.match(line, refusal), refusal
+
+
+def test_what_one_axis_sets_right_is_not_held_against_another(webui: WebUI, plot: Plot, small: Image.Image):
+    args = plot.args(x=("Tile size", [64]), y=("Overlap", [16, 32]))
+    assert len(run(webui, small, {**TILES, "overlap": 48}, args).images) == 3
+
+
+@pytest.mark.parametrize(
     "label, values, line",
     [
-        ("Tile size", [96, 100], "tile: '?100'? is not allowed, give a whole number"),
+        ("Tile size", [96, 100], "tile: '?100'? is not allowed, give 0 .automatic. or a whole number"),
         ("Scale", [2, 9], "scale: '?9.0'? is not allowed, give a number from 1 to 8"),
         ("Order", ["chess", "spiral"], "order: 'spiral' is not allowed, give one of chess, linear, fused, none"),
         ("Adapter", ["None", "nope"], "adapter: 'nope' is not"),
