@@ -1,5 +1,6 @@
 """python -m lib_dinotile, on the built-in model."""
 
+import itertools
 import json
 import os
 import re
@@ -16,6 +17,7 @@ from lib_dinotile import __main__ as cli
 from lib_dinotile.hosts.diffusers import DiffusersHost
 from lib_dinotile.images import read_image
 from lib_dinotile.settings import Generation, Settings
+from tests.test_settings import another
 from tests.test_tiling import random_image
 
 QUICK = ["--quiet", "--steps", "4", "--denoise", "0.3", "--tile", "64", "--overlap", "16", "--patches", "8"]
@@ -437,6 +439,16 @@ def test_every_option_is_a_flag(capsys):
     for option in (*Settings.table(), *Generation.table()):
         flag = option.flag or option.name.replace("_", "-")
         assert (f"--{flag} " in shown) == (option.name != "enabled")
+
+
+@pytest.mark.parametrize("table", [Settings, Generation])
+def test_every_flag_sets_its_option(monkeypatch, table):
+    given = []
+    monkeypatch.setattr(cli, "_upscale", given.append)
+    values = {option.name: another(option) for option in table.table() if option.name != "enabled"}
+    flags = [f"--{option.flag or option.name.replace('_', '-')}" for option in table.table() if option.name in values]
+    assert cli.main(["upscale", "in.png", "out.png", *itertools.chain(*zip(flags, map(str, values.values())))]) == 0
+    assert cli._options(table, given[0]) == table(**values)
 
 
 def test_images_of_every_kind_are_read_as_rgb(tmp_path):

@@ -83,10 +83,23 @@ def test_any_dict_gives_settings_or_one_line(values):
         assert Settings.parse({name: getattr(parsed, name) for name in values}) == parsed
 
 
+def another(option):
+    """A value that is allowed, and not the default."""
+    if option.type is bool:
+        return not option.default
+    if option.type is str:
+        return next((choice for choice in option.choices or () if choice != option.default), "1: a cat")
+    step = option.step or 1
+    near = option.default + step, option.default - step
+    return next(value for value in (*near, option.maximum) if option.minimum <= value <= option.maximum)
+
+
 @pytest.mark.parametrize("table", [Settings, Generation])
 def test_text_reads_back(table):
     for option in table.table():
-        assert option.parse(str(option.default)) == option.default
+        edges = () if option.type is bool else option.choices or (option.minimum, option.maximum)
+        for value in (option.default, another(option), *edges):
+            assert value is None or option.parse(str(value)) == value
     with pytest.raises(DinotileError):
         Settings.option("tile").parse("many")
 
