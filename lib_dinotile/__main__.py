@@ -13,7 +13,7 @@ import os
 import sys
 import warnings
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -133,10 +133,28 @@ def _is_done(target: Path, recipe: Mapping[str, Any]) -> bool:
         return False
 
 
+@contextlib.contextmanager
+def _one_voice() -> Iterator[None]:
+    """What C libraries write of damaged files to the process's stderr goes nowhere: one line of ours says it."""
+    if sys.stderr is None:
+        yield
+        return
+    sys.stderr.flush()
+    kept = os.dup(2)
+    try:
+        with open(os.devnull, "wb") as nowhere:
+            os.dup2(nowhere.fileno(), 2)
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+
+
 def _read_mask(name: str, size: tuple[int, int]) -> Image.Image | None:
     if not name:
         return None
-    mask = read_mask(Path(name))
+    with _one_voice():
+        mask = read_mask(Path(name))
     if mask.size != size:
         raise DinotileError(f"mask: {name} is {mask.width}x{mask.height}, the image is {size[0]}x{size[1]}")
     if mask.getbbox() is None:
@@ -190,7 +208,10 @@ def _upscale(arguments: argparse.Namespace) -> None:
     used = conditioner.used if conditioner else settings
 
     def make(source: Path, target: Path) -> None:
-        image = read_image(source, tell=lambda line: say(f"{source.name} {line}"))
+        told: list[str] = []
+        with _one_voice():
+            image = read_image(source, tell=told.append)
+        say(*(f"{source.name} {line}" for line in told))
         size = canvas_size(image.size, settings, (generation.width, generation.height))
         check_writable(target, size)
         recipe = _recipe(settings, generation, source)
@@ -262,8 +283,9 @@ def _analyze(arguments: argparse.Namespace) -> None:
     settings = dataclasses.replace(_options(Settings, arguments), maps=BOTH, adapter=NONE)
     target = Path(arguments.OUT)
     check_writable(target)
-    source = read_image(Path(arguments.IN))
-    result = read_image(Path(arguments.result)) if arguments.result else None
+    with _one_voice():
+        source = read_image(Path(arguments.IN))
+        result = read_image(Path(arguments.result)) if arguments.result else None
     size = canvas_size(source.size, settings) if result is None else result.size
     conditioner = Conditioner.without_model(settings, _heads(settings))
     for name, picture in analyze(conditioner, source, settings, size, result).items():

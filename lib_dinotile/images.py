@@ -33,8 +33,9 @@ MAX_PIXELS = 2**30
 """Of an image that is read: 32768x32768, say, which take 4 GiB as Pillow keeps them and over 12 as the encoder is given
 them. A file of a few bytes can say that it holds any number; it is refused before memory is taken."""
 
-FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "AVIF", "TIFF", "BMP", "GIF", "ICO", "JPEG2000", "PPM", "PSD", "QOI", "TGA")
-"""What is read, by Pillow's names. Not all that it can: it has programs such as Ghostscript open EPS."""
+FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "AVIF", "TIFF", "BMP", "GIF", "ICO", "PPM", "PSD", "QOI", "TGA")
+"""What is read, by Pillow's names. Not all that it can: it has programs such as Ghostscript open EPS, and of JPEG 2000
+files that were cut off it may show nothing as if that were all."""
 PAGED = ("GIF", "PNG", "WEBP", "AVIF", "TIFF")
 """Those of them that can hold several images of equal rank."""
 
@@ -51,7 +52,7 @@ TURNS = {
 
 
 LONGEST_NAME = 200
-"""Of a file that is written, in bytes without its ending: file systems hold 255, and those beside it have longer names."""
+"""Of a file that is written, in bytes without its ending: most file systems hold 255, and files beside it add to it."""
 
 
 def endings() -> set[str]:
@@ -92,10 +93,9 @@ def _opened(
             if opened.width * opened.height > limit:
                 raise Image.DecompressionBombError
             opened.load()
-            image = _turned(_in_8_bits(opened, name))
-            if opened.format in PAGED and _has_more(opened):
+            yield _turned(_in_8_bits(opened, name))
+            if opened.format in PAGED and _has_more(opened):  # which goes to the second
                 tell("holds several images, the first is taken")
-        yield image
     except DinotileError:
         raise
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
@@ -118,6 +118,8 @@ def _has_more(image: Image.Image) -> bool:
 
 def _turned(image: Image.Image) -> Image.Image:
     """Upright. Damaged EXIF turns nothing; ImageOps.exif_transpose wants to write it anew, and stumbles over it."""
+    if image.format == "TIFF":  # these Pillow turns when it loads them, and its older versions still say how
+        return image
     try:
         orientation = image.getexif().get(ExifTags.Base.Orientation)
     except Exception:  # it raises whatever it likes, too

@@ -13,9 +13,9 @@ from lib_dinotile import DinotileError
 
 T = TypeVar("T")
 
-_shown = reprlib.Repr()
-_shown.maxstring = _shown.maxother = _shown.maxlong = 80
-_shown.maxlevel = 2
+_short = reprlib.Repr()
+_short.maxstring = _short.maxother = _short.maxlong = 80
+_short.maxlevel = 2
 
 
 @dataclass(frozen=True)
@@ -92,13 +92,16 @@ class Option:
             raise self._refuse(text) from error
 
     def _refuse(self, value: Any) -> DinotileError:
-        try:
-            shown = _shown.repr(value)
-        except ValueError:  # Python writes no whole number of over 4300 digits
-            shown = "a number so large"
-        if len(shown) > 80:
-            shown = shown[:77] + "..."
-        return DinotileError(f"{self.name}: {shown} is not allowed, give {self.allowed}")
+        return DinotileError(f"{self.name}: {_shown(value)} is not allowed, give {self.allowed}")
+
+
+def _shown(value: Any) -> str:
+    """A value of any type, in at most 80 characters."""
+    try:
+        text = _short.repr(value)
+    except ValueError:  # Python writes no whole number of over 4300 digits
+        text = f"<{type(value).__name__}>"
+    return text if len(text) <= 80 else text[:77] + "..."
 
 
 def _is_unicode(text: str) -> bool:
@@ -132,9 +135,11 @@ class Options:
             return rows[name]
         near = difflib.get_close_matches(name[:80], rows, n=1) if isinstance(name, str) else ()
         hint = f"did you mean {near[0]!r}?" if near else "there are " + ", ".join(rows)
-        raise DinotileError(f"{_shown.repr(name)} is no option of DINO Tile: {hint}")
+        raise DinotileError(f"{_shown(name)} is no option of DINO Tile: {hint}")
 
     @classmethod
     def parse(cls: Callable[..., T], values: Mapping[str, Any]) -> T:
         """Options from a dict, defaults for what is left out. DinotileError for a wrong name, type or range."""
+        if not isinstance(values, Mapping):
+            raise DinotileError(f"{_shown(values)} is not allowed, give one dict of options")
         return cls(**{name: cls.option(name).check(value) for name, value in values.items()})  # type: ignore[attr-defined]

@@ -1,0 +1,443 @@
+"""Whatever images and options come: done right, or refused with one line and nothing left on the disk.
+
+Many more examples: pytest tests/test_bad_input.py --hypothesis-profile=thorough
+"""
+
+import contextlib
+import dataclasses
+import io
+import os
+import signal
+import struct
+import subprocess
+import sys
+import tempfile
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from lib_dinotile import DinotileError
+from lib_dinotile import __main__ as cli
+from lib_dinotile.engine import canvas_size
+from lib_dinotile.hosts import diffusers
+from lib_dinotile.images import FORMATS, MAX_PIXELS, endings, read_image, read_mask
+from lib_dinotile.settings import Generation, Settings
+from tests.strategies import ODD_TEXTS, SIZES, File, encoded, files, good, option_sets, stored, wrong
+
+LONGEST_LINE = 500
+"""Characters of a line that refuses: what is not an option's name is answered with all that are."""
+SECONDS = 60
+"""That no example may take."""
+CHEAP = {
+    "longest": 200,
+    "width": 200,
+    "height": 200,
+    "scale": 4,
+    "steps": 4,
+    "patches": 12,
+    "windows": 2,
+    "views": 2,
+    "guard_seeds": 1,
+    "guard_weaker": 1,
+}
+"""What runs of the whole command are asked for at most."""
+SLOW = {"model", "config", "encoder", "prediction", "decoder"}
+"""Options that are left alone there: they load other models."""
+QUICK = ("--quiet", "--steps=2", "--patches=8", "--tile=64", "--overlap=8", "--guard-seeds=0", "--guard-weaker=1")
+PLAIN = ("--order=none", "--guard=off", "--guidance=0", "--adapter=None", "--seams=none", "--upscaler=Lanczos")
+"""Nothing is painted."""
+
+
+@pytest.fixture(autouse=True)
+def no_network(monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def loaded_once():
+    """The built-in model's UNet is read once, not for every example."""
+    unet = diffusers.UNet2DConditionModel.from_pretrained(diffusers.MINI / "unet")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(diffusers.UNet2DConditionModel, "from_pretrained", lambda *_, **__: unet)
+        yield
+
+
+@contextlib.contextmanager
+def no_hang():
+    def late(*_):
+        raise TimeoutError(f"over {SECONDS} seconds")
+
+    before = signal.signal(signal.SIGALRM, late)
+    signal.alarm(SECONDS)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def is_one_line(text: str) -> bool:
+    return bool(text) and text.isprintable() and len(text) <= LONGEST_LINE
+
+
+def run(*arguments: str) -> tuple[int, str]:
+    """(exit code, stderr) of the command line."""
+    err = io.StringIO()
+    with contextlib.redirect_stderr(err), contextlib.redirect_stdout(io.StringIO()), no_hang():
+        try:
+            code = cli.main(arguments)
+        except SystemExit as stopped:
+            code = stopped.code
+    return code, err.getvalue()
+
+
+# Options ------------------------------------------------------------------------------------------------------------
+
+
+@given(values=option_sets(Settings))
+@example({"tile_prompt": "half \ud800"})
+@example({"tile_prompt": " fur\n"})
+def test_options_of_a_request_are_taken_as_they_are_or_refused_by_name(values):
+    try:
+        parsed = Settings.parse(values)
+    except DinotileError as error:
+        line = str(error)
+        assert is_one_line(line) and error.status_code == 422
+        named = line.split(":")[0] in {row.name for row in Settings.table()}
+        assert named or "is no option of DINO Tile" in line
+        return
+    assert Settings.parse(dataclasses.asdict(parsed)) == parsed
+    for row in Settings.table():
+        value = getattr(parsed, row.name)
+        assert type(value) is row.type
+        if row.name in values and row.type is not str:
+            assert value == values[row.name]
+        if row.infotext in parsed.infotext:
+            assert row.parse(str(parsed.infotext[row.infotext])) == value
+
+
+@given(data=st.data())
+def test_what_is_within_an_option_s_range_is_taken_and_what_is_not_is_refused(data):
+    row = data.draw(st.sampled_from([*Settings.table(), *Generation.table()]))
+    value = data.draw(good(row))
+    assert row.check(value) == (value.strip() if isinstance(value, str) else value)
+    assert row.parse(str(row.check(value))) == row.check(value)
+    with pytest.raises(DinotileError, match=rf"^{row.name}: .* is not allowed, give "):
+        row.check(data.draw(wrong(row)))
+
+
+def test_a_number_that_python_does_not_write_is_refused():
+    for values in ({"tile": 10**5000}, {"tile": [10**5000]}, {10**5000: 1}):
+        with pytest.raises(DinotileError) as error:
+            Settings.parse(values)
+        assert is_one_line(str(error.value))
+
+
+@pytest.mark.parametrize("values", [None, [1], "scale", 2])
+def test_options_that_are_no_dict_are_refused(values):
+    with pytest.raises(DinotileError, match="give one dict of options"):
+        Settings.parse(values)
+
+
+def flags(values: dict) -> list[str]:
+    rows = {row.name: row for table in (Settings, Generation) for row in table.table()}
+    return [
+        f"--{(rows[name].flag if name in rows else None) or str(name).replace('_', '-')}={value}"
+        for name, value in values.items()
+    ]
+
+
+@st.composite
+def command_lines(draw):
+    """Flags with values, most of them right."""
+    values = {}
+    for table in (Settings, Generation):
+        for row in table.table():
+            if row.name == "enabled" or row.name in SLOW or draw(st.integers(0, 7)):
+                continue
+            kinds = [good(row, CHEAP.get(row.name))] * 6
+            if row.type is not str or row.choices:
+                kinds.append(wrong(row).filter(lambda value: "\0" not in str(value)))
+            value = draw(st.one_of(*kinds, st.sampled_from([text for text in ODD_TEXTS if "\0" not in text])))
+            values[row.name] = value
+    return flags(values)
+
+
+# Images -------------------------------------------------------------------------------------------------------------
+
+
+@given(file=files())
+def test_an_image_is_read_right_or_refused(file: File):
+    try:
+        with no_hang():
+            read = read_image(io.BytesIO(file.data), "it")
+            mask = read_mask(io.BytesIO(file.data), "it")
+    except DinotileError as error:
+        assert is_one_line(str(error)) and str(error).startswith("it ") and file.state != "whole"
+        return
+    assert file.state != "nothing" and read.mode == "RGB" and (mask.mode, mask.size) == ("L", read.size)
+    if file.shown is not None:  # what was cut off may have been of no use
+        pixels = np.asarray(read).astype(int)
+        assert pixels.shape == file.shown.shape and abs(pixels - file.shown).max() <= file.tolerance
+
+
+def test_a_profile_and_exif_that_are_damaged_are_passed_over():
+    image, shown = stored("RGB", (6, 3), 9, False)
+    exif = Image.Exif()
+    exif[0x0112], exif[0x010F] = 6, "maker"
+    file = io.BytesIO()
+    image.save(file, "PNG", exif=exif, icc_profile=b"damaged")
+    upright = np.rot90(shown, -1)
+    assert (np.asarray(read_image(file)) == upright).all()
+    # The maker's name is a fraction now: Pillow reads the orientation, but cannot write the rest anew.
+    raw = exif.tobytes()
+    broken = raw.replace(struct.pack("<HH", 0x010F, 2), struct.pack("<HH", 0x010F, 5))
+    broken = broken if broken != raw else raw.replace(struct.pack(">HH", 0x010F, 2), struct.pack(">HH", 0x010F, 5))
+    assert broken != raw
+    file = io.BytesIO()
+    image.save(file, "PNG", exif=broken)
+    assert (np.asarray(read_image(file)) == upright).all()
+
+
+@pytest.mark.parametrize("name", ["GIF", "PNG", "TIFF", "WEBP"])
+def test_of_several_images_the_first_is_taken_and_that_is_said(name, tmp_path):
+    image, shown = stored("L" if name == "GIF" else "RGB", (20, 10), 9, False)
+    lines = []
+    for frames, said in ((1, []), (3, ["holds several images, the first is taken"])):
+        (tmp_path / "in").write_bytes(encoded(image, name, frames=frames))
+        lines.clear()
+        read = read_image(tmp_path / "in", tell=lines.append)
+        assert lines == said and abs(np.asarray(read).astype(int) - shown).max() <= 1
+
+
+def deep_tiff(bits: int, photometric: int, samples: bytes, width: int) -> io.BytesIO:
+    """A TIFF of one row of greys, as a scanner writes it."""
+    tags = ((256, width), (257, 1), (258, bits), (259, 1), (262, photometric), (273, 8), (278, 1), (279, len(samples)))
+    directory = struct.pack("<H", len(tags)) + b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags)
+    samples += bytes(len(samples) % 2)
+    return io.BytesIO(struct.pack("<2sHI", b"II", 42, 8 + len(samples)) + samples + directory + bytes(4))
+
+
+def test_greys_of_more_than_8_bits_are_scaled_not_cut_off():
+    sixteen = np.array([0, 1, 255, 256, 0x8000, 0xFFFF], "<u2")
+    for photometric, greys in ((1, [0, 0, 0, 1, 128, 255]), (0, [255, 255, 255, 254, 127, 0])):
+        read = read_image(deep_tiff(16, photometric, sixteen.tobytes(), 6))
+        assert np.asarray(read)[0, :, 0].tolist() == greys
+    twelve = bytes([0xFF, 0xF8, 0x00])  # 4095, 2048
+    assert np.asarray(read_image(deep_tiff(12, 1, twelve, 2)))[0, :, 0].tolist() == [255, 128]
+    grey = Image.fromarray(np.array([[0x1234, 0x8000]], np.uint16))
+    file = io.BytesIO()
+    grey.save(file, "PNG", transparency=0x1234)
+    if read_mask(file).getpixel((0, 0)) != 0x12:  # where Pillow writes it
+        assert np.asarray(read_image(file))[0, :, 0].tolist() == [255, 128]
+        assert np.asarray(read_mask(file)).tolist() == [[0, 128]]
+
+
+def chunk(kind: bytes, data: bytes) -> bytes:
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+
+def png_header(width: int, height: int, colour: int = 2) -> bytes:
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, colour, 0, 0, 0))
+
+
+def bombs(side: int) -> dict[str, bytes]:
+    """Files of a few bytes that say they hold side x side pixels."""
+    png = png_header(side, side) + chunk(b"IDAT", zlib.compress(bytes(999))) + chunk(b"IEND", b"")
+    icon = struct.pack("<HHHBBBBHHII", 0, 1, 1, 0, 0, 0, 0, 1, 32, len(png), 22)
+    found = {
+        "png": png,
+        "ico": icon + png,
+        "bmp": struct.pack("<2sI4xIIiiHH24x", b"BM", 99, 54, 40, side, side, 1, 24) + bytes(45),
+        "ppm": f"P6 {side} {side} 255\n".encode() + bytes(99),
+        "psd": struct.pack(">4sH6xHIIHH", b"8BPS", 1, 3, side, side, 8, 3) + bytes(99),
+        "qoi": struct.pack(">4sIIBB", b"qoif", side, side, 3, 0) + b"\xfd" * 99,
+    }
+    if side < 65536:
+        found["gif"] = (
+            struct.pack("<6sHHBBB", b"GIF89a", side, side, 0x80, 0, 0)
+            + bytes(6)
+            + (struct.pack("<BHHHHBB", 0x2C, 0, 0, side, side, 0, 2) + b"\x02\x44\x01\x00;")
+        )
+        found["tga"] = struct.pack("<BBB5xHHHHBB", 0, 0, 2, 0, 0, side, side, 24, 0) + bytes(99)
+        small = encoded(Image.new("RGB", (8, 8)), "JPEG")
+        start = small.index(b"\xff\xc0") + 5
+        found["jpg"] = small[:start] + struct.pack(">HH", min(side, 65500), min(side, 65500)) + small[start + 4 :]
+    return found
+
+
+def test_a_file_that_says_it_is_huge_is_refused_before_memory_is_taken(tmp_path):
+    """In a process that may take 700 MiB more than it has: Pillow would keep the smallest of these in 14 GiB."""
+    for side in (60000, 2**30):
+        for kind, data in bombs(side).items():
+            (tmp_path / f"{side}.{kind}").write_bytes(data)
+    script = f"""
+import resource, sys, io, re
+from pathlib import Path
+import numpy as np
+from lib_dinotile import DinotileError, __main__ as cli
+from lib_dinotile.images import read_image, read_mask
+has = int(re.search(r"VmSize:\\s+(\\d+)", open("/proc/self/status").read())[1]) * 1024
+resource.setrlimit(resource.RLIMIT_AS, (has + 700 * 2**20,) * 2)
+files = sorted(Path({str(tmp_path)!r}).iterdir())
+for file in files:
+    for read in (read_image, read_mask):
+        for what in (file, io.BytesIO(file.read_bytes())):
+            try:
+                read(what, file.name)
+                print("read", file.name)
+            except DinotileError as error:
+                print(error)
+print("main", [cli.main(["upscale", str(file), str(file.with_suffix(".out.png")), "--quiet"]) for file in files])
+"""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(cli.__file__).parents[1])}
+    command = [sys.executable, "-W", "ignore", "-c", script]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr[-2000:]
+    *lines, codes = done.stdout.splitlines()
+    count = len(bombs(60000)) + len(bombs(2**30))
+    assert len(lines) == 4 * count and codes == f"main {[2] * count}"
+    assert all("too many pixels" in line or "cannot be read as an image" in line for line in lines)
+    assert sum(f"60000.{kind} has too many pixels" in line for line in lines for kind in bombs(60000)) >= 4 * 8
+    told = done.stderr.splitlines()
+    assert len(told) == count and all(line.startswith("dinotile: ") and is_one_line(line) for line in told)
+    assert not list(tmp_path.glob("*.out.png*"))
+
+
+def test_the_limit_of_pixels_is_kept_to_the_pixel():
+    file = io.BytesIO(encoded(Image.new("RGB", (40, 25)), "PNG"))
+    assert read_image(file, limit=1000).size == (40, 25)
+    with pytest.raises(DinotileError, match=r"^this has too many pixels: at most 999 are read$"):
+        read_image(file, "this", limit=999)
+    assert 65536**2 > MAX_PIXELS >= 16384**2
+
+
+def test_no_program_is_run_for_an_image(tmp_path, monkeypatch):
+    monkeypatch.setattr(subprocess, "Popen", lambda *_, **__: pytest.fail("a program was run"))
+    file = tmp_path / "in.eps"
+    Image.new("RGB", (9, 9)).save(file)
+    for name in ("in.eps", "in.png"):
+        file = file.rename(tmp_path / name)
+        with pytest.raises(DinotileError, match=r"cannot be read as an image: it is damaged, or none of PNG, JPEG"):
+            read_image(file)
+    assert "EPS" not in FORMATS and {".png", ".jpg", ".webp"} <= endings() and not endings() & {".eps", ".ps", ".wmf"}
+
+
+@pytest.mark.parametrize("kind", ["pipe", "folder", "broken link", "device", "nothing", "long"])
+def test_what_is_no_file_is_refused_and_not_waited_for(kind, tmp_path):
+    path, out, image = tmp_path / "in\n.png", tmp_path / "out.png", tmp_path / "image.png"
+    Image.new("RGB", (9, 9)).save(image)
+    if kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "folder":
+        path.mkdir()
+    elif kind == "broken link":
+        path.symlink_to("gone.png")
+    elif kind == "device":
+        path = Path("/dev/zero")
+    elif kind == "long":
+        path = tmp_path / ("x" * 300 + ".png")
+    cases = [("upscale", str(image), str(out), "--mask", str(path)), ("analyze", str(path), str(out))]
+    cases += [("analyze", str(image), str(out), "--result", str(path))]
+    if kind != "folder":
+        cases.append(("upscale", str(path), str(out), "--quiet"))
+    for arguments in cases:
+        code, err = run(*arguments)
+        assert code == 2 and err.endswith("\n") and is_one_line(err[:-1]), (arguments, err)
+        assert ("is not there" if kind in ("nothing", "long") else "is no file") in err
+    assert {file.name for file in tmp_path.iterdir()} <= {"in\n.png", "image.png"}
+
+
+def test_links_and_odd_names_are_fine(tmp_path):
+    image, _ = stored("RGB", (9, 6), 1, False)
+    for number, name in enumerate(("a b\n.png", "-x.png", "ö猫\u202e.png", os.fsdecode(b"\xff.png"), "%s{0}.png")):
+        image.save(tmp_path / "image.png")
+        (tmp_path / "link.png").symlink_to("image.png")
+        (tmp_path / "link.png").rename(tmp_path / name)
+        out = tmp_path / str(number) / name
+        out.parent.mkdir()
+        assert run("upscale", str(tmp_path / name), str(out), "--quiet", *PLAIN) == (0, "")
+        assert Image.open(out).size == (18, 12)
+
+
+# The whole way ------------------------------------------------------------------------------------------------------
+
+
+def outcome(folder: Path) -> set[str]:
+    return {file.name for file in folder.iterdir()}
+
+
+@settings(suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture])
+@given(file=files(), arguments=command_lines(), plain=st.booleans(), ending=st.sampled_from([".png", ".bmp", ".webp"]))
+def test_an_image_and_options_give_an_image_or_one_line(file: File, arguments, plain, ending):
+    large = file.shown is None or max(file.shown.shape) > 100
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        source, out = folder / f"in{file.ending}", folder / f"out{ending}"
+        source.write_bytes(file.data)
+        arguments = [*QUICK, *arguments, *(PLAIN if plain or large else ())]
+        code, err = run("upscale", str(source), str(out), *arguments)
+        if code:
+            assert code == 2 and err.endswith("\n") and is_one_line(err[:-1]), err
+            assert outcome(folder) == {source.name}
+            return
+        assert not err and file.state != "nothing"
+        assert outcome(folder) - {"out-semantic.png", "out-consistency.png"} == {source.name, out.name}
+        with Image.open(out) as written:
+            made = written.convert("RGB")
+        source = read_image(source)
+        parser_values = {part.split("=", 1)[0]: part.split("=", 1)[1] for part in arguments if "=" in part}
+        settings_, size = settings_of(parser_values), None
+        size = canvas_size(source.size, settings_[0], settings_[1])
+        assert made.size == size
+        if (plain or large) and file.shown is not None and ending != ".webp":
+            expected = np.asarray(Image.fromarray(file.shown).resize(size, Image.Resampling.LANCZOS)).astype(int)
+            # Lanczos overshoots: what was off by one comes out a little more.
+            assert abs(np.asarray(made).astype(int) - expected).max() <= 2 * file.tolerance
+
+
+def settings_of(values: dict[str, str]) -> tuple[Settings, tuple[int, int]]:
+    """The last value of each flag, as the command line takes it."""
+    parsed = []
+    for table in (Settings, Generation):
+        flags = {f"--{row.flag or row.name.replace('_', '-')}": row for row in table.table()}
+        parsed.append(table.parse({flags[f].name: flags[f].parse(text) for f, text in values.items() if f in flags}))
+    return parsed[0], (parsed[1].width, parsed[1].height)
+
+
+@settings(suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture])
+@given(
+    some=st.lists(files().filter(lambda file: file.shown is None or max(file.shown.shape) < 100), max_size=4),
+    analyzed=st.booleans(),
+)
+def test_bad_images_of_a_folder_are_left_out_and_the_others_done(some: list[File], analyzed):
+    with tempfile.TemporaryDirectory() as name:
+        folder, out = Path(name) / "in", Path(name) / "out"
+        folder.mkdir()
+        Image.new("RGB", (9, 9), "red").save(folder / "good.png")
+        for number, file in enumerate(some):
+            (folder / f"{number}{file.ending}").write_bytes(file.data)
+        code, err = run("upscale", str(folder), str(out), "--quiet", *PLAIN)
+        done = outcome(out)
+        assert "good.png" in done and all(f"{n}.png" in done for n, file in enumerate(some) if file.state == "whole")
+        missing = [f"{n}{file.ending}" for n, file in enumerate(some) if f"{n}.png" not in done]
+        assert code == (2 if missing else 0) and err.count("\n") == bool(missing)
+        assert all(f"{each}: " in err for each in missing) and len(done) == 1 + len(some) - len(missing)
+        assert f"{len(missing)} of {1 + len(some)} images were left out" in err or not missing
+        for number, file in enumerate(some if analyzed else ()):
+            code, err = run("analyze", str(folder / f"{number}{file.ending}"), str(out / "map.png"), "--patches=8")
+            assert (code == 0 and not err) if f"{number}.png" in done else (code == 2 and err.count("\n") == 1)
+
+
+@pytest.mark.parametrize("size", SIZES[:5])
+def test_every_size_is_painted(size, tmp_path):
+    stored("RGB", size, 77, False)[0].save(tmp_path / "in.png")
+    quick = ("--steps=2", "--patches=8", "--tile=256", "--overlap=16", "--maps=both", "--quiet")
+    code, err = run("upscale", str(tmp_path / "in.png"), str(tmp_path / "out.png"), *quick)
+    assert (code, err) == (0, "")
+    assert Image.open(tmp_path / "out.png").size == (2 * size[0], 2 * size[1])
