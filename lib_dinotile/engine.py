@@ -13,6 +13,7 @@ from lib_dinotile import DinotileError
 from lib_dinotile.condition.conditioner import Conditioner, Conditions
 from lib_dinotile.hosts.base import Host, Interrupted, check_name
 from lib_dinotile.journal import Journal
+from lib_dinotile.memory import enough_memory
 from lib_dinotile.prompts import check_prompts
 from lib_dinotile.report import Report
 from lib_dinotile.run import Run
@@ -128,6 +129,7 @@ def upscale(
     size = size or canvas_size(source.size, settings)
     plan = make_plan(host, size, settings)
     check_prompts(host, plan, settings)
+    _check_memory(source, size)
     with torch.no_grad():
         features = conditioner.features(source, size) if conditioner else None
         canvas = _canvas(host, source, plan, settings, mask, fill)
@@ -157,6 +159,19 @@ def draw_maps(
     return found
 
 
+def _check_memory(source: Image.Image, size: tuple[int, int]) -> None:
+    """DinotileError if a canvas of (width, height) surely does not fit."""
+    # Of the canvas: the upscaled image as Pillow has it, the base and the change. Of the source: what the encoder sees.
+    if not enough_memory((4 + 3 + 6) * size[0] * size[1] + (3 + 12) * source.width * source.height):
+        raise _too_large(size)
+
+
+def _too_large(size: tuple[int, int]) -> OutOfMemoryError:
+    return OutOfMemoryError(
+        f"out of memory before the first tile: make the result smaller than {size[0]}x{size[1]}", 500
+    )
+
+
 def _canvas(
     host: Host,
     source: Image.Image,
@@ -173,8 +188,7 @@ def _canvas(
     except Exception as error:
         if not is_out_of_memory(error):
             raise
-        message = f"out of memory before the first tile: make the result smaller than {size[0]}x{size[1]}"
-        raise OutOfMemoryError(message, 500) from error
+        raise _too_large(size) from error
 
 
 def preview(conditioner: Conditioner, source: Image.Image, plan: TilePlan) -> Image.Image:
@@ -200,6 +214,7 @@ def analyze(
     itself enlarged by Lanczos."""
     settings = settings.for_base("sd15")
     plan = TilePlan(*size, settings.tile, settings.overlap)
+    _check_memory(source, size)
     with torch.no_grad():
         features = conditioner.features(source, size)
         canvas = Canvas(source.resize(size, Image.Resampling.LANCZOS), plan)

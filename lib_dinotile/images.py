@@ -14,6 +14,7 @@ import numpy as np
 from PIL import ExifTags, Image, ImageCms, PngImagePlugin, UnidentifiedImageError
 
 from lib_dinotile import DinotileError, one_line
+from lib_dinotile.memory import enough_memory
 from lib_dinotile.settings import MAX_SIDE
 
 LARGEST = {
@@ -92,6 +93,8 @@ def _opened(
         with Image.open(file, formats=[kind for kind in FORMATS if kind in Image.OPEN]) as opened:
             if opened.width * opened.height > limit:
                 raise Image.DecompressionBombError
+            if not enough_memory(2 * 4 * opened.width * opened.height):
+                raise MemoryError
             opened.load()
             yield _turned(_in_8_bits(opened, name))
             if opened.format in PAGED and _has_more(opened):  # which goes to the second
@@ -99,7 +102,8 @@ def _opened(
     except DinotileError:
         raise
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise DinotileError(f"{name} has too many pixels: at most {limit:,} are read") from error
+        most = min(limit, Image.MAX_IMAGE_PIXELS or limit)
+        raise DinotileError(f"{name} has too many pixels: at most {most:,} are read") from error
     except MemoryError as error:
         raise DinotileError(f"{name} needs more memory than there is: make it smaller") from error
     except UnidentifiedImageError as error:
@@ -189,7 +193,7 @@ def write_image(image: Image.Image, path: Path, texts: Mapping[str, str]) -> Non
     """Write `image`, all of it or nothing; PNG files carry the texts by their keys, as the WebUIs' do `parameters`."""
     information = PngImagePlugin.PngInfo()
     for key, text in texts.items():
-        information.add_text(key, text.encode(errors="backslashreplace").decode())  # names of files may be no UTF-8
+        information.add_text(key, text)
     more = {"pnginfo": information} if path.suffix.lower() == ".png" else {"quality": 95}
     name = None
     try:

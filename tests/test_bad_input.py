@@ -7,6 +7,7 @@ import contextlib
 import dataclasses
 import io
 import os
+import re
 import signal
 import struct
 import subprocess
@@ -16,8 +17,9 @@ import zlib
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
-from hypothesis import HealthCheck, example, given, settings
+from hypothesis import HealthCheck, event, example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -49,6 +51,8 @@ CHEAP = {
 SLOW = {"model", "config", "encoder", "prediction", "decoder"}
 """Options that are left alone there: they load other models."""
 QUICK = ("--quiet", "--steps=2", "--patches=8", "--tile=64", "--overlap=8", "--guard-seeds=0", "--guard-weaker=1")
+TOGETHER = r"dinotile: (overlap: .* with tile|(guidance_)?start: .* with (guidance_)?end|target: no size|layer: encoder|.*a side)"
+"""What is said of options that are allowed, but not with each other, or not with this image."""
 PLAIN = ("--order=none", "--guard=off", "--guidance=0", "--adapter=None", "--seams=none", "--upscaler=Lanczos")
 """Nothing is painted."""
 
@@ -154,18 +158,22 @@ def flags(values: dict) -> list[str]:
 
 @st.composite
 def command_lines(draw):
-    """Flags with values, most of them right."""
-    values = {}
+    """(whether all values are right, flags with values)"""
+    values, careful = {}, draw(st.booleans())
     for table in (Settings, Generation):
         for row in table.table():
             if row.name == "enabled" or row.name in SLOW or draw(st.integers(0, 7)):
+                continue
+            if careful and (row.type is not str or row.choices):
+                values[row.name] = draw(good(row, CHEAP.get(row.name)))
+            if careful:
                 continue
             kinds = [good(row, CHEAP.get(row.name))] * 6
             if row.type is not str or row.choices:
                 kinds.append(wrong(row).filter(lambda value: "\0" not in str(value)))
             value = draw(st.one_of(*kinds, st.sampled_from([text for text in ODD_TEXTS if "\0" not in text])))
             values[row.name] = value
-    return flags(values)
+    return careful, flags(values)
 
 
 # Images -------------------------------------------------------------------------------------------------------------
@@ -271,42 +279,65 @@ def bombs(side: int) -> dict[str, bytes]:
     return found
 
 
-def test_a_file_that_says_it_is_huge_is_refused_before_memory_is_taken(tmp_path):
-    """In a process that may take 700 MiB more than it has: Pillow would keep the smallest of these in 14 GiB."""
-    for side in (60000, 2**30):
+def damaged_tiffs() -> dict[str, bytes]:
+    """Such as Pillow warns of, and such as libtiff writes to stderr of."""
+    whole = encoded(Image.effect_noise((60, 40), 90), "TIFF", compression="tiff_lzw")
+    return {"a": whole[: len(whole) // 2], "b": whole[:300] + bytes(500) + whole[800:], "c": whole[:-5]}
+
+
+def test_what_is_huge_or_damaged_is_one_line_in_a_process_of_its_own(tmp_path):
+    """It may take 700 MiB more than it has: Pillow would keep the smallest of the huge ones in 3 GiB."""
+    for side in (30000, 60000, 2**30):
         for kind, data in bombs(side).items():
             (tmp_path / f"{side}.{kind}").write_bytes(data)
+    for kind, data in damaged_tiffs().items():
+        (tmp_path / f"{kind}.tif").write_bytes(data)
     script = f"""
-import resource, sys, io, re
+import re, resource
 from pathlib import Path
-import numpy as np
 from lib_dinotile import DinotileError, __main__ as cli
 from lib_dinotile.images import read_image, read_mask
 has = int(re.search(r"VmSize:\\s+(\\d+)", open("/proc/self/status").read())[1]) * 1024
 resource.setrlimit(resource.RLIMIT_AS, (has + 700 * 2**20,) * 2)
-files = sorted(Path({str(tmp_path)!r}).iterdir())
+codes, files = [], sorted(Path({str(tmp_path)!r}).iterdir())
 for file in files:
+    codes.append(cli.main(["analyze", str(file), str(file.with_suffix(".out.png"))]))
     for read in (read_image, read_mask):
-        for what in (file, io.BytesIO(file.read_bytes())):
+        with file.open("rb") as opened, cli._one_voice():
             try:
-                read(what, file.name)
-                print("read", file.name)
+                read(opened, file.name)
             except DinotileError as error:
                 print(error)
-print("main", [cli.main(["upscale", str(file), str(file.with_suffix(".out.png")), "--quiet"]) for file in files])
+print(codes)
 """
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(cli.__file__).parents[1])}
-    command = [sys.executable, "-W", "ignore", "-c", script]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr[-2000:]
     *lines, codes = done.stdout.splitlines()
-    count = len(bombs(60000)) + len(bombs(2**30))
-    assert len(lines) == 4 * count and codes == f"main {[2] * count}"
-    assert all("too many pixels" in line or "cannot be read as an image" in line for line in lines)
-    assert sum(f"60000.{kind} has too many pixels" in line for line in lines for kind in bombs(60000)) >= 4 * 8
+    files = sorted(file.name for file in tmp_path.iterdir())
+    assert codes == str([2] * len(files)) and not [name for name in files if "out" in name]
     told = done.stderr.splitlines()
-    assert len(told) == count and all(line.startswith("dinotile: ") and is_one_line(line) for line in told)
-    assert not list(tmp_path.glob("*.out.png*"))
+    assert len(told) == len(files), done.stderr[-2000:]
+    for name, line, *again in zip(files, told, lines[::2], lines[1::2]):
+        assert line == f"dinotile: {tmp_path}/{again[0]}" and again[0] == again[1] and line.isprintable()
+        if name.startswith("60000"):
+            assert again[0] == f"{name} has too many pixels: at most {MAX_PIXELS:,} are read"
+        elif name.startswith("30000"):
+            assert "needs more memory than there is" in again[0] or "cannot be read as an image" in again[0]
+        else:
+            assert re.search("too many pixels|cannot be read as an image", again[0])
+    assert sum("needs more memory" in line for line in lines) >= 2 * 4
+
+
+def test_what_there_is_no_memory_for_is_refused_before_it_is_taken(tmp_path, monkeypatch):
+    Image.new("RGB", (100, 50)).save(tmp_path / "in.png")
+    source, out, had = str(tmp_path / "in.png"), str(tmp_path / "out.png"), psutil.virtual_memory()
+    for kibibytes, says in ((20, "in.png needs more memory than there is"), (200, "smaller than 200x100")):
+        monkeypatch.setattr(psutil, "virtual_memory", lambda n=kibibytes: had._replace(available=n * 1024))
+        monkeypatch.setattr(psutil, "swap_memory", lambda: psutil._common.sswap(0, 0, 0, 0, 0, 0))
+        for arguments in (("upscale", source, out, *QUICK), ("analyze", source, out)):
+            code, err = run(*arguments)
+            assert code and says in err and err.count("\n") == 1 and outcome(tmp_path) == {"in.png"}
 
 
 def test_the_limit_of_pixels_is_kept_to_the_pixel():
@@ -373,8 +404,9 @@ def outcome(folder: Path) -> set[str]:
 
 
 @settings(suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture])
-@given(file=files(), arguments=command_lines(), plain=st.booleans(), ending=st.sampled_from([".png", ".bmp", ".webp"]))
-def test_an_image_and_options_give_an_image_or_one_line(file: File, arguments, plain, ending):
+@given(file=files(), line=command_lines(), plain=st.booleans(), ending=st.sampled_from([".png", ".bmp", ".webp"]))
+def test_an_image_and_options_give_an_image_or_one_line(file: File, line, plain, ending):
+    careful, arguments = line
     large = file.shown is None or max(file.shown.shape) > 100
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -385,7 +417,10 @@ def test_an_image_and_options_give_an_image_or_one_line(file: File, arguments, p
         if code:
             assert code == 2 and err.endswith("\n") and is_one_line(err[:-1]), err
             assert outcome(folder) == {source.name}
+            event(f"refused, {file.state}, {'good' if careful else 'odd'} options")
+            assert not careful or file.state != "whole" or re.match(TOGETHER, err), err
             return
+        event(f"done, {file.state}, {'good' if careful else 'odd'} options")
         assert not err and file.state != "nothing"
         assert outcome(folder) - {"out-semantic.png", "out-consistency.png"} == {source.name, out.name}
         with Image.open(out) as written:
@@ -434,10 +469,87 @@ def test_bad_images_of_a_folder_are_left_out_and_the_others_done(some: list[File
             assert (code == 0 and not err) if f"{number}.png" in done else (code == 2 and err.count("\n") == 1)
 
 
-@pytest.mark.parametrize("size", SIZES[:5])
-def test_every_size_is_painted(size, tmp_path):
+@pytest.mark.parametrize("size", SIZES)
+def test_every_size_is_painted_and_mapped(size, tmp_path):
     stored("RGB", size, 77, False)[0].save(tmp_path / "in.png")
-    quick = ("--steps=2", "--patches=8", "--tile=256", "--overlap=16", "--maps=both", "--quiet")
-    code, err = run("upscale", str(tmp_path / "in.png"), str(tmp_path / "out.png"), *quick)
-    assert (code, err) == (0, "")
+    quick = ("--steps=1", "--patches=8", "--tile=1024", "--overlap=16", "--maps=both", "--quiet")
+    assert run("upscale", str(tmp_path / "in.png"), str(tmp_path / "out.png"), *quick) == (0, "")
     assert Image.open(tmp_path / "out.png").size == (2 * size[0], 2 * size[1])
+    assert run("analyze", str(tmp_path / "in.png"), str(tmp_path / "map.png"), "--patches=8") == (0, "")
+    for name in ("out-semantic.png", "out-consistency.png", "map.png", "map-consistency.png"):
+        assert max(Image.open(tmp_path / name).size) >= min(2 * max(size), 1024)
+
+
+# What lies on the disk already --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "name", ["x" * 300, "x" * 300 + ".safetensors", "a\nb.safetensors", "/dev/null.bin", "\u202e/"]
+)
+@pytest.mark.parametrize("option", ["model", "dino", "adapter", "head", "mask"])
+def test_a_name_of_nothing_is_refused(option, name, tmp_path):
+    Image.new("RGB", (9, 9)).save(tmp_path / "in.png")
+    code, err = run("upscale", str(tmp_path / "in.png"), str(tmp_path / "out.png"), "--quiet", f"--{option}={name}")
+    assert code == 2 and err.endswith("\n") and err[:-1].isprintable() and len(err) < 1000
+    assert outcome(tmp_path) == {"in.png"}
+
+
+@pytest.mark.parametrize("length", [201, 251, 300])
+def test_a_name_that_is_too_long_to_write_is_refused(length, tmp_path):
+    Image.new("RGB", (9, 9)).save(tmp_path / "in.png")
+    code, err = run("upscale", str(tmp_path / "in.png"), str(tmp_path / ("x" * length + ".png")), *QUICK)
+    assert code == 2 and "the name is too long" in err and err.count("\n") == 1
+    (tmp_path / "in.png").rename(tmp_path / ("x" * min(length, 251) + ".png"))
+    Image.new("RGB", (9, 9)).save(tmp_path / "good.png")
+    code, err = run("upscale", str(tmp_path), str(tmp_path / "out"), *QUICK)
+    assert code == 2 and "1 of 2 images were left out" in err and outcome(tmp_path / "out") == {"good.png"}
+
+
+def test_what_lies_where_the_image_goes_does_not_matter(tmp_path):
+    source, out = tmp_path / "in.png", tmp_path / "out.png"
+    Image.new("RGB", (9, 9)).save(source)
+    text = chunk(b"zTXt", b"k\0\0" + zlib.compress(bytes(2**21)))
+    for found in (b"", b"no image", png_header(9, 9)[:30], png_header(9, 9) + text):
+        out.write_bytes(found)
+        assert run("upscale", str(source), str(out), "--resume", *QUICK) == (0, "")
+        assert Image.open(out).size == (18, 18)
+    out.unlink()
+    os.mkfifo(out)
+    assert run("upscale", str(source), str(out), "--resume", *QUICK) == (0, "")
+    assert Image.open(out).size == (18, 18)
+
+
+@pytest.mark.parametrize("recipe", ["[]", "3", "null", "{", '{"tile": 1}'])
+def test_a_folder_of_tiles_that_is_none_of_ours_stops_with_a_line_or_not_at_all(recipe, tmp_path):
+    source, out, tiles = tmp_path / "in.png", tmp_path / "out.png", tmp_path / "out.png.tiles"
+    Image.new("RGB", (9, 9)).save(source)
+    tiles.mkdir()
+    (tiles / "recipe.json").write_text(recipe)
+    for more in (["--resume"], []):
+        code, err = run("upscale", str(source), str(out), *QUICK, *more)
+        assert (code, err) == (0, "") or (code == 2 and "--resume" in err and err.count("\n") == 1)
+    assert outcome(tmp_path) == {"in.png", "out.png"}
+    tiles.write_text("a file")
+    code, err = run("upscale", str(source), str(out), *QUICK)
+    assert code == 2 and "move it away" in err and err.count("\n") == 1 and tiles.read_text() == "a file"
+
+
+def test_what_may_not_be_read_is_one_line():
+    """As somebody who is not root, who may read anything."""
+    with tempfile.TemporaryDirectory() as name:
+        folder, file = Path(name) / "folder", Path(name) / "in.png"
+        Image.new("RGB", (9, 9)).save(file)
+        folder.mkdir()
+        os.chmod(name, 0o755)
+        file.chmod(0)
+        folder.chmod(0)
+        before = os.geteuid()
+        os.seteuid(65534 if before == 0 else before)
+        try:
+            with pytest.raises(DinotileError, match=r"^in cannot be read as an image: .*Permission denied"):
+                read_image(file, "in")
+            with pytest.raises(DinotileError, match=r"folder cannot be read: Permission denied$"):
+                cli._jobs(folder, Path(name) / "out")
+        finally:
+            os.seteuid(before)
+            folder.chmod(0o755)
