@@ -9,7 +9,7 @@ def enough_memory(count: int) -> bool:
     Linux promises more than it has, and ends a program that takes it at its word.
     """
     try:
-        import psutil  # the WebUIs and accelerate have it
+        import psutil  # the WebUIs have it, and accelerate
     except ImportError:
         return True
     return psutil.virtual_memory().available + psutil.swap_memory().free >= count

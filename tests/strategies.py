@@ -6,6 +6,7 @@ import io
 import math
 import struct
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -223,10 +224,10 @@ PROFILES = (None, None, ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB"))
 
 
 @st.composite
-def files(draw: st.DrawFn) -> File:
+def files(draw: st.DrawFn, sizes: Sequence[tuple[int, int]] = SIZES) -> File:
     """An image file, whole or not."""
     ending, name, mode = draw(st.sampled_from(KINDS))
-    size = draw(st.sampled_from([size for size in SIZES if max(size) <= 256 or name != "ICO"]))
+    size = draw(st.sampled_from([size for size in sizes if max(size) <= 256 or name != "ICO"]))
     image, shown = stored(mode, size, draw(st.integers(0, 255)), name in ("PNG", "GIF") and draw(st.booleans()))
     orientation = draw(st.integers(1, 8)) if name in ORIENTED else 1
     profile = draw(st.sampled_from(PROFILES))

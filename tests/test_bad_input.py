@@ -15,6 +15,7 @@ import sys
 import tempfile
 import zlib
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import psutil
@@ -51,7 +52,7 @@ CHEAP = {
 SLOW = {"model", "config", "encoder", "prediction", "decoder"}
 """Options that are left alone there: they load other models."""
 QUICK = ("--quiet", "--steps=2", "--patches=8", "--tile=64", "--overlap=8", "--guard-seeds=0", "--guard-weaker=1")
-TOGETHER = r"dinotile: (overlap: .* with tile|(guidance_)?start: .* with (guidance_)?end|target: no size|layer: encoder|.*a side)"
+TOGETHER = r"dinotile: (overlap: .* with tile|[a-z_]*start: .* with|target: no size|layer: encoder|.*a side)"
 """What is said of options that are allowed, but not with each other, or not with this image."""
 PLAIN = ("--order=none", "--guard=off", "--guidance=0", "--adapter=None", "--seams=none", "--upscaler=Lanczos")
 """Nothing is painted."""
@@ -165,7 +166,7 @@ def command_lines(draw):
             if row.name == "enabled" or row.name in SLOW or draw(st.integers(0, 7)):
                 continue
             if careful and (row.type is not str or row.choices):
-                values[row.name] = draw(good(row, CHEAP.get(row.name)))
+                values[row.name] = row.check(draw(good(row, CHEAP.get(row.name))))
             if careful:
                 continue
             kinds = [good(row, CHEAP.get(row.name))] * 6
@@ -295,6 +296,7 @@ def test_what_is_huge_or_damaged_is_one_line_in_a_process_of_its_own(tmp_path):
     script = f"""
 import re, resource
 from pathlib import Path
+from types import SimpleNamespace
 from lib_dinotile import DinotileError, __main__ as cli
 from lib_dinotile.images import read_image, read_mask
 has = int(re.search(r"VmSize:\\s+(\\d+)", open("/proc/self/status").read())[1]) * 1024
@@ -334,7 +336,7 @@ def test_what_there_is_no_memory_for_is_refused_before_it_is_taken(tmp_path, mon
     source, out, had = str(tmp_path / "in.png"), str(tmp_path / "out.png"), psutil.virtual_memory()
     for kibibytes, says in ((20, "in.png needs more memory than there is"), (200, "smaller than 200x100")):
         monkeypatch.setattr(psutil, "virtual_memory", lambda n=kibibytes: had._replace(available=n * 1024))
-        monkeypatch.setattr(psutil, "swap_memory", lambda: psutil._common.sswap(0, 0, 0, 0, 0, 0))
+        monkeypatch.setattr(psutil, "swap_memory", lambda: SimpleNamespace(free=0))
         for arguments in (("upscale", source, out, *QUICK), ("analyze", source, out)):
             code, err = run(*arguments)
             assert code and says in err and err.count("\n") == 1 and outcome(tmp_path) == {"in.png"}
@@ -447,7 +449,7 @@ def settings_of(values: dict[str, str]) -> tuple[Settings, tuple[int, int]]:
 
 @settings(suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture])
 @given(
-    some=st.lists(files().filter(lambda file: file.shown is None or max(file.shown.shape) < 100), max_size=4),
+    some=st.lists(files(SIZES[:4]), max_size=4),
     analyzed=st.booleans(),
 )
 def test_bad_images_of_a_folder_are_left_out_and_the_others_done(some: list[File], analyzed):
