@@ -37,10 +37,10 @@ LONGEST_LINE = 500
 SECONDS = 60
 """That no example may take."""
 CHEAP = {
-    "longest": 200,
-    "width": 200,
-    "height": 200,
-    "scale": 4,
+    "longest": 70,
+    "width": 70,
+    "height": 70,
+    "scale": 2,
     "steps": 4,
     "patches": 12,
     "windows": 2,
@@ -51,7 +51,7 @@ CHEAP = {
 """What runs of the whole command are asked for at most."""
 SLOW = {"model", "config", "encoder", "prediction", "decoder"}
 """Options that are left alone there: they load other models."""
-QUICK = ("--quiet", "--steps=2", "--patches=8", "--tile=64", "--overlap=8", "--guard-seeds=0", "--guard-weaker=1")
+QUICK = ("--quiet", "--steps=2", "--patches=8", "--tile=64", "--overlap=8", "--guard-seeds=0", "--longest=40")
 TOGETHER = r"dinotile: (overlap: .* with tile|[a-z_]*start: .* with|target: no size|layer: encoder|.*a side)"
 """What is said of options that are allowed, but not with each other, or not with this image."""
 PLAIN = ("--order=none", "--guard=off", "--guidance=0", "--adapter=None", "--seams=none", "--upscaler=Lanczos")
