@@ -198,15 +198,15 @@ def test_an_image_is_read_right_or_refused(file: File):
 def test_a_profile_and_exif_that_are_damaged_are_passed_over():
     image, shown = stored("RGB", (6, 3), 9, False)
     exif = Image.Exif()
-    exif[0x0112], exif[0x010F] = 6, "maker"
+    exif[0x0112], exif[0x011A] = 6, 72.5
     file = io.BytesIO()
     image.save(file, "PNG", exif=exif, icc_profile=b"damaged")
     upright = np.rot90(shown, -1)
     assert (np.asarray(read_image(file)) == upright).all()
-    # The maker's name is a fraction now: Pillow reads the orientation, but cannot write the rest anew.
+    # A fraction for a width: Pillow reads the orientation, but cannot write the rest anew.
     raw = exif.tobytes()
-    broken = raw.replace(struct.pack("<HH", 0x010F, 2), struct.pack("<HH", 0x010F, 5))
-    broken = broken if broken != raw else raw.replace(struct.pack(">HH", 0x010F, 2), struct.pack(">HH", 0x010F, 5))
+    broken = raw.replace(struct.pack("<HH", 0x011A, 5), struct.pack("<HH", 0x0100, 5))
+    broken = broken.replace(struct.pack(">HH", 0x011A, 5), struct.pack(">HH", 0x0100, 5))
     assert broken != raw
     file = io.BytesIO()
     image.save(file, "PNG", exif=broken)
