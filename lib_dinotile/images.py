@@ -90,7 +90,10 @@ def _opened(
         raise DinotileError(f"{name} is no file" if os.path.lexists(file) else f"{name} is not there")
     Image.init()
     try:
-        with Image.open(file, formats=[kind for kind in FORMATS if kind in Image.OPEN]) as opened:
+        with contextlib.ExitStack() as stack:
+            # Not by its path: Pillow would map a TIFF into memory then, and scrambles those that lie on their side.
+            stream = stack.enter_context(file.open("rb")) if isinstance(file, Path) else file
+            opened = Image.open(stream, formats=[kind for kind in FORMATS if kind in Image.OPEN])
             if opened.width * opened.height > limit:
                 raise Image.DecompressionBombError
             if not enough_memory(2 * 4 * opened.width * opened.height):

@@ -30,7 +30,7 @@ from lib_dinotile.engine import canvas_size
 from lib_dinotile.hosts import diffusers
 from lib_dinotile.images import FORMATS, MAX_PIXELS, endings, read_image, read_mask
 from lib_dinotile.settings import Generation, Settings
-from tests.strategies import ODD_TEXTS, SIZES, File, encoded, files, good, option_sets, stored, wrong
+from tests.strategies import ODD_TEXTS, SIZES, UPRIGHT, File, encoded, files, good, option_sets, stored, wrong
 
 LONGEST_LINE = 500
 """Characters of a line that refuses: what is not an option's name is answered with all that are."""
@@ -193,6 +193,16 @@ def test_an_image_is_read_right_or_refused(file: File):
     if file.shown is not None:  # what was cut off may have been of no use
         pixels = np.asarray(read).astype(int)
         assert pixels.shape == file.shown.shape and abs(pixels - file.shown).max() <= file.tolerance
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("mode", ["L", "RGB", "RGBA", "CMYK"])
+def test_a_tiff_on_its_side_is_read_alike_from_a_file_and_from_memory(mode, orientation, tmp_path):
+    image, shown = stored(mode, (7, 3), 9, False)
+    (tmp_path / "in.tif").write_bytes(encoded(image, "TIFF", orientation))
+    upright = UPRIGHT[orientation](shown).astype(int)
+    for source in (tmp_path / "in.tif", io.BytesIO((tmp_path / "in.tif").read_bytes())):
+        assert abs(np.asarray(read_image(source)) - upright).max() <= 1
 
 
 def test_a_profile_and_exif_that_are_damaged_are_passed_over():
