@@ -481,7 +481,7 @@ def test_images_of_every_kind_are_read_as_rgb(tmp_path):
 @pytest.mark.parametrize("kind", [np.float32, np.int32])
 def test_an_image_whose_white_is_not_known_is_refused(tmp_path, kind):
     Image.fromarray(np.ones((8, 12), kind)).save(tmp_path / "deep.tiff")
-    with pytest.raises(DinotileError, match=r"deep\.tiff has 32 bits a channel"):
+    with pytest.raises(DinotileError, match=r"deep\.tiff has numbers for colours whose white is not known"):
         read_image(tmp_path / "deep.tiff")
 
 
