@@ -1,12 +1,18 @@
 """Run by the WebUI at its start. Changes no package that is there; A1111 and Forge have all that is needed."""
 
-import importlib.util
+from importlib.metadata import PackageNotFoundError, version
 
-if importlib.util.find_spec("timm") is None:
-    import transformers
 
-    if not hasattr(transformers, "Dinov2Model"):
-        import launch
+def _version(package: str) -> tuple[int, ...]:
+    """(major, minor); (0, 0) if it is not installed."""
+    try:
+        return tuple(map(int, version(package).split(".")[:2]))
+    except PackageNotFoundError:
+        return 0, 0
 
-        # Without its dependencies, which would pull packages that the WebUI pins.
-        launch.run_pip("install timm --no-deps", "timm for DINO Tile: this transformers has no DINOv2")
+
+if _version("transformers") < (4, 32) and _version("timm") == (0, 0):
+    import launch
+
+    # Without its dependencies, which would pull packages that the WebUI pins; of a version that is known to run there.
+    launch.run_pip("install timm==1.0.15 --no-deps", "timm for DINO Tile: this transformers has no DINOv2")

@@ -59,7 +59,7 @@ def photos(arguments: argparse.Namespace) -> dict[str, Any] | None:
         if arguments.adapter:
             reader = read_adapter(arguments.adapters, host.device, host.dtype)
             check_fit(reader.adapter.config, arguments.adapters.stem, host.base, host.shape)
-            check_encoder(reader.adapter.config, arguments.adapters.stem, encoder.id, encoder.width)
+            check_encoder(reader.adapter.config, arguments.adapters.stem, encoder.id, encoder.width, encoder.depth)
     except DinotileError as error:
         print(error)
         return None

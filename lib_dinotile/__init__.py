@@ -2,6 +2,9 @@
 
 __version__ = "0.1.0"
 
+LONGEST = 2000
+"""Characters of what a user is told at once."""
+
 
 class DinotileError(Exception):
     """What the user did or lacks, in one line that says what to do about it.
@@ -11,6 +14,8 @@ class DinotileError(Exception):
 
     def __init__(self, message: str, status_code: int = 422) -> None:
         message = printable(message)
+        if len(message) > LONGEST:
+            message = f"{message[: LONGEST // 2]} ... {message[-LONGEST // 2 :]}"
         super().__init__(message)
         # The WebUIs' API reads these two off any exception and answers with them.
         self.status_code = status_code

@@ -11,13 +11,14 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
 from lib_dinotile import DinotileError
 from lib_dinotile.condition.guard import Verdict
 from lib_dinotile.team import Team
+from lib_dinotile.tensorfile import open_tensors
 from lib_dinotile.tiling.plan import Rect
 
 RECIPE = "recipe.json"
@@ -77,7 +78,7 @@ class Journal:
         painted, notes, verdicts = [], {}, []
         try:
             for tile in tiles:
-                with safe_open(self._file(step, tile), framework="pt") as file:
+                with open_tensors(self._file(step, tile)) as file:
                     painted.append((file.get_tensor("pixels").clone(), file.get_tensor("latents").clone()))
                     notes.update(dict.fromkeys(json.loads(file.metadata()["notes"])))
                     verdict = json.loads(file.metadata()["verdict"])

@@ -10,13 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import nn
 
 from lib_dinotile import DinotileError
 from lib_dinotile.condition import adapter_file
 from lib_dinotile.condition.adapter import Adapter
 from lib_dinotile.dino import head
+from lib_dinotile.tensorfile import DAMAGED, open_tensors
 
 PRECISIONS = {"F64": "double", "F32": "single", "F16": "half", "BF16": "bfloat16"}
 ADAPTER_KEYS = {
@@ -99,7 +100,7 @@ def _header(path: Path) -> dict[str, Any]:
     if not os.path.isfile(path):
         raise DinotileError(f"{path} is no file")
     try:
-        with safe_open(path, framework="pt"):
+        with open_tensors(path):
             pass
         with path.open("rb") as file:
             return json.loads(file.read(int.from_bytes(file.read(8), "little")))
@@ -140,7 +141,7 @@ def _heads(path: Path, metadata: dict[str, str], shapes: dict[str, tuple[int, ..
         )
     try:
         features, encoder, written = int(metadata["features"]), metadata["encoder"], metadata["heads"]
-    except (KeyError, TypeError, ValueError) as error:
+    except DAMAGED as error:
         raise DinotileError(f"{path.name} is damaged: bad head metadata ({error!r})") from error
     told = _layers(path, written, features, shapes)
     return {"kind": "restoration heads", "encoder": encoder, "features": features, **told}
@@ -149,9 +150,8 @@ def _heads(path: Path, metadata: dict[str, str], shapes: dict[str, tuple[int, ..
 def _layers(path: Path, written: str, features: int, shapes: dict[str, tuple[int, ...]]) -> dict[str, Any]:
     """Layers, width within and number of parameters of restoration heads; written: their part of the metadata."""
     try:
-        metadata = json.loads(written)
-        layers, hidden = sorted(map(int, metadata["layers"])), int(metadata["hidden"])
-    except (KeyError, TypeError, ValueError) as error:
+        layers, hidden = head.read_layers(written)
+    except DAMAGED as error:
         raise DinotileError(f"{path.name} is damaged: bad head metadata ({error!r})") from error
     one = _shapes(path, lambda: head.RestorationHead(features, hidden))
     _check(path, shapes, {f"{HEADS}{layer}.{name}": shape for layer in layers for name, shape in one.items()})

@@ -1,5 +1,11 @@
 """What all tests share."""
 
+import os
+import platform
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import pytest
 from hypothesis import HealthCheck, settings
 
 # No timed tests: machines differ, and a test run may share one with other work.
@@ -12,3 +18,35 @@ settings.register_profile(
     suppress_health_check=[HealthCheck.too_slow],
 )
 settings.load_profile("dinotile")
+
+
+def pins() -> dict[str, str]:
+    """Versions by package, as the WebUI pins them whose environment this is; none in any other."""
+    file = os.environ.get("DINOTILE_PINS")
+    lines = Path(file).read_text(encoding="utf-8").splitlines() if file else ()
+    return dict(line.split("==") for line in lines if line and not line.startswith("#"))
+
+
+def _found(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "none"
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """What the tests need must not have changed what the WebUI pins."""
+    wrong = [
+        f"{package} is {_found(package)}, not {pinned}"
+        for package, pinned in pins().items()
+        if not f"{_found(package)}+".startswith((f"{pinned}+", f"{pinned}.0+"))  # a build's own name comes after a +
+    ]
+    if wrong:
+        raise pytest.UsageError(f"not what {os.environ['DINOTILE_PINS']} pins: {'; '.join(wrong)}")
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    told = [
+        f"{package} {_found(package)}" for package in pins() or ("torch", "numpy", "pillow", "transformers", "timm")
+    ]
+    terminalreporter.write_line(f"beside Python {platform.python_version()}, {', '.join(told)}")

@@ -4,6 +4,7 @@ import itertools
 import json
 import os
 import re
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -394,7 +395,10 @@ def two(tmp_path):
         "sys.exit(__main__.main(sys.argv[1:]))"
     )
     flags = "--multi_gpu --num_processes 2 --num_machines 1 --mixed_precision no --dynamo_backend no"
-    launch = [sys.executable, "-m", "accelerate.commands.launch", *flags.split(), "--main_process_port", "0", script]
+    with socket.socket() as free:  # by itself only newer torch finds one
+        free.bind(("127.0.0.1", 0))
+        flags += f" --main_process_port {free.getsockname()[1]}"
+    launch = [sys.executable, "-m", "accelerate.commands.launch", *flags.split(), script]
     return lambda *arguments: apart(launch, arguments)
 
 
@@ -402,7 +406,7 @@ def apart(start, arguments):
     """One thread each: sums of floats depend on their number."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(cli.__file__).parents[1])}
     command = [*map(str, start), "upscale", *map(str, arguments)]
-    return subprocess.run(command, env=environment, capture_output=True, text=True)
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
 
 
 def test_two_processes_give_the_image_of_one(photo, tmp_path, two):

@@ -7,13 +7,14 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save
 
 from lib_dinotile import DinotileError
 from lib_dinotile.condition.adapter import Adapter, AdapterConfig
 from lib_dinotile.condition.shape import UNetShape
 from lib_dinotile.dino.head import RestorationHead, pack
+from lib_dinotile.tensorfile import DAMAGED, open_tensors
 
 FORMAT = "dinotile-adapter"
 VERSION = 1
@@ -71,14 +72,14 @@ def _config(metadata: dict[str, str], path: Path) -> AdapterConfig:
             restored=metadata.get("restored") == "true",
             **{name: int(hyperparameters[name]) for name in HYPERPARAMETERS},
         )
-    except (KeyError, TypeError, ValueError) as error:
+    except DAMAGED as error:
         raise DinotileError(f"{path.name} is damaged: bad adapter metadata ({error!r})") from error
 
 
 def read_metadata(path: Path) -> dict[str, str]:
     """What a safetensors file says of itself, without reading its tensors. DinotileError if it is none."""
     try:
-        with safe_open(path, framework="pt") as file:
+        with open_tensors(path) as file:
             return file.metadata() or {}
     except (OSError, SafetensorError) as error:
         raise DinotileError(f"{path.name} cannot be read as a safetensors file: {error}") from error
@@ -95,14 +96,16 @@ def load_adapter(path: Path, device: torch.device | str = "cpu", dtype: torch.dt
     with torch.device("meta"):
         wanted = {name: tuple(tensor.shape) for name, tensor in Adapter(config).state_dict().items()}
     try:
-        with safe_open(path, framework="pt") as file:
+        with open_tensors(path) as file:
             names = [name for name in file.keys() if not name.startswith("heads.")]  # noqa: SIM118
             found = {name: tuple(file.get_slice(name).get_shape()) for name in names}
             if found != wanted:
                 odd = sorted(name for name in found.keys() | wanted.keys() if found.get(name) != wanted.get(name))
                 raise DinotileError(f"{path.name} is damaged: tensor {odd[0]} does not fit its metadata")
             tensors = {name: file.get_tensor(name) for name in wanted}
-    except (OSError, SafetensorError) as error:
+    except DinotileError:
+        raise
+    except Exception as error:  # whatever safetensors and torch raise for what is damaged
         raise DinotileError(f"{path.name} cannot be read: {error}") from error
     # Made outside of inference mode, which hosts run under: training and gradients must be able to use it.
     # And its first, random values are not drawn at the cost of the next generation's.
@@ -124,8 +127,10 @@ def check_fit(config: AdapterConfig, name: str, base: str, shape: UNetShape) -> 
         )
 
 
-def check_encoder(config: AdapterConfig, name: str, encoder: str, width: int | None = None) -> None:
-    """DinotileError if the adapter `name` does not read the tokens of this encoder; width: theirs, once it is known."""
+def check_encoder(
+    config: AdapterConfig, name: str, encoder: str, width: int | None = None, depth: int | None = None
+) -> None:
+    """DinotileError if the adapter `name` does not read the tokens of this encoder; width, depth: of it, once known."""
     if config.encoder != encoder:
         raise DinotileError(f"adapter {name!r} reads encoder {config.encoder!r}, not {encoder!r}: choose that encoder")
     if width not in (None, config.features):
@@ -133,3 +138,5 @@ def check_encoder(config: AdapterConfig, name: str, encoder: str, width: int | N
             f"adapter {name!r} reads tokens {config.features} wide, those of encoder {encoder!r} are {width}: choose "
             "the encoder that it was trained with"
         )
+    if depth is not None and not -depth <= config.layer < depth:
+        raise DinotileError(f"adapter {name!r} is damaged: it reads layer {config.layer}, of {depth}")

@@ -35,7 +35,8 @@ MINI = Path(__file__).parents[1] / "mini"
 
 def installed_weights(folder: Path) -> dict[str, Path]:
     """Names and files of the adapters, or heads, in a folder and below it."""
-    return {file.relative_to(folder).with_suffix("").as_posix(): file for file in sorted(folder.rglob("*.safetensors"))}
+    files = (file for file in sorted(folder.rglob("*.safetensors")) if file.is_file())
+    return {file.relative_to(folder).with_suffix("").as_posix(): file for file in files}
 
 
 _features = FeatureCache()
@@ -47,8 +48,10 @@ def _adapter(path: Path, modified: float, device: torch.device, dtype: torch.dty
 
 
 @functools.lru_cache(maxsize=1)
-def _encoder(name: str, folder: Path | None, modified: float, device: torch.device, dtype: torch.dtype) -> PatchEncoder:
-    return load_encoder(name, folder, device=device, dtype=dtype)
+def _encoder(
+    name: str, folder: Path | None, modified: float, device: torch.device, dtype: torch.dtype, download: bool
+) -> PatchEncoder:
+    return load_encoder(name, folder, device=device, dtype=dtype, download=download)
 
 
 @functools.lru_cache(maxsize=2)
@@ -141,7 +144,7 @@ class Conditioner:
             raise DinotileError(f"layer: encoder {encoder.id!r} has {encoder.depth} layers, give at most that")
         adapter, head, own = None, None, None
         if config:
-            check_encoder(config, name, encoder.id, encoder.width)
+            check_encoder(config, name, encoder.id, encoder.width, encoder.depth)
             own = adapters[name]
             adapter = _adapter(own, own.stat().st_mtime, device, host.dtype)
             if config.restored:
@@ -285,17 +288,22 @@ def _eye(
     dtype: torch.dtype,
     trusted: bool,
 ) -> PatchEncoder:
-    """The encoder that `settings` ask for; named: the one that the adapter was trained with."""
-    wanted = settings.encoder
-    if wanted == AUTOMATIC:
-        wanted = named or automatic_encoder(folder)
-    choices = [*installed(folder), *KNOWN]
+    """The encoder that `settings` ask for; named: the one that the adapter was trained with.
+
+    Only one that they name is downloaded, or looked for at a path.
+    """
+    chosen, choices = settings.encoder != AUTOMATIC, [*installed(folder), *KNOWN]
+    wanted = settings.encoder if chosen else named or automatic_encoder(folder)
+    if not chosen and wanted not in choices:
+        raise DinotileError(
+            f"adapter {settings.adapter!r} reads encoder {wanted!r}: install it, and choose that encoder"
+        )
     if not trusted and wanted not in choices:
         listed = ", ".join([AUTOMATIC, *choices])
         raise DinotileError(f"encoder: {wanted!r} is not installed in {folder}, give one of {listed}")
     files = folder.glob("*/model.safetensors") if folder else ()
     modified = max((file.stat().st_mtime for file in files), default=0.0)
-    return _encoder(wanted, folder, modified, device, dtype)
+    return _encoder(wanted, folder, modified, device, dtype, download=chosen)
 
 
 def _restored(

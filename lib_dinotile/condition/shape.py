@@ -5,6 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+MOST_SLOTS, MOST_CHANNELS = 128, 1 << 16
+DOWNSCALES = tuple(2**n for n in range(11))
+"""More has no UNet; where they are read from a file, more would be harm."""
+
 
 @dataclass(frozen=True)
 class UNetShape:
@@ -17,11 +21,11 @@ class UNetShape:
     slots: tuple[tuple[int, int], ...]
 
     def __post_init__(self) -> None:
-        if len(self.slots) < 2:
-            raise ValueError("a UNet has at least one skip connection and a middle block")
+        if not 2 <= len(self.slots) <= MOST_SLOTS:
+            raise ValueError(f"a UNet has at least one skip connection and a middle block, and {MOST_SLOTS} at most")
         for channels, downscale in self.slots:
-            if channels < 1 or downscale < 1 or downscale & (downscale - 1):
-                raise ValueError(f"({channels}, {downscale}) is not (channels, a power of two)")
+            if not 1 <= channels <= MOST_CHANNELS or downscale not in DOWNSCALES:
+                raise ValueError(f"({channels}, {downscale}) is not (channels, a power of two) of any UNet")
 
     @property
     def scales(self) -> tuple[int, ...]:

@@ -8,7 +8,7 @@ with registers runs on versions that know none, and both libraries give the same
 from __future__ import annotations
 
 import contextlib
-import json
+import dataclasses
 from collections.abc import Iterator
 from functools import partial
 from typing import Any
@@ -17,13 +17,13 @@ import torch
 from torch import nn
 
 from lib_dinotile import DinotileError, one_line
-from lib_dinotile.dino.checkpoint import CONFIG, Checkpoint
+from lib_dinotile.dino.checkpoint import Checkpoint
 
 NAMES = ("auto", "transformers", "timm")
 
 
 def load_blocks(checkpoint: Checkpoint, backend: str) -> tuple[str, nn.ModuleList]:
-    """(library's name, blocks) with the checkpoint's weights, in float32 or the checkpoint's own dtype, on the CPU.
+    """(library's name, blocks) with the checkpoint's weights, in float32, on the CPU.
 
     Each block takes (N, L, D) and returns that, or a tuple that begins with it. `auto` is transformers where it has
     Dinov2Model (4.32 and later), else timm. DinotileError with one line if there is no such library.
@@ -62,17 +62,17 @@ def _transformers(checkpoint: Checkpoint) -> nn.ModuleList:
         from transformers import Dinov2Config, Dinov2Model
     except (ImportError, RuntimeError) as error:  # transformers 4 turns an ImportError inside into a RuntimeError
         raise _LibraryMissing(f"no Dinov2Model from transformers ({one_line(error)})") from error
-    # A model with registers differs before its blocks only, so where there is no class for it, the plain one will do.
-    registers = checkpoint.architecture.num_register_tokens > 0
-    plain, known = {}, registers and hasattr(transformers, "Dinov2WithRegistersModel")
-    if registers and not known:
-        config = json.loads((checkpoint.folder / CONFIG).read_text(encoding="utf-8"))
-        plain["config"] = Dinov2Config(**{k: v for k, v in config.items() if k != "model_type"})
-    kind = transformers.Dinov2WithRegistersModel if known else Dinov2Model
+    # A model with registers differs before its blocks only: the plain one, which older versions have too, will do.
+    numbers = {k: v for k, v in dataclasses.asdict(checkpoint.architecture).items() if k != "num_register_tokens"}
     try:
         with _quiet(transformers.logging):
-            model, info = kind.from_pretrained(
-                str(checkpoint.folder), use_safetensors=True, local_files_only=True, output_loading_info=True, **plain
+            # Not from the folder: there it would also follow an adapter_config.json, to pickles and other models.
+            model, info = Dinov2Model.from_pretrained(
+                None,
+                config=Dinov2Config(**numbers),
+                state_dict=checkpoint.tensors("encoder.layer."),
+                use_safetensors=True,
+                output_loading_info=True,
             )
     except Exception as error:
         line = f"transformers {transformers.__version__} cannot load {checkpoint.folder} ({one_line(error)})"

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 from lib_dinotile import DinotileError, one_line
+from lib_dinotile.tensorfile import DAMAGED, open_tensors
 
 KNOWN = (
     "facebook/dinov2-small",
@@ -33,6 +34,8 @@ BUILT_IN = "mini"
 BUILT_IN_FOLDER = Path(__file__).resolve().parents[1] / "mini" / "encoder"
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
+MAX_CONFIG = 1 << 20
+"""Bytes of a `config.json`; those of DINOv2 have under a thousand."""
 MODEL_TYPES = ("dinov2", "dinov2_with_registers")
 
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
@@ -64,11 +67,11 @@ def installed(folder: Path | None) -> list[str]:
     return ([BUILT_IN] if _is_checkpoint(BUILT_IN_FOLDER) else []) + sorted(found)
 
 
-def locate(name: str, folder: Path | None) -> tuple[str, Path]:
+def locate(name: str, folder: Path | None, download: bool = True) -> tuple[str, Path]:
     """(id, checkpoint folder) of an encoder; DinotileError with one line if it is not to be had.
 
     In this order: the built-in encoder; `folder/name` and `folder/<last part of name>`; a local folder of that path;
-    the Hugging Face cache; the Hugging Face Hub.
+    the Hugging Face cache; with `download` the Hugging Face Hub.
     """
     if name == BUILT_IN:
         if not _is_checkpoint(BUILT_IN_FOLDER):
@@ -91,7 +94,7 @@ def locate(name: str, folder: Path | None) -> tuple[str, Path]:
             f"there is no DINOv2 encoder {name!r}: put its {CONFIG} and {WEIGHTS} into {_place(name, folder)}, "
             f"or choose one of {', '.join([*installed(folder), *KNOWN])}"
         )
-    return name, _from_hub(name, folder)
+    return name, _from_hub(name, folder, download)
 
 
 def _place(name: str, folder: Path | None) -> str:
@@ -99,8 +102,8 @@ def _place(name: str, folder: Path | None) -> str:
     return str(folder / last) if folder is not None else f"a folder {last} and name that folder"
 
 
-def _from_hub(name: str, folder: Path | None) -> Path:
-    """The folder of a checkpoint in Hugging Face's cache, downloaded if need be."""
+def _from_hub(name: str, folder: Path | None, download: bool) -> Path:
+    """The folder of a checkpoint in Hugging Face's cache, downloaded if it may be and need be."""
     import huggingface_hub
     from huggingface_hub.utils import EntryNotFoundError, LocalEntryNotFoundError, RepositoryNotFoundError
 
@@ -115,6 +118,11 @@ def _from_hub(name: str, folder: Path | None) -> Path:
     except Exception:  # not (wholly) in the cache, in whatever words this huggingface_hub says so
         pass
     remedy = f"put {CONFIG} and {WEIGHTS} of https://huggingface.co/{name} into {_place(name, folder)}"
+    if not download:
+        raise DinotileError(
+            f"DINOv2 weights {name!r} are not on this machine: choose {name} as DINO encoder to download them, or "
+            f"{remedy}"
+        )
     offline = f"DINOv2 weights {name!r} are not on this machine and the Hugging Face Hub cannot be reached: {remedy}"
     if not _reachable(huggingface_hub.constants.ENDPOINT):
         raise DinotileError(offline)
@@ -168,6 +176,30 @@ class Architecture:
     num_register_tokens: int = 0
     """Register tokens (arXiv 2309.16588), after the class token."""
 
+    def __post_init__(self) -> None:
+        """ValueError for what no DINOv2 has, before anything of such a size is made."""
+        for name, low, high in (
+            ("hidden_size", 1, 8192),
+            ("num_hidden_layers", 1, 128),
+            ("num_attention_heads", 1, 256),
+            ("image_size", 1, 8192),
+            ("patch_size", 1, 256),
+            ("num_channels", 3, 3),
+            ("num_register_tokens", 0, 1024),
+        ):
+            value = getattr(self, name)
+            if type(value) is not int or not low <= value <= high:
+                raise ValueError(f"{name} {value!r:.40} is no whole number from {low} to {high}")
+        for name, high in (("mlp_ratio", 16), ("layer_norm_eps", 1)):
+            value = getattr(self, name)
+            if type(value) not in (int, float) or not 0 < value <= high:
+                raise ValueError(f"{name} {value!r:.40} is no number from 0 to {high}")
+        for name, kind in (("hidden_act", str), ("qkv_bias", bool), ("use_swiglu_ffn", bool)):
+            if type(getattr(self, name)) is not kind:
+                raise ValueError(f"{name} {getattr(self, name)!r:.40} is no {kind.__name__}")
+        if self.hidden_size % self.num_attention_heads or self.image_size < self.patch_size:
+            raise ValueError("a whole number of features per head and at least one patch are wanted")
+
     @property
     def grid(self) -> int:
         """Patches along a side of the images that the position embeddings were trained on."""
@@ -218,9 +250,7 @@ class Checkpoint:
 
     def tensors(self, prefix: str = "") -> dict[str, torch.Tensor]:
         """The tensors whose names begin with `prefix`, float32, on the CPU, by name."""
-        from safetensors import safe_open
-
-        with safe_open(str(self.folder / WEIGHTS), framework="pt", device="cpu") as file:
+        with open_tensors(self.folder / WEIGHTS) as file:
             names = [name for name in self.architecture.shapes() if name.startswith(prefix)]
             return {name: file.get_tensor(name).float() for name in names}
 
@@ -239,9 +269,11 @@ def read_checkpoint(folder: Path) -> Checkpoint:
 
 def _read_config(path: Path) -> Architecture:
     try:
+        if path.stat().st_size > MAX_CONFIG:
+            raise ValueError(f"more than {MAX_CONFIG} bytes")
         config = json.loads(path.read_text(encoding="utf-8"))
         kind = config.get("model_type")
-    except (OSError, ValueError, AttributeError) as error:
+    except (OSError, *DAMAGED) as error:
         raise DinotileError(f"{path} is not a model's configuration ({one_line(error)}): get it again") from error
     if kind not in MODEL_TYPES:
         raise DinotileError(f"{path} describes a model of type {kind!r}: an encoder is one of {', '.join(MODEL_TYPES)}")
@@ -249,21 +281,15 @@ def _read_config(path: Path) -> Architecture:
     if kind == "dinov2_with_registers":
         fields.setdefault("num_register_tokens", 4)
     try:
-        architecture = Architecture(**fields)
-        architecture.shapes()
-        if architecture.num_channels != 3 or architecture.hidden_size % architecture.num_attention_heads:
-            raise ValueError("3 colour channels and a whole number of features per head are wanted")
-    except (TypeError, ValueError, ZeroDivisionError) as error:
+        return Architecture(**fields)
+    except DAMAGED as error:
         raise DinotileError(f"{path} has numbers that fit no DINOv2 ({one_line(error)}): get it again") from error
-    return architecture
 
 
 def _check_weights(path: Path, architecture: Architecture) -> None:
     """Read the file's header only: it knows every tensor's shape, and whether the file is whole."""
-    from safetensors import safe_open
-
     try:
-        with safe_open(str(path), framework="pt", device="cpu") as file:
+        with open_tensors(path) as file:
             shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
     except Exception as error:
         raise DinotileError(f"{path} is damaged or not whole ({one_line(error)}): get it again") from error

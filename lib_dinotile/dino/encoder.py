@@ -170,15 +170,17 @@ def load_encoder(
     backend: Literal["auto", "transformers", "timm"] = "auto",
     device: str | torch.device = "cpu",
     dtype: torch.dtype = torch.float32,
+    download: bool = True,
 ) -> PatchEncoder:
     """Load a DINOv2 encoder by name, from safetensors only.
 
     `name` is looked up in this order: `mini`, the built-in encoder; `folder/name` and `folder/<last part of name>`,
     `folder` being where encoders are installed; a local folder with `config.json` and `model.safetensors`; a Hugging
-    Face id, from its cache or the Hub. The caller checks names from outside against `installed` and KNOWN.
+    Face id, from its cache or, with `download`, the Hub. The caller checks names from outside against `installed` and
+    KNOWN.
     DinotileError, one line, if anything is missing, damaged or not a DINOv2; no weight is ever left random.
     """
-    name, found = locate(name, folder)
+    name, found = locate(name, folder, download)
     # Libraries fill new layers with random numbers before they load them: not at the cost of the caller's next draw.
     with torch.inference_mode(False), torch.no_grad(), torch.random.fork_rng(devices=[]):
         checkpoint = read_checkpoint(found)

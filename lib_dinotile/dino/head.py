@@ -11,11 +11,11 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
 from lib_dinotile import DinotileError
+from lib_dinotile.tensorfile import open_tensors
 
 FORMAT, VERSION = "dinotile-head", "2"
 
@@ -44,6 +44,12 @@ class RestorationHead(nn.Module):
         return tokens + self.outer(nn.functional.gelu(self.inner(seen)))
 
 
+def read_layers(written: str) -> tuple[list[int], int]:
+    """(layers, width within) of the heads in a file, from their part of its metadata. One of DAMAGED if that is."""
+    metadata = json.loads(written)
+    return sorted({int(layer) for layer in metadata["layers"]}), int(metadata["hidden"])
+
+
 def pack(heads: Mapping[int, RestorationHead]) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Tensors, in half precision, and metadata by which a file keeps the heads for some layers of an encoder."""
     first = next(iter(heads.values()))
@@ -70,7 +76,7 @@ def load_heads(
     DinotileError, one line, if there are none or they are not for this encoder.
     """
     try:
-        with safe_open(path, framework="pt") as file:
+        with open_tensors(path) as file:
             metadata = file.metadata() or {}
             if not metadata.get("format", "").startswith("dinotile-") or "heads" not in metadata:
                 raise DinotileError(f"{path.name} has no restoration head of dinotile's")
@@ -81,16 +87,21 @@ def load_heads(
                     f"head {path.name} is for encoder {metadata['encoder']!r}, not {encoder!r}: choose that one, "
                     "or no head"
                 )
-            heads, written = {}, json.loads(metadata["heads"])
+            layers, hidden = read_layers(metadata["heads"])
+            with torch.device("meta"):
+                wanted = {name: tuple(t.shape) for name, t in RestorationHead(features, hidden).state_dict().items()}
+            for name, shape in ((f"heads.{layer}.{name}", wanted[name]) for layer in layers for name in wanted):
+                if tuple(file.get_slice(name).get_shape()) != shape:  # before anything of that size is made
+                    raise DinotileError(f"{path.name} is damaged: tensor {name} does not fit its metadata")
+            heads = {}
             # Made outside of inference mode, and without drawing from the next generation's random numbers.
             with torch.inference_mode(False), torch.random.fork_rng(devices=[]):
-                for layer in written["layers"]:
-                    head = RestorationHead(features, int(written["hidden"]))
-                    names = head.state_dict()
-                    head.load_state_dict({name: file.get_tensor(f"heads.{layer}.{name}").float() for name in names})
-                    heads[int(layer)] = head.to(device).eval().requires_grad_(False)
+                for layer in layers:
+                    head = RestorationHead(features, hidden)
+                    head.load_state_dict({name: file.get_tensor(f"heads.{layer}.{name}").float() for name in wanted})
+                    heads[layer] = head.to(device).eval().requires_grad_(False)
             return heads
     except DinotileError:
         raise
     except Exception as error:  # whatever safetensors and torch raise for what is damaged
-        raise DinotileError(f"head {path.name} cannot be read: {str(error).splitlines()[0]}") from error
+        raise DinotileError(f"head {path.name} cannot be read: {error}") from error

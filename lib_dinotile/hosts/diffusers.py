@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, UNet2DConditionModel
 from diffusers.utils import logging as diffusers_logging
 from PIL import Image
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from lib_dinotile import DinotileError
@@ -24,6 +24,7 @@ from lib_dinotile.hosts.base import Batch, Views
 from lib_dinotile.hosts.layout import fast
 from lib_dinotile.hosts.overridden import in_float32, overridden
 from lib_dinotile.settings import APPROXIMATE, AUTOMATIC, FULL_VAE, TAESD, Generation
+from lib_dinotile.tensorfile import open_tensors
 from lib_dinotile.tiling.canvas import Canvas
 from lib_dinotile.tiling.noise import TileNoise
 
@@ -276,7 +277,7 @@ def _single_file(path: Path, config: str) -> Any:
     if path.suffix != ".safetensors":
         raise DinotileError(f"model: {path.name} is not a .safetensors file; other formats can run code, convert it")
     try:
-        with safe_open(path, framework="pt") as file:
+        with open_tensors(path) as file:
             names = set(file.keys())
             sdxl = any(name.startswith("conditioner.embedders.") for name in names)
     except (OSError, SafetensorError) as error:
@@ -319,7 +320,11 @@ def load_host(
     diffusers_logging.set_verbosity_error()
     diffusers_logging.disable_progress_bar()
     if name == "mini":
-        unet = UNet2DConditionModel.from_pretrained(MINI / "unet").to(device, dtype or torch.float32).eval()
+        unet = (
+            UNet2DConditionModel.from_pretrained(MINI / "unet", use_safetensors=True)
+            .to(device, dtype or torch.float32)
+            .eval()
+        )
         return DiffusersHost(
             unet, DDIMScheduler.from_pretrained(MINI / "scheduler"), PixelCodec(), "mini", generation, progress=progress
         )

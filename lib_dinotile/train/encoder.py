@@ -188,7 +188,7 @@ def probe(encoder: Dinov2Model, images: int = 60, factor: float = 3.0) -> dict[s
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m lib_dinotile.train.encoder", description=probe.__doc__)
     parser.add_argument("--encoder", type=Path, default=Path(__file__).parents[1] / "mini" / "encoder")
-    encoder = Dinov2Model.from_pretrained(parser.parse_args().encoder).float().eval()
+    encoder = Dinov2Model.from_pretrained(parser.parse_args().encoder, use_safetensors=True).float().eval()
     print(json.dumps(probe(encoder)))
 
 

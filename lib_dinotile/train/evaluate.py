@@ -64,7 +64,8 @@ def main() -> None:
     parser.add_argument("--strength", type=float, nargs="+", default=[0.35])
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
-    unet = UNet2DConditionModel.from_pretrained(args.mini / "unet").float().eval().to(memory_format=torch.channels_last)
+    unet = UNet2DConditionModel.from_pretrained(args.mini / "unet", use_safetensors=True)
+    unet = unet.float().eval().to(memory_format=torch.channels_last)
     scheduler = DDIMScheduler.from_pretrained(args.mini / "scheduler")
     for photo in HELD_OUT:
         name = Path(photo.path).stem
