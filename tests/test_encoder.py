@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
-import importlib.abc
-import importlib.machinery
 import importlib.util
 import json
 import sys
@@ -23,6 +21,7 @@ from lib_dinotile.dino import checkpoint as checkpoint_module
 from lib_dinotile.dino import encoder as encoder_module
 from lib_dinotile.dino.checkpoint import Architecture, read_checkpoint
 from lib_dinotile.dino.encoder import KNOWN, PatchEncoder, installed, interpolate_positions, load_encoder
+from tests.stand_in import stand_in
 
 TINY = Architecture(hidden_size=48, num_hidden_layers=3, num_attention_heads=3, image_size=70)
 REGISTERS = dataclasses.replace(TINY, num_register_tokens=4)
@@ -64,35 +63,6 @@ def image() -> torch.Tensor:
     return torch.rand(2, 3, 6 * 14, 9 * 14, generator=torch.Generator().manual_seed(1))
 
 
-class _AnyAttribute(type):
-    """The type of classes that have whatever they are asked for."""
-
-    def __getattr__(cls, name: str) -> type:
-        if name.startswith("__"):
-            raise AttributeError(name)
-        return _AnyAttribute(name, (), {})
-
-
-class _AnyClass(types.ModuleType):
-    """A module with whatever class it is asked for."""
-
-    __path__: list[str] = []  # noqa: RUF012
-
-    def __getattr__(self, name: str) -> type:
-        return getattr(_AnyAttribute("any", (), {}), name)
-
-
-class _Torchvision(importlib.abc.MetaPathFinder, importlib.abc.Loader):
-    def find_spec(self, name: str, *_: object) -> importlib.machinery.ModuleSpec | None:
-        return importlib.util.spec_from_loader(name, self) if name.split(".")[0] == "torchvision" else None
-
-    def create_module(self, spec: importlib.machinery.ModuleSpec) -> types.ModuleType:
-        return _AnyClass(spec.name)
-
-    def exec_module(self, module: types.ModuleType) -> None:
-        pass
-
-
 @pytest.fixture(scope="module")
 def timm() -> types.ModuleType:
     """timm, which wants torchvision to load data: where there is none, a stand-in while timm is imported."""
@@ -100,14 +70,8 @@ def timm() -> types.ModuleType:
         pytest.skip("timm is not installed")
     if "timm" in sys.modules or importlib.util.find_spec("torchvision") is not None:
         return importlib.import_module("timm")
-    stand_in = _Torchvision()
-    sys.meta_path.insert(0, stand_in)
-    try:
+    with stand_in("torchvision"):
         return importlib.import_module("timm")
-    finally:
-        sys.meta_path.remove(stand_in)
-        for name in [name for name in sys.modules if name.split(".")[0] == "torchvision"]:
-            del sys.modules[name]
 
 
 @pytest.fixture
