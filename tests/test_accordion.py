@@ -55,7 +55,7 @@ def test_every_option_has_a_control_with_its_default(accordion):
         assert (component.label, component.info) == (option.label, option.help)
         if isinstance(component, gr.Slider):
             assert (component.minimum, component.maximum, component.step) == (
-                option.minimum,
+                option.minimum if option.zero is None else 0,
                 option.maximum,
                 option.step,
             )

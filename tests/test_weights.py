@@ -98,8 +98,8 @@ def test_heads_in_an_adapters_file_are_told_apart(both, adapter, capsys):
 
 def test_no_tensor_is_read(adapter, heads, both, capsys, monkeypatch):
     class HeaderOnly:
-        def __init__(self, path, framework):
-            with safe_open(path, framework) as file:
+        def __init__(self, path):
+            with safe_open(path, "pt") as file:
                 self._metadata = file.metadata()
 
         def metadata(self):
@@ -112,7 +112,7 @@ def test_no_tensor_is_read(adapter, heads, both, capsys, monkeypatch):
             pass
 
     for module in (weights, adapter_file):
-        monkeypatch.setattr(module, "safe_open", HeaderOnly)
+        monkeypatch.setattr(module, "open_tensors", HeaderOnly)
     for path in (adapter, heads, both):
         told(capsys, path)
 
