@@ -330,7 +330,7 @@ NUMBERS = [
     {"hidden_size": 10**9},
     {"hidden_size": 10**9, "num_attention_heads": 1},
     {"hidden_size": 48.0},
-    {"num_hidden_layers": 10**7},
+    {"num_hidden_layers": 10**5},
     {"num_attention_heads": 0},
     {"image_size": 10**9},
     {"image_size": 7},

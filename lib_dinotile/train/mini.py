@@ -63,7 +63,8 @@ class UNetLoss:
 
 def export_unet(model: UNet2DConditionModel, folder: Path) -> None:
     """Half-precision UNet and the scheduler, as diffusers folders."""
-    copy.deepcopy(model).half().save_pretrained(folder / "unet")
+    half = copy.deepcopy(model).half().to(memory_format=torch.contiguous_format)  # older safetensors save no other
+    half.save_pretrained(folder / "unet")
     DDIMScheduler(**SCHEDULER_CONFIG).save_pretrained(folder / "scheduler")
 
 
