@@ -40,7 +40,8 @@ class _Bands:
 
         weights = {}
         for border, corner in zip(borders, corners):
-            total = sum(tent(other, corner) for other in borders)  # over one where bands meet
+            near = [other for other in borders if abs(other - border) < 2 * side]  # further ones do not reach it
+            total = sum(tent(other, corner) for other in near)  # over one where bands meet
             weights[corner] = (tent(border, corner) / total.clamp(min=1)).float()
         return cls(list(weights), side, weights)
 
