@@ -10,6 +10,7 @@ from modules import masking, processing
 from PIL import Image, ImageOps
 
 from lib_dinotile import DinotileError, engine
+from lib_dinotile.images import MAX_PIXELS
 from lib_dinotile.settings import Settings
 
 CROP, FILL = 1, 2
@@ -49,11 +50,17 @@ class Area:
             self.canvas = engine.canvas_size((box[2] - box[0], box[3] - box[1]), settings, given)
             self.finished = size
             return
+        self.canvas = self.finished = engine.canvas_size(size, settings, given)
         if settings.target == "img2img size":
-            self._resize, self._given = p.resize_mode, given
+            self._resize = p.resize_mode
+            wide, high = self._part(size)
+            if self._resize == FILL and wide * high > MAX_PIXELS:
+                raise DinotileError(
+                    f"img2img size: {self.canvas[0]}x{self.canvas[1]} would have this image filled to {wide}x{high}, "
+                    "give one that is nearer to its shape"
+                )
         if self.mask is not None:
             self.mask = self.cut(self.mask).point(lambda level: min(255, 2 * level))  # as img2img does
-        self.canvas = self.finished = engine.canvas_size(size, settings, given)
 
     def _prepare(self, p: Any) -> Image.Image:
         """The mask as img2img prepares it: turned round if it is wanted, and blurred."""
@@ -72,19 +79,24 @@ class Area:
             self.infotext["Masked content"] = {0: "fill", 2: "latent noise", 3: "latent nothing"}[p.inpainting_fill]
         return Image.fromarray(pixels)
 
+    def _part(self, size: tuple[int, int]) -> tuple[int, int]:
+        """(width, height) of what of an image of that size becomes the canvas.
+
+        The side that is too long is cut, or the one that is too short is filled with the border's pixels.
+        """
+        (width, height), (wide, high) = size, self.canvas
+        if self._resize not in (CROP, FILL):
+            return size
+        across, down = max(1, round(height * wide / high)), max(1, round(width * high / wide))
+        return (across, height) if (across < width) == (self._resize == CROP) else (width, down)
+
     def cut(self, image: Image.Image) -> Image.Image:
         """The part of the source, or of a mask over it, that becomes the canvas."""
         if self._box is not None:
             return image.crop(self._box)
         if self._resize not in (CROP, FILL):
             return image
-        (width, height), (wide, high) = image.size, self._given
-        # The side that is too long is cut, or the one that is too short is filled with the border's pixels.
-        across, down = max(1, round(height * wide / high)), max(1, round(width * high / wide))
-        if (across < width) == (self._resize == CROP):
-            down = height
-        else:
-            across = width
+        (width, height), (across, down) = image.size, self._part(image.size)
         left, top = (width - across) // 2, (height - down) // 2
         if self._resize == CROP:
             return image.crop((left, top, left + across, top + down))
