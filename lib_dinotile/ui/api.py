@@ -13,15 +13,17 @@ from fastapi import APIRouter, FastAPI, HTTPException, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.routing import APIRoute
 from modules import call_queue
-from pydantic import BaseModel, Field
+from pydantic import VERSION, BaseModel, Field
 
 from lib_dinotile import DinotileError, __version__, weights
 from lib_dinotile.condition.conditioner import installed_weights
 from lib_dinotile.dino.encoder import installed
 from lib_dinotile.hosts import folders
 from lib_dinotile.images import read_image
-from lib_dinotile.settings import MAX_SIDE, Settings
-from lib_dinotile.ui.accordion import encoder_choices
+from lib_dinotile.options import Option
+from lib_dinotile.sampling import is_out_of_memory
+from lib_dinotile.settings import AUTOMATIC, MAX_SIDE, Settings
+from lib_dinotile.ui.accordion import TITLE, encoder_choices
 from lib_dinotile.ui.prospect import Prospect, checkpoint, waves
 
 PREFIX = "/dinotile/v1"
@@ -37,6 +39,41 @@ def one_line(text: str) -> str:
     """A text that fits in a line, and in UTF-8."""
     text = " ".join(text.split()).encode("utf-8", "backslashreplace").decode()
     return text if len(text) <= LONGEST else text[: LONGEST - 3] + "..."
+
+
+def schema_of(option: Option) -> dict[str, Any]:
+    """An option in JSON Schema."""
+    kinds = {bool: "boolean", int: "integer", float: "number", str: "string"}
+    allowed = option.allowed[0].upper() + option.allowed[1:]
+    range_ = {
+        "minimum": option.minimum if option.zero is None else 0,
+        "maximum": option.maximum,
+        "enum": option.choices,
+    }
+    return {
+        "type": kinds[option.type],
+        "title": option.label,
+        "description": f"{option.help} {allowed}.",
+        "default": option.default,
+        **{key: value for key, value in range_.items() if value is not None},
+        **({"multipleOf": option.step} if option.type is int and option.step else {}),
+    }
+
+
+OPTIONS = {
+    "properties": {option.name: schema_of(option) for option in Settings.table()},
+    "additionalProperties": False,
+}
+TINY = "iVBORw0KGgoAAAANSUhEUgAAAAIAAAACCAIAAAD91JpzAAAAFklEQVR42mO+s6XinAgD8zkRBjm5HgAoKwSbdKVq4AAAAABJRU5ErkJggg=="
+"""An image of 2x2 pixels, to try a route out with."""
+EXAMPLE = {"requestBody": {"content": {"application/json": {"example": {"image": TINY, "options": {"scale": 8}}}}}}
+"""The request that the OpenAPI page begins with."""
+
+
+def options_field(default: Any, description: str) -> Any:
+    """A field for options, for pydantic 1 (A1111) and 2 (Forge)."""
+    more = OPTIONS if VERSION.startswith("1.") else {"json_schema_extra": OPTIONS}
+    return Field(default, description=description, **more)
 
 
 class Route(APIRoute):
@@ -58,30 +95,45 @@ class Route(APIRoute):
         return told
 
 
+class Refused(BaseModel):
+    """Why a request is not answered."""
+
+    detail: str = Field(..., description="What is wrong, in one line.")
+
+
 class Body(BaseModel):
     """A request; unknown fields are refused."""
 
-    options: dict[str, Any] = Field({}, description="DINO Tile's options by name; what is left out has its default.")
+    options: dict[str, Any] = options_field(
+        {}, "DINO Tile's options by name, as for img2img; what is left out has its default."
+    )
+    resize_width: int = Field(
+        0, ge=0, le=MAX_SIDE, description="img2img's width, in pixels; counts only with the target 'img2img size'."
+    )
+    resize_height: int = Field(0, ge=0, le=MAX_SIDE, description="img2img's height, likewise.")
+    resize_mode: int = Field(
+        0,
+        ge=0,
+        le=3,
+        description="img2img's resize mode, likewise: 0 stretches, 1 crops, 2 fills the border, 3 stretches, too.",
+    )
 
     class Config:
         extra = "forbid"
 
 
 class PlanRequest(Body):
-    """An image, or its size."""
+    """An image, or its width and height."""
 
-    image: str | None = Field(None, description="The source in base64, or its width and height.")
-    width: int | None = Field(None, ge=1, le=MAX_SIDE, description="Of the source, in pixels.")
-    height: int | None = Field(None, ge=1, le=MAX_SIDE)
-    resize_width: int = Field(0, ge=0, le=MAX_SIDE, description="img2img's width, for the target 'img2img size'.")
-    resize_height: int = Field(0, ge=0, le=MAX_SIDE)
-    resize_mode: int = Field(0, ge=0, le=3, description="img2img's, as in its own API.")
+    image: str | None = Field(None, description="The image in base64 (PNG, JPEG, WebP ...), as a data URL or not.")
+    width: int | None = Field(None, ge=1, le=MAX_SIDE, description="The image's width in pixels, in place of it.")
+    height: int | None = Field(None, ge=1, le=MAX_SIDE, description="The image's height in pixels.")
 
 
 class MapRequest(Body):
     """An image."""
 
-    image: str = Field(..., description="The source in base64.")
+    image: str = Field(..., description="The image in base64 (PNG, JPEG, WebP ...), as a data URL or not.")
 
 
 class Version(BaseModel):
@@ -89,74 +141,112 @@ class Version(BaseModel):
 
 
 class Tile(BaseModel):
-    number: int
-    x: int
-    y: int
+    number: int = Field(..., description="Counted from 1, row by row.")
+    x: int = Field(..., description="Its left edge, in pixels of the result.")
+    y: int = Field(..., description="Its upper edge.")
     width: int
     height: int
 
 
 class Plan(BaseModel):
-    """Where the tiles lie, in pixels of the result."""
+    """What would be painted."""
 
-    width: int
-    height: int
-    options: dict[str, Any] = Field(..., description="All of them, with the tile size that the checkpoint likes.")
-    tiles: list[Tile]
-    waves: list[list[int]] = Field(..., description="Numbers of the tiles in their order; those of a wave together.")
-    painted: int = Field(..., description="How many tiles are painted, with those of the seam pass.")
+    width: int = Field(..., description="Of the result, in pixels.")
+    height: int = Field(..., description="Of the result, in pixels.")
+    options: dict[str, Any] = options_field(
+        ..., "All options as they would be used: with defaults, and the tile size that the checkpoint likes."
+    )
+    tiles: list[Tile] = Field(
+        ...,
+        description="Row by row. They overlap. The last may reach up to 7 pixels over the result, which are cut off.",
+    )
+    waves: list[list[int]] = Field(
+        ...,
+        description="Numbers of the tiles in the order in which they are painted; those of a wave do not overlap.",
+    )
+    painted: int = Field(..., description="How many tiles are painted in all, with those of the seam pass.")
 
 
 class SemanticMap(BaseModel):
-    image: str = Field(..., description="PNG in base64: DINO's features as colours over the picture, and the tiles.")
-    width: int
+    image: str = Field(
+        ...,
+        description="A PNG in base64: the image with its numbered tiles, in like colours where DINO sees the like.",
+    )
+    width: int = Field(..., description="Of the PNG, in pixels: the result's, but at most 2048 a side.")
     height: int
 
 
+class Weights(BaseModel):
+    """What a file says of itself. Besides what is listed here: all that `python -m lib_dinotile info FILE` tells."""
+
+    name: str = Field(..., description="As the option takes it.")
+    error: str | None = Field(None, description="Why the file cannot be used; nothing else is told of it then.")
+    kind: str | None = Field(None, description="adapter, or restoration heads.")
+    base: str | None = Field(None, description="The family of checkpoints that an adapter is for: sd15, sdxl ...")
+    encoder: str | None = Field(None, description="The encoder that it was trained with.")
+    features: int | None = Field(None, description="Numbers that this encoder tells of a patch.")
+    parameters: int | None = None
+    megabytes: float | None = None
+    made: dict[str, str] | None = Field(None, description="How it was made, if its maker says so.")
+
+    class Config:
+        extra = "allow"
+
+
 class Encoder(BaseModel):
-    name: str
-    installed: bool = Field(..., description="If not, choosing it downloads it.")
+    name: str = Field(..., description="As the option `encoder` takes it.")
+    installed: bool = Field(..., description="If not, using it downloads it first.")
 
 
-router = APIRouter(prefix=PREFIX, route_class=Route, tags=["DINO Tile"])
+router = APIRouter(
+    prefix=PREFIX,
+    route_class=Route,
+    tags=[TITLE],
+    responses={"4XX": {"model": Refused, "description": "The request is refused; nothing was done."}},
+)
 
 
 @router.get("/version", response_model=Version)
 def version() -> Any:
-    """Which dinotile this is."""
+    """The version of the DINO Tile extension."""
     return {"version": __version__}
 
 
-@router.get("/adapters", response_model=list[dict[str, Any]])
+@router.get("/adapters", response_model=list[Weights], response_model_exclude_unset=True)
 def adapters() -> Any:
-    """The installed adapters, with what their files say of themselves, or what is wrong with them."""
+    """The installed adapters: the values of the option `adapter`, besides None."""
     return _described(installed_weights(folders.adapters()))
 
 
-@router.get("/heads", response_model=list[dict[str, Any]])
+@router.get("/heads", response_model=list[Weights], response_model_exclude_unset=True)
 def heads() -> Any:
-    """The installed restoration heads, in the same way."""
+    """The installed restoration heads: the values of the option `head`, besides Automatic and None."""
     return _described(installed_weights(folders.heads()))
 
 
 @router.get("/encoders", response_model=list[Encoder])
 def encoders() -> Any:
-    """The encoders that can be chosen."""
+    """The DINOv2 encoders: the values of the option `encoder`, besides Automatic."""
     there = installed(folders.encoders())
-    return [{"name": name, "installed": name in there} for name in encoder_choices()[1:]]
+    return [{"name": name, "installed": name in there} for name in encoder_choices() if name != AUTOMATIC]
 
 
-@router.post("/plan", response_model=Plan)
+@router.post("/plan", response_model=Plan, openapi_extra=EXAMPLE)
 def plan(request: PlanRequest) -> Any:
-    """The tiles of an image with these options and the loaded checkpoint."""
+    """The size of the result and its tiles, for an image and options, with the checkpoint that is loaded.
+
+    Nothing is painted. Give an image, or its width and height. It is answered after what is being generated.
+    """
     settings = Settings.parse(request.options)
+    if request.image is not None and (request.width or request.height):
+        raise DinotileError("image: give an image, or a width and a height, not both")
     if request.image is not None:
         size = _image(request.image).size
     elif request.width and request.height:
         size = request.width, request.height
     else:
         raise DinotileError("image: give an image, or a width and a height")
-    prospect = _prospect(size, settings, (request.resize_width, request.resize_height), request.resize_mode)
+    prospect = _prospect(size, settings, request)
     found = prospect.plan
     tiles = found.tiles if found.order != "none" else []
     return {
@@ -172,13 +262,23 @@ def plan(request: PlanRequest) -> Any:
     }
 
 
-@router.post("/semantic-map", response_model=SemanticMap)
+@router.post("/semantic-map", response_model=SemanticMap, openapi_extra=EXAMPLE)
 def semantic_map(request: MapRequest) -> Any:
-    """What DINO sees in an image, with the tiles that these options and the loaded checkpoint make of it."""
+    """What DINO sees in an image, as a picture with the tiles.
+
+    Nothing is painted. It is answered after what is being generated.
+    """
     settings, source = Settings.parse(request.options), _image(request.image)
-    prospect = _prospect(source.size, settings)
-    with call_queue.queue_lock:  # after what is being generated
-        picture = prospect.semantic_map(source)
+    prospect = _prospect(source.size, settings, request)
+    with call_queue.queue_lock:
+        try:
+            picture = prospect.semantic_map(source)
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            raise DinotileError(
+                "there is not enough memory: give a smaller image, or less patches or windows"
+            ) from error
     file = io.BytesIO()
     picture.save(file, "PNG")
     return {
@@ -188,10 +288,10 @@ def semantic_map(request: MapRequest) -> Any:
     }
 
 
-def _prospect(size: tuple[int, int], settings: Settings, given: tuple[int, int] = (0, 0), resize: int = 0) -> Prospect:
+def _prospect(size: tuple[int, int], settings: Settings, request: Body) -> Prospect:
     with call_queue.queue_lock:
         model = checkpoint()
-    prospect = Prospect(size, settings, model, given, resize)
+    prospect = Prospect(size, settings, model, (request.resize_width, request.resize_height), request.resize_mode)
     if len(prospect.plan) > MOST_TILES:
         raise DinotileError(f"tile: makes {len(prospect.plan)} tiles, more than {MOST_TILES} are not listed")
     return prospect
@@ -201,7 +301,7 @@ def _image(text: str) -> Any:
     """The image that base64 text holds, as data URL or not."""
     text = text.split(",", 1)[1] if text.startswith("data:") and "," in text else text
     try:
-        data = base64.b64decode(text, validate=True)
+        data = base64.b64decode("".join(text.split()), validate=True)
     except (ValueError, binascii.Error) as error:
         raise DinotileError("image: this is no base64") from error
     return read_image(io.BytesIO(data), "image")

@@ -11,7 +11,7 @@ import torch
 from modules import devices, images, processing, sd_models, shared
 from PIL import Image, ImageOps
 
-from lib_dinotile import engine
+from lib_dinotile import DinotileError, engine
 from lib_dinotile.condition.conditioner import Conditioner, installed_weights
 from lib_dinotile.hosts import folders
 from lib_dinotile.hosts.area import Area
@@ -22,9 +22,16 @@ from lib_dinotile.tiling.plan import TilePlan
 
 
 def checkpoint() -> Any:
-    """The WebUI's model, loaded if it is not yet."""
-    # Forge loads it when it is first used.
-    return sd_models.forge_model_reload()[0] if hasattr(sd_models, "forge_model_reload") else shared.sd_model
+    """The WebUI's model, loaded if it is not yet. DinotileError if there is none."""
+    if not hasattr(sd_models, "forge_model_reload"):
+        model = shared.sd_model
+    elif sd_models.model_data.forge_loading_parameters.get("checkpoint_info"):
+        model = sd_models.forge_model_reload()[0]  # Forge loads it when it is first used
+    else:
+        model = None
+    if model is None:
+        raise DinotileError("no checkpoint is loaded: choose one")
+    return model
 
 
 def flat(image: Image.Image) -> Image.Image:
