@@ -130,19 +130,32 @@ class Job:
 class WebUI:
     """The API at an address. Every request names the generation's settings itself, whatever the WebUI's defaults."""
 
-    def __init__(self, url: str) -> None:
-        self._url = url.rstrip("/")
+    def __init__(self, url: str, auth: tuple[str, str] | None = None) -> None:
+        """auth: user and password of its API."""
+        self._url, self._auth = url.rstrip("/"), auth
         self._session = requests.Session()
         self._session.trust_env = False  # no proxy stands between this machine and itself
+        self._session.auth = auth
 
     def get(self, path: str) -> requests.Response:
         return self._session.get(f"{self._url}/{path}", timeout=TIMEOUT)
 
     def post(self, task: str, body: Mapping[str, Any] | None = None) -> requests.Response:
+        return self._send(f"sdapi/v1/{task}", json.dumps(body or {}).encode())
+
+    def dinotile(self, route: str, body: Mapping[str, Any] | bytes | None = None) -> requests.Response:
+        """What one of the routes of DINO Tile answers to a body, if that is not None by POST."""
+        path = f"dinotile/v1/{route}"
+        if body is None:
+            return self.get(path)
+        return self._send(path, body if isinstance(body, bytes) else json.dumps(body).encode())
+
+    def _send(self, path: str, body: bytes) -> requests.Response:
         # No session: requests go out from two threads at once.
         with requests.Session() as session:
             session.trust_env = False
-            return session.post(f"{self._url}/sdapi/v1/{task}", json=body or {}, timeout=TIMEOUT)
+            headers = {"Content-Type": "application/json"}
+            return session.post(f"{self._url}/{path}", body, headers=headers, auth=self._auth, timeout=TIMEOUT)
 
     def names(self, kind: str) -> list[str]:
         """What the WebUI has of a kind, as `samplers` or `upscalers`."""

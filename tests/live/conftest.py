@@ -35,6 +35,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("live", "tests against a running WebUI")
     group.addoption("--webui", metavar="URL", help="address of the WebUI, on this machine, with --api")
     group.addoption("--shots", metavar="FOLDER", type=Path, help="where pictures of the page are put, to be looked at")
+    group.addoption("--api-auth", metavar="USER:PASSWORD", help="its own --api-auth, if it was started with one")
     group.addoption("--models", metavar="FOLDER", type=Path, help="its models/dinotile folder; adapters are lent to it")
     group.addoption("--unet-channels", default="320,640,1280,1280", help="of the loaded checkpoint, level by level")
     group.addoption("--unet-blocks", default=2, type=int, help="its residual blocks per level")
@@ -52,7 +53,8 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.fixture(scope="session")
 def webui(request: pytest.FixtureRequest) -> WebUI:
-    return WebUI(request.config.getoption("--webui"))
+    auth = request.config.getoption("--api-auth")
+    return WebUI(request.config.getoption("--webui"), tuple(auth.split(":", 1)) if auth else None)
 
 
 @pytest.fixture(scope="session", autouse=True)
