@@ -24,7 +24,7 @@ from lib_dinotile.options import Option
 from lib_dinotile.sampling import is_out_of_memory
 from lib_dinotile.settings import AUTOMATIC, MAX_SIDE, Settings
 from lib_dinotile.ui.accordion import TITLE, encoder_choices
-from lib_dinotile.ui.prospect import Prospect, checkpoint, waves
+from lib_dinotile.ui.prospect import Prospect, checkpoint, loaded, waves
 
 PREFIX = "/dinotile/v1"
 LIKE = "/sdapi/v1/img2img"
@@ -235,7 +235,7 @@ def encoders() -> Any:
 def plan(request: PlanRequest) -> Any:
     """The size of the result and its tiles, for an image and options, with the checkpoint that is loaded.
 
-    Nothing is painted. Give an image, or its width and height. It is answered after what is being generated.
+    Nothing is painted. Give an image, or its width and height.
     """
     settings = Settings.parse(request.options)
     if request.image is not None and (request.width or request.height):
@@ -289,8 +289,10 @@ def semantic_map(request: MapRequest) -> Any:
 
 
 def _prospect(size: tuple[int, int], settings: Settings, request: Body) -> Prospect:
-    with call_queue.queue_lock:
-        model = checkpoint()
+    model = loaded()
+    if model is None:
+        with call_queue.queue_lock:  # after what is being generated
+            model = checkpoint()
     prospect = Prospect(size, settings, model, (request.resize_width, request.resize_height), request.resize_mode)
     if len(prospect.plan) > MOST_TILES:
         raise DinotileError(f"tile: makes {len(prospect.plan)} tiles, more than {MOST_TILES} are not listed")

@@ -21,12 +21,20 @@ from lib_dinotile.settings import SEMANTIC, Settings
 from lib_dinotile.tiling.plan import TilePlan
 
 
+def loaded() -> Any:
+    """The WebUI's model if it is loaded now, else None."""
+    data = sd_models.model_data
+    if hasattr(data, "forge_loading_parameters") and data.forge_hash != str(data.forge_loading_parameters):
+        return None  # another one is chosen, Forge loads it when it is first used
+    return data.sd_model
+
+
 def checkpoint() -> Any:
     """The WebUI's model, loaded if it is not yet. DinotileError if there is none."""
     if not hasattr(sd_models, "forge_model_reload"):
         model = shared.sd_model
     elif sd_models.model_data.forge_loading_parameters.get("checkpoint_info"):
-        model = sd_models.forge_model_reload()[0]  # Forge loads it when it is first used
+        model = sd_models.forge_model_reload()[0]
     else:
         model = None
     if model is None:

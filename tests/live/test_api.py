@@ -76,8 +76,9 @@ def test_adapters_are_told_with_what_their_files_say(webui: WebUI, adapters: Ada
 
 
 def test_every_adapter_that_is_listed_is_known_to_the_option(webui: WebUI, small: Image.Image, adapters: Adapters):
+    name = adapters.untrained
     line = webui.refusal(small, {**TILES, "adapter": "nope"})
-    assert adapters.untrained in line
+    assert name in line
     for entry in told(webui, "adapters"):
         assert entry["name"] in line
 
@@ -229,6 +230,15 @@ def test_a_plan_with_the_checkpoint_unloaded(webui: WebUI):
         webui.post("reload-checkpoint")
 
 
+def test_a_plan_does_not_wait_for_an_image(webui: WebUI, source: Image.Image):
+    job = webui.start(source, {**TILES, "batch": 1, "scale": 3})
+    looks = job.looks()
+    next(look for look in looks if look.running)
+    assert told(webui, "plan", {"width": 1000, "height": 1000})["painted"] > 1
+    assert next(looks).running
+    job.reply()
+
+
 # The semantic map ------------------------------------------------------------------------------------------------
 
 MAP = {**TILES, "encoder": ENCODER, "patches": 16}
@@ -250,7 +260,7 @@ def test_the_semantic_map_shows_the_image_and_the_tiles(webui: WebUI, source: Im
     found = told(webui, "semantic-map", {"image": encode(source), "options": MAP})
     mirrored = encode(source.transpose(Image.Transpose.FLIP_LEFT_RIGHT))
     assert told(webui, "semantic-map", {"image": mirrored, "options": MAP})["image"] != found["image"]
-    for other in ({"patches": 24}, {"tile": 64}, {"overlap": 32}):
+    for other in ({"patches": 24}, {"tile": 64}, {"overlap": 48}):
         assert told(webui, "semantic-map", {"image": encode(source), "options": {**MAP, **other}}) != found
 
 
