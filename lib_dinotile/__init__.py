@@ -6,6 +6,12 @@ LONGEST = 2000
 """Characters of what a user is told at once."""
 
 
+def one_line(error: BaseException) -> str:
+    """What an exception says, on one line and, unless it is one of ours, not endless."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= 200 or isinstance(error, DinotileError) else text[:197] + "..."
+
+
 class DinotileError(Exception):
     """What the user did or lacks, in one line that says what to do about it.
 
@@ -25,9 +31,3 @@ class DinotileError(Exception):
 def printable(text: str) -> str:
     """Text on one line, with line ends, control characters and halves of characters spelled out."""
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
-
-
-def one_line(error: BaseException) -> str:
-    """What an exception says, on one line and not endless."""
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= 200 else text[:197] + "..."

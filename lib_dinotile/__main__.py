@@ -19,7 +19,7 @@ from typing import Any, NoReturn
 
 from PIL import Image, PngImagePlugin
 
-from lib_dinotile import DinotileError, __version__, printable
+from lib_dinotile import DinotileError, __version__, one_line, printable
 from lib_dinotile.condition.conditioner import MINI, Conditioner
 from lib_dinotile.engine import UnfinishedError, analyze, canvas_size, upscale
 from lib_dinotile.images import MAX_PIXELS, check_writable, endings, read_image, read_mask, write_image
@@ -216,6 +216,8 @@ def _upscale(arguments: argparse.Namespace) -> None:
         check_writable(target, size)
         recipe = _recipe(settings, generation, source)
         if arguments.resume and _is_done(target, recipe):
+            with contextlib.suppress(DinotileError):  # tiles of another recipe are not this image's
+                open_journal(target, recipe, True, sharing).close()
             say(f"{target}: is there already")
             return
         mask = _read_mask(generation.mask, image.size)
@@ -236,17 +238,17 @@ def _upscale(arguments: argparse.Namespace) -> None:
                 where = f" (kept in {kept}; --resume goes on with it)"
             raise UnfinishedError(error.__cause__, error.result, where) from error.__cause__
         if sharing.rank == 0:
-            try:
+            try:  # the image last: once it is there --resume makes nothing any more
+                for name, picture in result.maps.items():
+                    write_image(picture, target.with_name(f"{target.stem}-{name}.png"), {})
                 parameters = _parameters(used, generation, size, result.report.lines)
                 write_image(result.image, target, {"parameters": parameters, RECIPE: _digest(recipe)})
             except DinotileError as error:
                 raise DinotileError(f"{error}{journal.kept}", error.status_code) from error
-            for name, picture in result.maps.items():
-                write_image(picture, target.with_name(f"{target.stem}-{name}.png"), {})
-            if arguments.report:
-                line = json.dumps({"image": str(source), **result.report.json()})
-                _add_line(Path(arguments.report), line + "\n")
         journal.close()
+        if arguments.report and sharing.rank == 0:
+            line = json.dumps({"image": str(source), **result.report.json()})
+            _add_line(Path(arguments.report), line + "\n")
         say(*(f"{source.name}: {line}" for line in result.report.lines))
         say(f"{target}: {result.image.width}x{result.image.height}, tiles: {result.painted}")
 
@@ -313,8 +315,14 @@ def _info(arguments: argparse.Namespace) -> None:
 def _add_line(path: Path, line: str) -> None:
     """Add to the file of reports: one line of JSON for every image."""
     try:
-        with path.open("a", encoding="utf-8") as file:
-            file.write(line)
+        size = path.stat().st_size if path.exists() else 0
+        try:
+            with path.open("a", encoding="utf-8") as file:
+                file.write(line)
+        except OSError:
+            with contextlib.suppress(OSError):  # half a line is no JSON
+                os.truncate(path, size)
+            raise
     except OSError as error:
         raise DinotileError(f"report: {path} cannot be written: {error}", 500) from error
 
@@ -382,6 +390,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if isinstance(error.__cause__, KeyboardInterrupt):
             return 130
         return 2 if error.status_code < 500 else 1
+    except Exception as error:
+        print(f"dinotile: {type(error).__name__}: {one_line(error)}", file=sys.stderr)
+        return 1
     return 0
 
 

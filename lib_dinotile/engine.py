@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from PIL import Image
 
-from lib_dinotile import DinotileError
+from lib_dinotile import DinotileError, one_line
 from lib_dinotile.condition.conditioner import Conditioner, Conditions
 from lib_dinotile.hosts.base import Host, Interrupted, check_name
 from lib_dinotile.journal import Journal
@@ -50,8 +51,7 @@ class UnfinishedError(DinotileError):
 
     def __init__(self, error: BaseException, result: Result, kept: str = "") -> None:
         """kept: where the tiles painted can be found, once they are saved."""
-        what = str(error).strip().split("\n")[0] or type(error).__name__
-        super().__init__(f"stopped after {result.painted} of {result.total} tiles{kept}: {what}", 500)
+        super().__init__(f"stopped after {result.painted} of {result.total} tiles{kept}: {one_line(error)}", 500)
         self.result = result
 
 
@@ -131,18 +131,43 @@ def upscale(
     check_prompts(host, plan, settings)
     _check_memory(source, size)
     with torch.no_grad():
-        features = conditioner.features(source, size) if conditioner else None
-        canvas = _canvas(host, source, plan, settings, mask, fill)
-        conditions = conditioner.conditions(source, features, canvas, plan) if conditioner else Conditions()
-        run = Run(host, settings, noise, canvas, plan, conditions, journal, team or Team())
+        with _before_the_first_tile(size):
+            features = conditioner.features(source, size) if conditioner else None
+            canvas = _canvas(host, source, plan, settings, mask, fill)
+            conditions = conditioner.conditions(source, features, canvas, plan) if conditioner else Conditions()
+            run = Run(host, settings, noise, canvas, plan, conditions, journal, team or Team())
+        maps: Mapping[str, Image.Image] = {}
         try:
             run.paint()
+            if settings.maps != "none" and run.done == run.total:
+                maps = _maps(settings, conditions, run, plan)
         except Interrupted:
             pass
         except (Exception, KeyboardInterrupt) as error:
             raise UnfinishedError(error, _result(run)) from error
-        asked = settings.maps != "none" and run.done == run.total
-        return _result(run, draw_maps(settings, conditions, canvas, plan, run.painted) if asked else {})
+        return _result(run, maps)
+
+
+@contextlib.contextmanager
+def _before_the_first_tile(size: tuple[int, int]) -> Iterator[None]:
+    """Whatever fails in it is told in one line; size: (width, height) of the result."""
+    try:
+        yield
+    except DinotileError:
+        raise
+    except Exception as error:
+        if is_out_of_memory(error):
+            raise _too_large(size) from error
+        raise DinotileError(f"stopped before the first tile: {one_line(error)}", 500) from error
+
+
+def _maps(settings: Settings, conditions: Conditions, run: Run, plan: TilePlan) -> Mapping[str, Image.Image]:
+    """The maps that are asked for; none, and a note, if they cannot be drawn: the image is not to be lost for them."""
+    try:
+        return draw_maps(settings, conditions, run.canvas, plan, run.painted)
+    except Exception as error:
+        run.report.note(f"maps: they cannot be drawn: {one_line(error)}")
+        return {}
 
 
 def draw_maps(
@@ -181,14 +206,9 @@ def _canvas(
     fill: Callable[[Image.Image, Image.Image], Image.Image] | None,
 ) -> Canvas:
     size = plan.width, plan.height
-    try:
-        image = host.upscale(source, size, settings.upscaler)
-        mask = mask and mask.resize(size, Image.Resampling.BILINEAR)
-        return Canvas(image, plan, mask, fill(image, mask) if fill and mask else None)
-    except Exception as error:
-        if not is_out_of_memory(error):
-            raise
-        raise _too_large(size) from error
+    image = host.upscale(source, size, settings.upscaler)
+    mask = mask and mask.resize(size, Image.Resampling.BILINEAR)
+    return Canvas(image, plan, mask, fill(image, mask) if fill and mask else None)
 
 
 def preview(conditioner: Conditioner, source: Image.Image, plan: TilePlan) -> Image.Image:

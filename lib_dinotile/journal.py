@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from lib_dinotile import DinotileError
+from lib_dinotile import DinotileError, one_line
 from lib_dinotile.condition.guard import Verdict
 from lib_dinotile.team import Team
 from lib_dinotile.tensorfile import open_tensors
@@ -53,7 +53,7 @@ class Journal:
             raise DinotileError(f"{folder} holds other files, painted tiles are kept there: move it away")
 
     def _unusable(self, error: Exception) -> DinotileError:
-        return DinotileError(f"{self._folder}, where painted tiles are kept, cannot be used: {error}", 500)
+        return DinotileError(f"{self._folder}, where painted tiles are kept, cannot be used: {one_line(error)}", 500)
 
     def _check(self, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
         other = [name for name in {**now, **before} if before.get(name) != now.get(name)]

@@ -163,11 +163,12 @@ class Run:
         for tile, (pixels, latents) in zip(tiles, painted.tiles):
             self.canvas.paint(tile, pixels, blend.weight(tile))
             self._neighbours.add(tile, latents)
-            if self._journal and not painted.kept:
-                self._journal.put(step, tile, pixels, latents, painted.notes, verdicts.get(tile))
         for note in painted.notes:
             self.report.note(note)
         self._progress(tiles[: len(painted.tiles)])
+        if self._journal and not painted.kept:  # they are painted, also if the disk has no room for them
+            for tile, (pixels, latents) in zip(tiles, painted.tiles):
+                self._journal.put(step, tile, pixels, latents, painted.notes, verdicts.get(tile))
 
     def _batch(self, step: int, tiles: Sequence[Rect], denoise: float | None) -> Painted:
         kept = self._journal.get(step, tiles) if self._journal else None
@@ -238,7 +239,7 @@ class Run:
     def _make(self, tiles: Sequence[Rect]) -> Batch:
         latent = tiles[0].height // self._host.factor, tiles[0].width // self._host.factor
         adapted, guidance = self._conditions.adapted, self._conditions.guidance
-        guide = guidance and guidance.of(self.canvas, tiles, self._encoded)
+        guide = guidance and guidance.of(self.canvas, tiles, self._encoded, self.report.note)
         prompts = [self._prompts.of(tile) for tile in tiles]
         return Batch(tiles, prompts, adapted and adapted(tiles, latent), guide)
 
@@ -302,9 +303,9 @@ class Run:
         good = [tile for tile in wanted if tile not in lost]
         sampled = torch.where(sampled.isfinite(), sampled, latents)
         self._decode(blend, good, sampled)
+        self._progress(wanted)  # they are painted, also if the guard fails
         verdicts = self._watch_fused(blend, good, lambda tile: sampled[cells(tile)].cpu()) if self._watch else {}
         self.report.tell(wanted, (time.perf_counter() - began) / len(wanted), verdicts)
-        self._progress(wanted)
 
     def _watch_fused(
         self, blend: Blend, tiles: Sequence[Rect], latents: Callable[[Rect], Tensor]

@@ -59,18 +59,30 @@ class Guidance:
         first = math.ceil(self.start * total)
         return self.start <= progress and (progress < self.end or self.end == 1) and (step - first) % self.every == 0
 
-    def of(self, canvas: Canvas, tiles: Sequence[Rect], source: Callable[[Rect], Tensor]) -> Guide:
-        """For a batch of tiles; source: gives a tile's source as latents (C, h, w)."""
-        return Guide(self, canvas, tiles, source)
+    def of(
+        self,
+        canvas: Canvas,
+        tiles: Sequence[Rect],
+        source: Callable[[Rect], Tensor],
+        note: Callable[[str], None] = lambda line: None,
+    ) -> Guide:
+        """For a batch of tiles; source: gives a tile's source as latents (C, h, w); note: tells the user."""
+        return Guide(self, canvas, tiles, source, note)
 
 
 class Guide:
     """Guidance at work on one batch of tiles."""
 
     def __init__(
-        self, guidance: Guidance, canvas: Canvas, tiles: Sequence[Rect], source: Callable[[Rect], Tensor]
+        self,
+        guidance: Guidance,
+        canvas: Canvas,
+        tiles: Sequence[Rect],
+        source: Callable[[Rect], Tensor],
+        note: Callable[[str], None],
     ) -> None:
         self._guidance, self._canvas, self._tiles, self._source = guidance, canvas, tiles, source
+        self._note = note
 
     def __call__(self, x0: Tensor, step: int, total: int, chosen: Sequence[int] | None = None) -> Tensor | None:
         """x0 (k, C, h, w), the picture predicted at a step (from 0) of so many, moved; None for steps left alone.
@@ -84,6 +96,8 @@ class Guide:
         with torch.inference_mode(False), torch.enable_grad():
             x = x0.detach().clone().float().requires_grad_()
             (gradient,) = torch.autograd.grad(self._distance(x, tiles, step), x)
+        if x.isfinite().all() and not gradient.isfinite().all():
+            self._note("guidance was left out where its decoder or encoder gave what is not a number")
         with torch.no_grad():
             gradient = _even(gradient, tiles[0].width / x.shape[3], guidance.look.cell)
             start = torch.stack([self._source(tile) for tile in tiles]).to(x0.device).float()

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lib_dinotile import DinotileError
 from lib_dinotile.dino.backends import keys, load_blocks
 from lib_dinotile.dino.checkpoint import BUILT_IN, KNOWN, Checkpoint, installed, locate, read_checkpoint
 
@@ -100,6 +101,7 @@ class PatchEncoder(nn.Module):
         They are on the encoder's device. `layer` counts the layers, from the end if negative; the tokens of any layer
         go through the model's final LayerNorm, keys come as they are. Class and register tokens are left out.
         ValueError if H or W is not a positive multiple of `patch`, or if there is no such layer or facet.
+        DinotileError if the features of an image of numbers are no numbers.
         """
         return self.several(pixels, [(layer, facet)])[0]
 
@@ -132,6 +134,11 @@ class PatchEncoder(nn.Module):
                         seen = self.norm(tokens) if facet == "tokens" else keys(self.blocks[depth], tokens)
                         seen = seen[:, self.prefix.shape[1] :].transpose(1, 2).unflatten(2, grid)
                         found[place, facet] = seen.float().contiguous()
+        if pixels.isfinite().all() and not all(seen.isfinite().all() for seen in found.values()):
+            raise DinotileError(
+                f"encoder: {self.id!r} gave what is not a number: choose another, or none of what looks at the source",
+                500,
+            )
         return [found[place] for place in places]
 
     def _positions(self, grid: tuple[int, int]) -> Tensor:

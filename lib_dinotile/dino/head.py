@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from lib_dinotile import DinotileError
+from lib_dinotile import DinotileError, one_line
 from lib_dinotile.tensorfile import open_tensors
 
 FORMAT, VERSION = "dinotile-head", "2"
@@ -104,4 +104,4 @@ def load_heads(
     except DinotileError:
         raise
     except Exception as error:  # whatever safetensors and torch raise for what is damaged
-        raise DinotileError(f"head {path.name} cannot be read: {error}") from error
+        raise DinotileError(f"head {path.name} cannot be read: {one_line(error)}") from error

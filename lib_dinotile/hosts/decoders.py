@@ -11,7 +11,7 @@ import torch
 from modules import paths, sd_vae_approx, sd_vae_taesd, shared
 from torch import Tensor, nn
 
-from lib_dinotile import DinotileError
+from lib_dinotile import DinotileError, one_line
 from lib_dinotile.settings import APPROXIMATE, AUTOMATIC, FULL_VAE, TAESD
 
 Decoder = Callable[[Tensor], Tensor]
@@ -30,8 +30,7 @@ def guidance_decoder(
         try:
             return choice, tried[choice](device, dtype)
         except Exception as error:  # whatever the download or the file raises
-            line = (str(error).strip() or type(error).__name__).splitlines()[0]
-            raise DinotileError(f"decoder: {choice} cannot be had: {line}; choose {FULL_VAE}") from error
+            raise DinotileError(f"decoder: {choice} cannot be had: {one_line(error)}; choose {FULL_VAE}") from error
     decode = full()
     return FULL_VAE, lambda latents: (decode(latents) + 1) / 2
 

@@ -17,7 +17,7 @@ from PIL import Image
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from lib_dinotile import DinotileError
+from lib_dinotile import DinotileError, one_line
 from lib_dinotile.condition.conditioner import MINI
 from lib_dinotile.condition.shape import UNetShape
 from lib_dinotile.hosts.base import Batch, Views
@@ -266,8 +266,7 @@ def _taesd(base: str, download: bool) -> Any:
     except Exception as error:  # whatever the Hub's client raises
         if not download:
             return None
-        line = str(error).strip().split("\n")[0]
-        raise DinotileError(f"decoder: {name} cannot be downloaded: {line}; choose full VAE") from error
+        raise DinotileError(f"decoder: {name} cannot be downloaded: {one_line(error)}; choose full VAE") from error
     return tiny.float().eval().requires_grad_(False)
 
 
@@ -335,9 +334,8 @@ def load_host(
     except DinotileError:
         raise
     except Exception as error:  # whatever the libraries raise for what is missing or damaged
-        line = str(error).strip().split("\n")[0]
         hint = " (--config FOLDER spares the Hugging Face Hub)" if is_file and not generation.config else ""
-        raise DinotileError(f"model: {name} cannot be loaded{hint}: {line}") from error
+        raise DinotileError(f"model: {name} cannot be loaded{hint}: {one_line(error)}") from error
     if not isinstance(getattr(pipe, "unet", None), UNet2DConditionModel) or pipe.unet.config.in_channels != 4:
         raise DinotileError(
             f"model: {name} is a {type(pipe).__name__}; give a Stable Diffusion 1.5, 2 or XL checkpoint"

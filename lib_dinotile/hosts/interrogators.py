@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from modules import deepbooru, shared
 from PIL import Image
 
-from lib_dinotile import DinotileError
+from lib_dinotile import DinotileError, one_line
 from lib_dinotile.hosts.base import Interrupted
 from lib_dinotile.hosts.overridden import overridden
 
@@ -39,8 +39,7 @@ def _deepbooru(images: Sequence[Image.Image]) -> list[str]:
     try:
         model.start()
     except Exception as error:  # whatever a download or a damaged file raises
-        line = str(error).strip().split("\n")[0] or type(error).__name__
-        raise DinotileError(f"captions: DeepBooru cannot be loaded: {line}", 500) from error
+        raise DinotileError(f"captions: DeepBooru cannot be loaded: {one_line(error)}", 500) from error
     try:
         return _each("DeepBooru", images, model.tag_multi)
     finally:

@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import time
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -19,7 +21,7 @@ from modules import extra_networks, images, masking, processing, sd_samplers, sd
 from PIL import Image
 from torch import Tensor
 
-from lib_dinotile import DinotileError, engine
+from lib_dinotile import DinotileError, engine, one_line
 from lib_dinotile.condition.conditioner import Conditioner, installed_weights
 from lib_dinotile.condition.guard import OFF
 from lib_dinotile.hosts import folders, pace
@@ -30,6 +32,8 @@ from lib_dinotile.hosts.webui import LATENT_NOISE, LATENT_NOTHING, ORIGINAL, Web
 from lib_dinotile.prompts import check_prompts
 from lib_dinotile.settings import NONE, Settings
 from lib_dinotile.tiling.noise import NoiseField
+
+T = TypeVar("T")
 
 UNDO = "_dinotile_undo"
 """Where what gives a processing object back waits on it."""
@@ -83,9 +87,25 @@ def _selected(p: Any) -> str:
     return p.scripts.selectable_scripts[chosen - 1].title() if chosen else ""
 
 
+def _in_one_line(work: Callable[..., T]) -> Callable[..., T]:
+    """The WebUI shows, and its API answers, what an error says: let it be one line, whatever it is."""
+
+    @functools.wraps(work)
+    def told(*args: Any, **more: Any) -> T:
+        try:
+            return work(*args, **more)
+        except DinotileError:
+            raise
+        except Exception as error:
+            raise DinotileError(one_line(error), 500) from error
+
+    return told
+
+
 def refuse(p: Any, error: Exception) -> None:
     """Let the job fail with this error. The WebUI only logs what a script's hook raises, and would go on without it."""
 
+    @_in_one_line
     def fail(*_: Any, **__: Any) -> None:
         raise error
 
@@ -171,6 +191,7 @@ class Takeover:
         reports = {"DINO Tile report": [report.json() for report, _ in found]}
         processed.extra_generation_params = {**processed.extra_generation_params, **reports}
 
+    @_in_one_line
     def init(self, all_prompts: list[str], all_seeds: list[int], all_subseeds: list[int]) -> None:
         """In place of `p.init`: everything that can go wrong before the first tile goes wrong here."""
         p, opts = self._p, shared.opts
@@ -228,6 +249,7 @@ class Takeover:
         steps = sd_samplers_common.setup_img2img_steps(p)[1] + 1
         shared.total_tqdm.updateTotal(batches * p.n_iter * steps)
 
+    @_in_one_line
     def sample(
         self,
         conditioning: Any,
@@ -256,8 +278,7 @@ class Takeover:
                     raise error.__cause__ from None  # there is nothing to tell but what stands against it
                 # What is done of the batch is kept, too.
                 done = results + ([self._area.finish(error.result.image, source)] if error.result.painted else [])
-                kept = [self._keep(image, seeds[n], prompts[n]) for n, image in enumerate(done)]
-                where = f" (kept in {', '.join(filter(None, kept))})" if any(kept) else ""
+                where = self._keep(done, seeds, prompts)
                 raise engine.UnfinishedError(error.__cause__, error.result, where) from error.__cause__
             global _last_prompts
             _last_prompts = result.report.prompts
@@ -301,17 +322,16 @@ class Takeover:
         pace.learn(self._p.sd_model, time.perf_counter() - began, pixels * result.painted // max(1, tiles), steps)
         return result
 
-    def _keep(self, image: Image.Image, seed: int, prompt: str) -> str | None:
-        """Saves what a failed run has painted where the finished image would have gone; the file's name."""
-        if not self._p.save_samples():
-            return None
-        return images.save_image(
-            image,
-            self._p.outpath_samples,
-            "",
-            seed,
-            prompt,
-            shared.opts.samples_format,
-            p=self._p,
-            suffix="-unfinished",
-        )[0]
+    def _keep(self, done: Sequence[Image.Image], seeds: Sequence[int], prompts: Sequence[str]) -> str:
+        """Saves what a failed run has painted where the finished images would have gone; words for where that is."""
+        if not done or not self._p.save_samples():
+            return ""
+        folder, form = self._p.outpath_samples, shared.opts.samples_format
+        try:
+            kept = [
+                images.save_image(image, folder, "", seed, prompt, form, p=self._p, suffix="-unfinished")[0]
+                for image, seed, prompt in zip(done, seeds, prompts)
+            ]
+        except Exception as error:  # for want of space, say
+            return f" (they cannot be kept: {one_line(error)})"
+        return f" (kept in {', '.join(filter(None, kept))})"
