@@ -53,9 +53,12 @@ def _encode(host: Host, canvas: Canvas, note: Callable[[str], None], piece: Rect
         latents = host.encode(pixels)[0]
         if not latents.isfinite().all():
             mended = in_full_precision(host, lambda: host.encode(pixels)[0])
+            if mended is None or not mended.isfinite().all():
+                note(f"the VAE gave what is not a number for the picture at {piece.x}, {piece.y}")
+            else:
+                line = "was encoded again in full precision: the VAE gave what is not a number"
+                note(f"the picture at {piece.x}, {piece.y} {line}")
             latents = latents if mended is None else mended.to(latents)
-        if not latents.isfinite().all():
-            note(f"the VAE gave what is not a number for the picture at {piece.x}, {piece.y}")
         return latents
     except Exception as error:
         halves = _halves(piece, host.factor)

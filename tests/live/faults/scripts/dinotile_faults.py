@@ -13,6 +13,7 @@ import gc
 import hashlib
 import importlib
 import sys
+import zlib
 from collections.abc import Callable
 from typing import Any
 
@@ -49,6 +50,7 @@ STAGES: dict[str, tuple[Callable[[], Any], str]] = {
     "decode": (_place("modules.processing"), "decode_latent_batch"),
     "prompts": (_place("modules.processing", "StableDiffusionProcessing"), "setup_conds"),
     "encoder": (_place("lib_dinotile.dino.encoder", "PatchEncoder"), "several"),
+    "positions": (_place("lib_dinotile.dino.encoder", "PatchEncoder"), "_positions"),
     "guidance": (_place("lib_dinotile.condition.guidance", "Guide"), "__call__"),
     "decoder": (_place("lib_dinotile.hosts.decoders"), "_is_there"),
     "guard": (_place("lib_dinotile.condition.guard", "Guard"), "distances"),
@@ -148,12 +150,13 @@ def _modules() -> dict[str, torch.nn.Module]:
     return {**parts, **{f"encoder {number}": each for number, each in enumerate(encoders)}}
 
 
-def _weights(module: torch.nn.Module) -> str:
-    digest = hashlib.sha256()
+def _weights(module: torch.nn.Module) -> int:
+    """A checksum of all of them."""
+    found = 0
     for weight in (*module.parameters(), *module.buffers()):
-        digest.update(f"{weight.dtype}{tuple(weight.shape)}".encode())
-        digest.update(weight.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
+        found = zlib.crc32(f"{weight.dtype}{tuple(weight.shape)}".encode(), found)
+        found = zlib.crc32(weight.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy(), found)
+    return found
 
 
 def _patches() -> dict[str, Any]:
@@ -172,8 +175,7 @@ def _patches() -> dict[str, Any]:
 
 def _leftovers() -> dict[str, Any]:
     """Everything that a run might leave behind, as JSON that can be compared."""
-    for _ in range(3):
-        gc.collect()
+    gc.collect()
     kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
     modules = _modules()
     tensors = []
