@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
+from pathlib import Path
 
 import matplotlib
 import numpy as np
@@ -23,8 +25,6 @@ COLOURS = "cividis"
 """From dark blue over grey to yellow: made to be read alike with and without colour blindness (Nunez et al. 2018)."""
 STEP = 8
 """Pixels of the canvas along a side of a cell of the consistency map."""
-LEGIBLE = 32
-"""Pixels of a tile's side that its number needs."""
 LEAST, MOST = 0.0, 1.0
 """The ends of the scale of cosines, the same for every map."""
 
@@ -63,11 +63,12 @@ def semantic_map(image: Image.Image, field: FeatureField, plan: TilePlan) -> Ima
     for row in plan.rows:
         for y in (row * ratio, min(row + height, plan.height) * ratio - 1):
             draw.line((0, y, picture.width, y), "white")
-    if min(width, height) * ratio < LEGIBLE:
+    size = max(14, max(picture.size) // 50)
+    if min(width, height) * ratio < 2.5 * size:  # too small for their numbers
         return picture
     for number, tile in enumerate(plan.tiles, 1):
         right, bottom = min(tile.right, plan.width), min(tile.bottom, plan.height)
-        _label(draw, ((tile.x + right) / 2 * ratio, (tile.y + bottom) / 2 * ratio), str(number), 16)
+        _label(draw, ((tile.x + right) / 2 * ratio, (tile.y + bottom) / 2 * ratio), str(number), size)
     return picture
 
 
@@ -155,8 +156,7 @@ def _label(draw: ImageDraw.ImageDraw, middle: tuple[float, float], text: str, si
     draw.text((x, y - top), text, "white", _font(size))
 
 
-def _font(size: int) -> ImageFont.ImageFont | ImageFont.FreeTypeFont:
-    try:
-        return ImageFont.load_default(size)
-    except TypeError:  # Pillow before 10.1 has one size only
-        return ImageFont.load_default()
+@functools.lru_cache
+def _font(size: int) -> ImageFont.FreeTypeFont:
+    """matplotlib's own: Pillow before 10.1 has none that can be made larger."""
+    return ImageFont.truetype(str(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans-Bold.ttf"), size)

@@ -177,7 +177,7 @@ def test_refused_when_it_does_not_fit_the_checkpoint_or_the_encoder():
         check_fit(SMALL, "fur", "sd15", SD15)
     check_encoder(SMALL, "fur", "tiny", 12, 3)
     for encoder, width in (("other", 12), ("tiny", 13)):
-        with pytest.raises(DinotileError, match="reads encoder 'tiny'|reads tokens 12 wide"):
+        with pytest.raises(DinotileError, match=r"reads encoder 'tiny'|reads tokens 12 wide"):
             check_encoder(SMALL, "fur", encoder, width, 3)
     with pytest.raises(DinotileError, match="reads layer -1, of 0"):
         check_encoder(SMALL, "fur", "tiny", 12, 0)
