@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 import shutil
 import urllib.parse
 from collections.abc import Iterator
@@ -145,7 +146,7 @@ class Tab:
     def apply_defaults(self) -> None:
         """What the controls are at becomes the user's defaults: Settings, Defaults, Apply."""
         self.page.locator("#tabs > .tab-nav button", has_text="Settings").click()
-        self.page.locator("#settings .tab-nav button", has_text="Defaults").click()
+        self.page.locator("#settings .tab-nav button", has_text=re.compile(r"^\s*Defaults\s*$")).click()
         self.page.locator("#ui_defaults_apply").click()
         self.page.wait_for_timeout(3000)
 

@@ -176,7 +176,7 @@ def test_a_photo_is_upscaled_and_its_png_info_gives_it_again(
     told = fields(first.info["parameters"])
     assert told["DINO Tile guidance"] == "0.75" and told["DINO Tile guard"] == "report"
     assert told["DINO Tile tile size"] == "128"
-    assert "guidance looked through" in tab.told
+    assert "guidance decoder: " in tab.told
     tab.shot(shots / "generated.png", whole=True)
     with open_tab(browser, url) as other:
         other.read_png_info(first)
