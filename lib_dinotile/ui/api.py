@@ -44,7 +44,8 @@ def one_line(text: str) -> str:
 def schema_of(option: Option) -> dict[str, Any]:
     """An option in JSON Schema."""
     kinds = {bool: "boolean", int: "integer", float: "number", str: "string"}
-    allowed = option.allowed[0].upper() + option.allowed[1:]
+    free = option.type is str and option.choices is None
+    allowed = "" if free else f" {option.allowed[0].upper()}{option.allowed[1:]}."
     range_ = {
         "minimum": option.minimum if option.zero is None else 0,
         "maximum": option.maximum,
@@ -53,7 +54,7 @@ def schema_of(option: Option) -> dict[str, Any]:
     return {
         "type": kinds[option.type],
         "title": option.label,
-        "description": f"{option.help} {allowed}.",
+        "description": f"{option.help}{allowed}",
         "default": option.default,
         **{key: value for key, value in range_.items() if value is not None},
         **({"multipleOf": option.step} if option.type is int and option.step else {}),
