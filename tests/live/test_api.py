@@ -165,14 +165,15 @@ def test_a_plan_is_the_engines(webui: WebUI):
             "seam_width": 8 * draw.randint(1, 128),
             "scale": round(draw.uniform(1, 4), 2),
         }
-        settings, size = Settings.parse(options), (draw.randint(1, 1500), draw.randint(1, 1500))
+        settings, size = Settings.parse(options), (draw.randint(1, 700), draw.randint(1, 700))
         width, height = engine.canvas_size(size, settings)
         plan = TilePlan(width, height, tile, settings.overlap, 8, settings.order)
+        tiles = plan.tiles
         planned = told(webui, "plan", {"width": size[0], "height": size[1], "options": options})
         assert (planned["width"], planned["height"]) == (width, height)
         rects = [(tile["x"], tile["y"], tile["width"], tile["height"]) for tile in planned["tiles"]]
-        assert rects == [(tile.x, tile.y, tile.width, tile.height) for tile in plan.tiles]
-        assert [[plan.tiles[number - 1] for number in wave] for wave in planned["waves"]] == plan.waves
+        assert rects == [(tile.x, tile.y, tile.width, tile.height) for tile in tiles]
+        assert [[tiles[number - 1] for number in wave] for wave in planned["waves"]] == plan.waves
         assert planned["painted"] == engine.workload(plan, settings)[0]
         assert planned["options"] == {**{row.name: row.default for row in Settings.table()}, **options}
 
