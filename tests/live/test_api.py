@@ -143,11 +143,11 @@ def test_a_plan_is_what_a_run_does(webui: WebUI, source: Image.Image, options, i
     planned = told(webui, "plan", {**sized(source), **body})
     assert planned == told(webui, "plan", {"image": encode(source), **body})
     job = webui.start(source, options, **img2img)
-    totals = {found[1] for look in job.looks() if (found := re.search(r"of (\d+) tiles", look.text))}
+    totals = [found[1] for look in job.looks() if (found := re.search(r"of (\d+) tiles", look.text))]
     reply = job.reply()
     assert reply.image.size == (planned["width"], planned["height"])
     assert planned["tiles"] == rectangles(reply.extra["DINO Tile report"][0]["tiles"])
-    assert totals == {str(planned["painted"])}
+    assert totals[-1] == str(planned["painted"])  # the first may be of the run before
     numbers = [number for wave in planned["waves"] for number in wave]
     assert sorted(numbers) == [tile["number"] for tile in planned["tiles"]]
 
@@ -374,7 +374,7 @@ def test_adapters_that_cannot_be_read(webui: WebUI, small: Image.Image, adapters
         line = refused(webui, "semantic-map", {"image": encode(small), "options": {**TILES, "adapter": name}})
         assert line.startswith(f"{Path(name).name}.safetensors ")
     line = refused(webui, "semantic-map", {"image": encode(small), "options": {"adapter": adapters.other_encoder}})
-    assert line.startswith("encoder: 'no-such-encoder' is not installed in ")
+    assert line.endswith("reads encoder 'no-such-encoder': install it, and choose that encoder")
 
 
 def test_sizes_that_are_not_allowed(webui: WebUI, small: Image.Image):
