@@ -38,3 +38,4 @@ class Script(scripts.Script):
 script_callbacks.on_before_ui(xyz.register)
 script_callbacks.on_after_component(accordion.img2img.pick)
 script_callbacks.on_app_started(api.register)
+script_callbacks.on_app_started(accordion.mind_types)

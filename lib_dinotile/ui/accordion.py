@@ -8,7 +8,7 @@ from typing import Any
 
 import gradio as gr
 from gradio.context import Context
-from modules import shared
+from modules import infotext_utils, shared
 from modules.ui_common import create_refresh_button
 from modules.ui_components import InputAccordion
 
@@ -165,6 +165,18 @@ def infotext_fields(components: Mapping[str, Any]) -> list[tuple[Any, Any]]:
 
     keys = [option.infotext if option.infotext in always else reader(option) for option in told]
     return [(components["enabled"], ours), *zip((components[option.name] for option in told), keys)]
+
+
+def mind_types(*_: Any) -> None:
+    """Values of controls in their options' own types, once the WebUI has set the user's defaults.
+
+    It keeps 0.0 as 0, and would then read PNG info in a request as whole numbers.
+    """
+    options = {f"dinotile_{option.name}": option for option in Settings.table()}
+    for field in infotext_utils.paste_fields.get("img2img", {}).get("fields", ()):
+        option = options.get(getattr(field.component, "elem_id", None))
+        if option is not None and option.type in (int, float):
+            field.component.value = option.type(field.component.value)
 
 
 def settings_from(args: tuple[Any, ...], axes: Mapping[str, Any]) -> Settings:
