@@ -38,7 +38,7 @@ OPTIONS = {
 ADAPTERS = {
     "other_shape": "adapter '{}' does not fit this checkpoint's UNet: it gives .*, the UNet takes .*",
     "other_base": "adapter '{}' is for nobase checkpoints, this one is .*: choose another adapter or None",
-    "other_encoder": "encoder: 'no-such-encoder' is not installed in .*, give one of Automatic.*",
+    "other_encoder": "adapter '{}' reads encoder 'no-such-encoder': install it, and choose that encoder",
     "other_width": r"adapter '{}' reads tokens \d+ wide, those of encoder 'mini' are \d+: choose .*",
     "cut_off": "cut-off.safetensors cannot be read as a safetensors file: .*",
     "text": "text.safetensors cannot be read as a safetensors file: .*",
