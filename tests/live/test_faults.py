@@ -52,6 +52,7 @@ class Case:
 
 MEMORY = "out of memory with a single tile: give a smaller tile size"
 GUIDED, GUARDED = {**BLIND, "guidance": 0.5}, {**BLIND, "guard": "report"}
+# Where the checkpoint is not trained every tile is in doubt, and the guard looks at it twice.
 SEAMS = {"seams": "half tile"}
 
 BROKEN_OFF = [
@@ -72,8 +73,8 @@ BROKEN_OFF = [
     Case("decode", "memory", after=1, painted=1, line=MEMORY),
     Case("decode", options={"order": "fused"}),
     Case("prompts", options={"tile_prompts": "3: a cat"}, after=1, painted=2),
-    Case("encoder", options=GUARDED, after=2, painted=2),
-    Case("positions", "nan", options=GUARDED, after=2, painted=2, line="encoder: 'mini' gave what is not a number: .*"),
+    Case("encoder", options=GUARDED, after=2, painted=1),
+    Case("positions", "nan", options=GUARDED, after=2, painted=1, line="encoder: 'mini' gave what is not a number: .*"),
     Case("encoder", options=GUIDED, after=1, painted=1),
     Case("guidance", options=GUIDED),
     Case("guidance", options=GUIDED, after=4, painted=2),
@@ -88,7 +89,7 @@ BROKEN_OFF = [
 ]
 MADE = [
     Case(
-        "unet", "memory", options={"order": "chess", "batch": 4}, times=1, line="out of memory with 2 tiles .* with 1"
+        "unet", "memory", options={"order": "chess", "batch": 4}, times=1, line="out of memory with 4 tiles .* with 2"
     ),
     Case("unet", "nan", after=3, times=1, line="tile 2 was done again in full precision: .*"),
     Case("unet", "nan", line="tile 4 is kept from the source: the model gave what is not a number"),
@@ -154,6 +155,14 @@ def folder(webui: WebUI, faults: Faults, tmp_path_factory: pytest.TempPathFactor
 def files(folder: Path) -> list[Path]:
     """All files in a folder and below it."""
     return [file for file in folder.rglob("*") if file.is_file()]
+
+
+@pytest.fixture(autouse=True)
+def tidy(folder: Path) -> Iterator[None]:
+    """What one test has the WebUI save is not there in the next."""
+    yield
+    for file in files(folder):
+        file.unlink()
 
 
 @pytest.fixture(scope="module")
@@ -266,7 +275,6 @@ def test_a_seam_pass_that_breaks_off_keeps_the_tiles(
     assert fired and found and int(found[1]) > 4, answer.text
     with Image.open(found[2]) as image:
         assert difference(image, plain.image) == 0
-    Path(found[2]).unlink()
     check_left(left, clean)
     assert difference(webui.img2img(source, options).image, whole.image) == 0
 
@@ -280,8 +288,6 @@ def test_of_a_batch_what_is_done_is_kept(webui: WebUI, source: Image.Image, faul
     assert found, answer.text
     with Image.open(found[1]) as first:
         assert difference(first, whole.image) == 0
-    for name in found.groups():
-        Path(name).unlink()
 
 
 def test_where_nothing_can_be_saved_the_fault_is_told_all_the_same(
@@ -313,10 +319,7 @@ def test_a_disk_that_is_full_leaves_no_half_image(
     fired, left = faults.disarm()
     assert fired and answer.status_code == 500
     assert re.fullmatch(r".*No space left on device.*", answer.json()["errors"])
-    written = files(folder)
-    assert not [file for file in written if file.suffix == ".png"]
-    for file in written:
-        file.unlink()
+    assert not [file for file in files(folder) if file.suffix == ".png"]
     check_left(left, clean)
     assert difference(webui.img2img(source, LINEAR).image, whole.image) == 0
 
@@ -333,5 +336,3 @@ def test_below_the_gallery_stands_the_line(
     html = faults.press(webui.body(source, LINEAR, **SAVING))
     check_left(faults.disarm()[1], clean)
     assert re.search(rf"<div class='error'>\w+: {line}{TOLD}</div>", html), html
-    for file in files(folder):
-        file.unlink()
