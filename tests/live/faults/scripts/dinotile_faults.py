@@ -175,10 +175,10 @@ def _patches() -> dict[str, Any]:
 
 def _leftovers() -> dict[str, Any]:
     """Everything that a run might leave behind, as JSON that can be compared."""
+    gc.collect()
     modules = _modules()
     for module in modules.values():
         getattr(module, "_grids", {}).clear()  # an encoder's positions, which it keeps for images of the same size
-    gc.collect()
     kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
     tensors = []
     for each in gc.get_objects():
