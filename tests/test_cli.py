@@ -4,7 +4,6 @@ import itertools
 import json
 import os
 import re
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -18,6 +17,7 @@ from lib_dinotile import __main__ as cli
 from lib_dinotile.hosts.diffusers import DiffusersHost
 from lib_dinotile.images import read_image
 from lib_dinotile.settings import Generation, Settings
+from tests.processes import launch_two
 from tests.test_settings import another
 from tests.test_tiling import random_image
 
@@ -394,11 +394,7 @@ def two(tmp_path):
         "import sys; from lib_dinotile import __main__, team; assert team.make_team().size == 2; "
         "sys.exit(__main__.main(sys.argv[1:]))"
     )
-    flags = "--multi_gpu --num_processes 2 --num_machines 1 --mixed_precision no --dynamo_backend no"
-    with socket.socket() as free:  # by itself only newer torch finds one
-        free.bind(("127.0.0.1", 0))
-        flags += f" --main_process_port {free.getsockname()[1]}"
-    launch = [sys.executable, "-m", "accelerate.commands.launch", *flags.split(), script]
+    launch = [*launch_two(), script]
     return lambda *arguments: apart(launch, arguments)
 
 

@@ -37,6 +37,7 @@ from lib_dinotile.train.loop import _put, last_checkpoint
 from lib_dinotile.train.options import Training
 from lib_dinotile.train.pictures import Photos, Prepared, find_photos
 from lib_dinotile.train.textures import TEXTURES
+from tests.processes import launch_two
 from tests.test_diffusers import sd15, sdxl  # noqa: F401
 
 _FEW = {"dino": "mini", "tile": 64, "patches": 8, "width": 16, "variants": 1, "held-out": 2, "precision": "no"}
@@ -193,9 +194,7 @@ def _environment() -> dict[str, str]:
 
 
 def test_two_processes_make_the_same_steps_as_one_with_twice_the_batches(photos: Path, tmp_path: Path) -> None:
-    flags = "--multi_gpu --num_processes 2 --num_machines 1 --mixed_precision no --dynamo_backend no"
-    launch = ["-m", "accelerate.commands.launch", *flags.split(), "--main_process_port", "0", "-m"]
-    for name, start, accumulate in (("one", ["-m"], "2"), ("two", launch, "1")):
+    for name, start, accumulate in (("one", [sys.executable], "2"), ("two", launch_two(), "1")):
         words = [
             "--base",
             "mini",
@@ -207,8 +206,8 @@ def test_two_processes_make_the_same_steps_as_one_with_twice_the_batches(photos:
             "--accumulate",
             accumulate,
         ]
-        command = [sys.executable, *start, "lib_dinotile", "train", *map(str, words)]
-        done = subprocess.run(command, env=_environment(), capture_output=True, text=True)
+        command = [*start, "-m", "lib_dinotile", "train", *map(str, words)]
+        done = subprocess.run(command, env=_environment(), capture_output=True, text=True, timeout=600)
         assert done.returncode == 0, done.stderr[-2000:]
     one, two = load_file(tmp_path / "one.safetensors"), load_file(tmp_path / "two.safetensors")
     assert any(tensor.any() for name, tensor in one.items() if name.startswith("outputs"))
