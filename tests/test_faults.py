@@ -226,10 +226,10 @@ def test_at_the_first_tile(host, good, folder, stage, kind):
     assert result is None or result.painted == (stage == "journal")
 
 
-@pytest.mark.parametrize("kind", ["error", "cancelled"])
-@pytest.mark.parametrize(
-    "stage", [stage for stage in STAGES if stage not in ("upscale", "encode", "positions", "maps")]
-)
+LATER = [(stage, "error") for stage in STAGES if stage not in ("upscale", "encode", "positions", "maps")]
+
+
+@pytest.mark.parametrize("stage, kind", [*LATER, ("unet", "cancelled"), ("guard", "cancelled")])
 def test_at_a_later_tile(host, good, folder, stage, kind):
     after = later(host, stage, "linear", folder)
     result = check_breaks_off(host, good, folder, Fault(stage, kind, after), "linear")
