@@ -17,7 +17,7 @@ from lib_dinotile import __main__ as cli
 from lib_dinotile.hosts.diffusers import DiffusersHost
 from lib_dinotile.images import read_image
 from lib_dinotile.settings import Generation, Settings
-from tests.processes import launch_two
+from tests.processes import environment, run_two
 from tests.test_settings import another
 from tests.test_tiling import random_image
 
@@ -394,15 +394,12 @@ def two(tmp_path):
         "import sys; from lib_dinotile import __main__, team; assert team.make_team().size == 2; "
         "sys.exit(__main__.main(sys.argv[1:]))"
     )
-    launch = [*launch_two(), script]
-    return lambda *arguments: apart(launch, arguments)
+    return lambda *arguments: run_two(script, "upscale", *arguments)
 
 
 def apart(start, arguments):
-    """One thread each: sums of floats depend on their number."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(cli.__file__).parents[1])}
     command = [*map(str, start), "upscale", *map(str, arguments)]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
+    return subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=600)
 
 
 def test_two_processes_give_the_image_of_one(photo, tmp_path, two):

@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -37,7 +38,7 @@ from lib_dinotile.train.loop import _put, last_checkpoint
 from lib_dinotile.train.options import Training
 from lib_dinotile.train.pictures import Photos, Prepared, find_photos
 from lib_dinotile.train.textures import TEXTURES
-from tests.processes import launch_two
+from tests.processes import environment, run_two
 from tests.test_diffusers import sd15, sdxl  # noqa: F401
 
 _FEW = {"dino": "mini", "tile": 64, "patches": 8, "width": 16, "variants": 1, "held-out": 2, "precision": "no"}
@@ -188,27 +189,19 @@ def test_a_second_run_finds_all_in_the_cache(photos: Path, tmp_path: Path, reque
     assert all(torch.equal(first[name], again[name]) for name in first)
 
 
-def _environment() -> dict[str, str]:
-    """One thread: sums of floats depend on their number."""
-    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(cli.__file__).parents[1])}
-
-
 def test_two_processes_make_the_same_steps_as_one_with_twice_the_batches(photos: Path, tmp_path: Path) -> None:
-    for name, start, accumulate in (("one", [sys.executable], "2"), ("two", launch_two(), "1")):
-        words = [
-            "--base",
-            "mini",
-            "--images",
-            photos,
-            "--out",
-            tmp_path / f"{name}.safetensors",
-            *QUICK,
-            "--accumulate",
-            accumulate,
-        ]
-        command = [*start, "-m", "lib_dinotile", "train", *map(str, words)]
-        done = subprocess.run(command, env=_environment(), capture_output=True, text=True, timeout=600)
+    def run(name: str, accumulate: int, start: Callable[..., subprocess.CompletedProcess[str]]) -> None:
+        out = tmp_path / f"{name}.safetensors"
+        words = ["--base", "mini", "--images", photos, "--out", out, *QUICK, "--accumulate", accumulate]
+        done = start("-m", "lib_dinotile", "train", *words)
         assert done.returncode == 0, done.stderr[-2000:]
+
+    def run_one(*words: object) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, *map(str, words)]
+        return subprocess.run(command, env=environment(), capture_output=True, text=True)
+
+    run("one", 2, run_one)
+    run("two", 1, run_two)
     one, two = load_file(tmp_path / "one.safetensors"), load_file(tmp_path / "two.safetensors")
     assert any(tensor.any() for name, tensor in one.items() if name.startswith("outputs"))
     assert all(torch.allclose(one[name].float(), two[name].float(), atol=1e-4) for name in one)
