@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable, Sequence
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -18,6 +19,8 @@ SIZES = ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE"
 """Where launchers say how many processes they started; those that accelerate knows."""
 PATIENCE = timedelta(days=30)
 """How long a process waits for the others: one may have done its images of a folder long before them."""
+GRACE = 1.0
+"""Seconds between the last that processes tell each other and their end."""
 
 
 class Team:
@@ -67,6 +70,9 @@ class Processes(Team):
 
     def close(self) -> None:
         torch.distributed.barrier()
+        # gloo's threads give back the last tensors, for which they need the interpreter; so does what ends them, and
+        # while it waits for them it does not let go.
+        time.sleep(GRACE)
         torch.distributed.destroy_process_group()
 
 
