@@ -223,6 +223,8 @@ def fit(
                 save(step)
                 saved = time.monotonic()
     save(step)
+    if accelerator.num_processes > 1:
+        time.sleep(GRACE)
     accelerator.end_training()
 
 
