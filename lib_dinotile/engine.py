@@ -77,8 +77,7 @@ def canvas_size(size: tuple[int, int], settings: Settings, given: tuple[int, int
 
 
 def make_plan(host: Host, size: tuple[int, int], settings: Settings) -> TilePlan:
-    """The tiles for a canvas of (width, height) on this host."""
-    settings = settings.for_base(host.base)
+    """The tiles for a canvas of (width, height) on this host; the settings' tile size is known."""
     return TilePlan(*size, settings.tile, settings.overlap, host.factor, settings.order)
 
 

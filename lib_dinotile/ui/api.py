@@ -15,7 +15,7 @@ from fastapi.routing import APIRoute
 from modules import call_queue
 from pydantic import VERSION, BaseModel, Field
 
-from lib_dinotile import DinotileError, __version__, weights
+from lib_dinotile import DinotileError, __version__, printable, weights
 from lib_dinotile.condition.conditioner import installed_weights
 from lib_dinotile.dino.encoder import installed
 from lib_dinotile.hosts import folders
@@ -31,14 +31,6 @@ LIKE = "/sdapi/v1/img2img"
 """The WebUI's route whose authentication holds for these, too."""
 MOST_TILES = 10_000
 """That are listed."""
-LONGEST = 300
-"""Characters of an error."""
-
-
-def one_line(text: str) -> str:
-    """A text that fits in a line, and in UTF-8."""
-    text = " ".join(text.split()).encode("utf-8", "backslashreplace").decode()
-    return text if len(text) <= LONGEST else text[: LONGEST - 3] + "..."
 
 
 def schema_of(option: Option) -> dict[str, Any]:
@@ -89,9 +81,9 @@ class Route(APIRoute):
             except RequestValidationError as error:
                 first = error.errors()[0]
                 place = ".".join(str(part) for part in first["loc"] if part != "body")
-                raise HTTPException(422, one_line(f"{place or 'the request'}: {first['msg']}")) from error
+                raise HTTPException(422, printable(f"{place or 'the request'}: {first['msg']}")) from error
             except DinotileError as error:
-                raise HTTPException(error.status_code, one_line(str(error))) from error
+                raise HTTPException(error.status_code, error.detail) from error
 
         return told
 
@@ -316,7 +308,7 @@ def _described(files: Mapping[str, Path]) -> list[dict[str, Any]]:
         try:
             found.append({"name": name, **weights.describe(path)})
         except DinotileError as error:
-            found.append({"name": name, "error": one_line(str(error))})
+            found.append({"name": name, "error": error.detail})
     return found
 
 

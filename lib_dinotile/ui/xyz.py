@@ -84,7 +84,6 @@ def register() -> None:
         if Path(data.path).name != "xyz_grid.py":
             continue
         module = data.module
-
         present = {axis.label for axis in module.axis_options}
         for option in Settings.table():
             name = f"[{TITLE}] {option.label}"
