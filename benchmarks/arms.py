@@ -12,6 +12,7 @@ from torch import Tensor
 
 from lib_dinotile.condition.adapter import Adapter
 from lib_dinotile.condition.conditioner import Conditioner, Features
+from lib_dinotile.condition.heads import FixedHeads
 from lib_dinotile.dino.encoder import PatchEncoder
 from lib_dinotile.dino.field import FeatureField
 from lib_dinotile.dino.head import RestorationHead
@@ -130,7 +131,7 @@ class Arms:
             self._settings(way),
             self.encoder,
             reader and reader.adapter,
-            heads=self.heads,
+            heads=FixedHeads(self.heads or {}, "world"),
             decoder=decoder,
             adapter_head=reader and reader.head,
         )

@@ -33,9 +33,9 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from benchmarks.arms import to_pixels
 from lib_dinotile.condition.guard import GUARD_LAYER, Floor, Guard, rehearsal_size, rehearse
-from lib_dinotile.condition.look import Look
 from lib_dinotile.dino.encoder import PatchEncoder, load_encoder
 from lib_dinotile.dino.field import FeatureField, feature_field
+from lib_dinotile.dino.look import Look
 from lib_dinotile.images import read_image
 from lib_dinotile.settings import Settings
 from lib_dinotile.tiling.canvas import Canvas

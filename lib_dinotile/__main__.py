@@ -20,11 +20,13 @@ from typing import Any, NoReturn
 from PIL import Image, PngImagePlugin
 
 from lib_dinotile import DinotileError, __version__, one_line, printable
+from lib_dinotile.cli import calibrate
 from lib_dinotile.condition.conditioner import MINI, Conditioner
+from lib_dinotile.dino.calibrated import Store
 from lib_dinotile.engine import UnfinishedError, analyze, canvas_size, upscale
 from lib_dinotile.images import MAX_PIXELS, check_writable, endings, read_image, read_mask, write_image
 from lib_dinotile.journal import open_journal
-from lib_dinotile.settings import AUTOMATIC, BOTH, NONE, SEMANTIC, Generation, Options, Settings
+from lib_dinotile.settings import AUTOMATIC, BOTH, CALIBRATED, NONE, SEMANTIC, Generation, Options, Settings
 from lib_dinotile.team import Team, make_team
 from lib_dinotile.tiling.noise import NoiseField
 from lib_dinotile.train.options import Training
@@ -204,7 +206,13 @@ def _upscale(arguments: argparse.Namespace) -> None:
 
     host = load_host(generation, progress, team.rank)
     settings = settings.for_base(host.base)
-    conditioner = Conditioner.load(settings, host, adapters, heads=_heads(settings))
+
+    def getting_ready(text: str, share: float) -> None:
+        bar.set_description(f"{text} ({share:.0%})")
+
+    conditioner = Conditioner.load(
+        settings, host, adapters, heads=_heads(settings), store=Store(progress=getting_ready)
+    )
     used = conditioner.used if conditioner else settings
 
     def make(source: Path, target: Path) -> None:
@@ -272,7 +280,7 @@ def _upscale(arguments: argparse.Namespace) -> None:
 
 def _heads(settings: Settings) -> dict[str, Path]:
     """The restoration head: on the command line its name is that of its file."""
-    if settings.head in (NONE, AUTOMATIC):
+    if settings.head in (NONE, AUTOMATIC, CALIBRATED):
         return {}
     if not os.path.isfile(settings.head):
         raise DinotileError(f"head: there is no file {settings.head}")
@@ -368,6 +376,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     command.add_argument("--resume", action="store_true", help="go on from the checkpoint beside FILE")
     _add_options(command, Training)
     command.set_defaults(run=_train)
+    calibrate.add_arguments(
+        commands.add_parser("calibrate", help="make an encoder's restoration heads", allow_abbrev=False)
+    )
     command = commands.add_parser("info", help="show what a file of weights says of itself", allow_abbrev=False)
     command.add_argument("FILE", help="an adapter, or restoration heads")
     command.add_argument("--json", action="store_true", help="as one line of JSON, for programs")

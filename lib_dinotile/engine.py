@@ -131,10 +131,15 @@ def upscale(
     _check_memory(source, size)
     with torch.no_grad():
         with _before_the_first_tile(size):
-            features = conditioner.features(source, size) if conditioner else None
-            canvas = _canvas(host, source, plan, settings, mask, fill)
-            conditions = conditioner.conditions(source, features, canvas, plan) if conditioner else Conditions()
+            canvas, conditions, stopped = _canvas(host, source, plan, settings, mask, fill), Conditions(), False
+            try:
+                if conditioner:
+                    conditions = conditioner.conditions(source, conditioner.features(source, size), canvas, plan)
+            except Interrupted:
+                stopped = True
             run = Run(host, settings, noise, canvas, plan, conditions, journal, team or Team())
+        if stopped:
+            return _result(run)
         maps: Mapping[str, Image.Image] = {}
         try:
             run.paint()

@@ -33,6 +33,9 @@ NONE = "None"
 AUTOMATIC = "Automatic"
 """The choice that stands for what fits best: of encoders the one that the adapter names, of decoders a cheap one."""
 
+CALIBRATED = "calibrated"
+"""The choice that stands for the restoration heads that dinotile makes for an encoder by itself."""
+
 TAESD, APPROXIMATE, FULL_VAE = "TAESD", "approximate", "full VAE"
 DECODERS = (AUTOMATIC, TAESD, APPROXIMATE, FULL_VAE)
 PREDICTIONS = (AUTOMATIC, "epsilon", "v_prediction")
@@ -370,8 +373,8 @@ class Settings(Options):
     head: str = option(
         AUTOMATIC,
         "Restoration head",
-        "Trained weights that tell guidance and guard what DINO would see if the source were sharp. Automatic: those "
-        "in the adapter's file, if it has any.",
+        "Tells guidance and guard what DINO would see if the source were sharp. Automatic: the one in the adapter's "
+        "file, if it has any, else calibrated: made by dinotile itself, once for every encoder. None: guidance is off.",
         infotext="DINO Tile head",
         only_with=_looking,
     )

@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 from scipy import ndimage
 
-from lib_dinotile.train.degradation import clean_shrink, convolve, degrade, gaussian_kernel, sinc_kernel
+from lib_dinotile.dino.degradation import clean_shrink, convolve, degrade, gaussian_kernel, sinc_kernel
 from lib_dinotile.train.textures import TEXTURES
 
 

@@ -12,9 +12,9 @@ from PIL import Image
 from lib_dinotile.condition import guard as guards
 from lib_dinotile.condition.guard import Floor, Guard, rehearsal_size, rehearse
 from lib_dinotile.condition.guidance import DISTANCES, PATCHES, Guidance
-from lib_dinotile.condition.look import Look
 from lib_dinotile.dino.encoder import load_encoder
 from lib_dinotile.dino.field import FeatureField, feature_field
+from lib_dinotile.dino.look import Look
 from lib_dinotile.tiling.canvas import Canvas
 from lib_dinotile.tiling.plan import Rect, TilePlan
 from tests.test_tiling import random_image

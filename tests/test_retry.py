@@ -10,8 +10,8 @@ import torch
 
 from lib_dinotile.condition.conditioner import Conditions
 from lib_dinotile.condition.guard import Floor, Guard
-from lib_dinotile.condition.look import Look
 from lib_dinotile.dino.field import FeatureField, feature_field
+from lib_dinotile.dino.look import Look
 from lib_dinotile.engine import upscale
 from lib_dinotile.hosts.base import Interrupted
 from lib_dinotile.settings import Settings

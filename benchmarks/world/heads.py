@@ -12,10 +12,10 @@ from torch import Tensor
 
 from benchmarks.world.pictures import Scenes
 from benchmarks.world.scenes import NO_LABEL, PATCH, SIDE, TRAIN_ATLAS, Scene, scene
-from lib_dinotile.condition.look import CONTEXT, Look
 from lib_dinotile.dino.encoder import PatchEncoder, load_encoder
 from lib_dinotile.dino.field import FeatureField, feature_field
 from lib_dinotile.dino.head import RestorationHead, save_heads
+from lib_dinotile.dino.look import CONTEXT, Look
 from lib_dinotile.team import Team
 from lib_dinotile.tiling.plan import Rect
 from lib_dinotile.train.head import prepared_pairs

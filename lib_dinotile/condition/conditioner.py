@@ -15,15 +15,17 @@ from torch import Tensor
 
 from lib_dinotile import DinotileError
 from lib_dinotile.condition.adapter import Adapter, AdapterCondition
-from lib_dinotile.condition.adapter_file import check_encoder, check_fit, load_adapter, read_config, read_metadata
-from lib_dinotile.condition.guard import GUARD_LAYER, Floor, Guard, rehearsal_size, rehearse
+from lib_dinotile.condition.adapter_file import check_encoder, check_fit, load_adapter, read_config
+from lib_dinotile.condition.guard import GUARD_LAYER, Guard, rehearsal_size, rehearse
 from lib_dinotile.condition.guidance import CONTEXT as GUIDANCE_CONTEXT
 from lib_dinotile.condition.guidance import SELF_SIMILARITY, Guidance
-from lib_dinotile.condition.look import Look
+from lib_dinotile.condition.heads import ByLayer, FixedHeads, Heads, chosen, forget, heads_for, heads_in
 from lib_dinotile.dino.cache import FeatureCache
+from lib_dinotile.dino.calibrated import Store
 from lib_dinotile.dino.encoder import BUILT_IN, KNOWN, Facet, PatchEncoder, installed, load_encoder
 from lib_dinotile.dino.field import FeatureField
-from lib_dinotile.dino.head import RestorationHead, load_heads
+from lib_dinotile.dino.head import Floor, RestorationHead
+from lib_dinotile.dino.look import Look
 from lib_dinotile.hosts.base import Host, Residuals
 from lib_dinotile.settings import AUTOMATIC, BOTH, DECODERS, NONE, SEMANTIC, Settings
 from lib_dinotile.tiling.canvas import Canvas
@@ -54,17 +56,6 @@ def _encoder(
     return load_encoder(name, folder, device=device, dtype=dtype, download=download)
 
 
-@functools.lru_cache(maxsize=2)
-def _heads(
-    path: Path, modified: float, encoder: str, features: int, device: torch.device
-) -> Mapping[int, RestorationHead]:
-    return load_heads(path, encoder, features, device)
-
-
-def _heads_in(path: Path, encoder: PatchEncoder) -> Mapping[int, RestorationHead]:
-    return _heads(path, path.stat().st_mtime, encoder.id, encoder.width, encoder.device)
-
-
 @dataclass(frozen=True)
 class Features:
     """What a source shows, as fields over the canvas; None where nothing asks for it."""
@@ -74,6 +65,8 @@ class Features:
     guard: FeatureField | None
     shown: FeatureField | None
     """For the semantic map: as the encoder sees the source, whatever the head says."""
+    heads: ByLayer = dataclasses.field(default_factory=dict)
+    """Through which those for guidance and guard were seen."""
 
 
 @dataclass(frozen=True)
@@ -98,14 +91,16 @@ class Conditioner:
         settings: Settings,
         encoder: PatchEncoder,
         adapter: Adapter | None = None,
-        heads: Mapping[int, RestorationHead] | None = None,
+        heads: Heads | None = None,
         decoder: tuple[str, Callable[[Tensor], Tensor]] | None = None,
         adapter_head: RestorationHead | None = None,
     ) -> None:
-        """heads: restoration heads by layer, for guidance and guard; decoder: name and function of what guidance sees
-        the latents through; adapter_head: what the adapter reads the features through."""
+        """heads: restoration heads for guidance and guard; decoder: name and function of what guidance sees the latents
+        through; adapter_head: what the adapter reads the features through."""
         self._settings, self.encoder, self._adapter = settings, encoder, adapter
-        self._heads, self._decoder, self._adapter_head = heads or {}, decoder, adapter_head
+        self._heads, self._decoder, self._adapter_head = heads or FixedHeads(), decoder, adapter_head
+        self._rests = False
+        """Whether guidance has nothing to aim at."""
 
     @classmethod
     def load(
@@ -116,23 +111,24 @@ class Conditioner:
         encoders: Path | None = None,
         heads: Mapping[str, Path] | None = None,
         trusted: bool = True,
+        store: Store | None = None,
     ) -> Conditioner | None:
         """What `settings` ask for, or None if they ask for nothing that looks at the source.
 
-        adapters, heads: names and files to choose from; encoders: folder of installed encoders. Unless `trusted`, an
-        encoder is one of those or a published one, never a path. DinotileError, before a tile is painted, if anything
-        is not there or does not fit the host's checkpoint or the encoder.
+        adapters, heads: names and files to choose from; encoders: folder of installed encoders; store: of calibrated
+        heads. Unless `trusted`, an encoder is one of those or a published one, never a path. DinotileError, before a
+        tile is painted, if anything is not there or does not fit the host's checkpoint or the encoder.
         """
         if settings.adapter == NONE:
             _adapter.cache_clear()
         if not settings.looks:
             _encoder.cache_clear()
-            _heads.cache_clear()
+            forget()
             return None
         config, device = None, torch.device(host.device)
         if settings.adapter != NONE:
             name = settings.adapter
-            config = read_config(_chosen("adapter", name, adapters))
+            config = read_config(chosen("adapter", name, adapters))
             if host.shape is None:
                 raise DinotileError(
                     f"adapter {name!r}: this checkpoint's UNet takes no residuals; choose adapter {NONE}"
@@ -148,11 +144,12 @@ class Conditioner:
             own = adapters[name]
             adapter = _adapter(own, own.stat().st_mtime, device, host.dtype)
             if config.restored:
-                head = _heads_in(own, encoder).get(config.layer)
+                head = heads_in(own, encoder).get(config.layer)
                 if head is None:
                     raise DinotileError(f"{own.name} is damaged: it has no head for the layer that it reads")
         decoder = host.guidance_decoder(settings.decoder) if settings.guidance else None
-        return cls(settings, encoder, adapter, _restored(settings, encoder, heads or {}, own), decoder, head)
+        found = heads_for(settings, encoder, heads or {}, own, store or Store())
+        return cls(settings, encoder, adapter, found, decoder, head)
 
     @classmethod
     def without_model(
@@ -164,16 +161,14 @@ class Conditioner:
         adapters: Mapping[str, Path] | None = None,
         encoders: Path | None = None,
         trusted: bool = True,
+        store: Store | None = None,
     ) -> Conditioner:
         """Only looks: for maps. Of an adapter only the encoder that it names is taken; all else as in `load`."""
-        own = None if settings.adapter == NONE else _chosen("adapter", settings.adapter, adapters or {})
+        own = None if settings.adapter == NONE else chosen("adapter", settings.adapter, adapters or {})
         named = read_config(own).encoder if own else None
         encoder = _eye(settings, named, encoders, torch.device(device), dtype, trusted)
-        return cls(
-            dataclasses.replace(settings, guidance=0.0),
-            encoder,
-            heads=_restored(settings, encoder, heads or {}, own),
-        )
+        found = heads_for(settings, encoder, heads or {}, own, store or Store())
+        return cls(dataclasses.replace(settings, guidance=0.0), encoder, heads=found)
 
     @property
     def used(self) -> Settings:
@@ -181,22 +176,34 @@ class Conditioner:
 
         A head that stays Automatic is the one in the adapter's file.
         """
-        chosen = {"encoder": self.encoder.id, "head": AUTOMATIC if self._heads else NONE}
+        stood_for = {"encoder": self.encoder.id, "head": self._heads.name}
         if self._decoder and self._decoder[0] in DECODERS:
-            chosen["decoder"] = self._decoder[0]
-        automatic = {name: value for name, value in chosen.items() if getattr(self._settings, name) == AUTOMATIC}
+            stood_for["decoder"] = self._decoder[0]
+        automatic = {name: value for name, value in stood_for.items() if getattr(self._settings, name) == AUTOMATIC}
         return dataclasses.replace(self._settings, **automatic)
 
     @property
     def notes(self) -> list[str]:
         """What a user should know of what looked at the source."""
-        told = []
-        if self._decoder:
-            told.append(f"guidance decoder: {self._decoder[0]}")
+        told = [f"encoder: {self.encoder.id}"]
         # Also where it was named, or PNG info would not give itself again.
         if self.encoder.id == BUILT_IN and self._adapter is None:
-            told.append("looked with the small built-in encoder; a DINOv2 has better eyes, see DINO encoder")
+            told = ["encoder: the small built-in one; install a DINOv2 for better features, see DINO encoder"]
+        if self._steers or self._settings.judges:
+            told += self._heads.notes
+        if self._rests:
+            told.append(
+                "guidance is off: without a restoration head it could only keep the blur; choose Restoration head "
+                f"{AUTOMATIC}"
+            )
+        elif self._decoder:
+            told.append(f"guidance decoder: {self._decoder[0]}")
         return told
+
+    @property
+    def _steers(self) -> bool:
+        """Whether guidance is wanted that compares tokens, and so needs a head."""
+        return bool(self._settings.guidance) and self._guided[1] == "tokens"
 
     def features(self, source: Image.Image, size: tuple[int, int]) -> Features:
         """The source's (RGB) features as fields over a canvas of (width, height)."""
@@ -209,11 +216,15 @@ class Conditioner:
         }
         asked = {name: each for name, each in wanted.items() if each}
         fields = dict.fromkeys(wanted) | dict(zip(asked, self._fields(source, size, list(asked.values()))))
-        for name in ("guidance", "guard"):
-            layer, facet = asked.get(name, (0, ""))
-            fields[name] = _through(self._heads.get(layer) if facet == "tokens" else None, fields[name])
+        through = [name for name in ("guidance", "guard") if asked.get(name, ("", ""))[1] == "tokens"]
+        heads = self._heads.of(source.size, size, [asked[name][0] for name in through]) if through else {}
+        for name in through:
+            fields[name] = _through(heads.get(asked[name][0]), fields[name])
+        self._rests = self._steers and not heads
+        if self._rests:
+            fields["guidance"] = None
         fields["adapter"] = _through(self._adapter_head, fields["adapter"])
-        return Features(**fields)
+        return Features(**fields, heads=heads)
 
     def _fields(
         self, source: Image.Image, size: tuple[int, int], wanted: Sequence[tuple[int, Facet]]
@@ -264,7 +275,7 @@ class Conditioner:
     def _guard(self, source: Image.Image, features: Features, canvas: Canvas, plan: TilePlan) -> Guard:
         size, layer = (plan.width, plan.height), self._guarded
         look = Look(self.encoder, features.guard, plan.padded, layer)
-        head, strictness = self._heads.get(layer), self._settings.guard_strictness
+        head, strictness = features.heads.get(layer), self._settings.guard_strictness
         if head is not None and head.floor[1] > 0:
             return Guard(look, canvas, Floor(*head.floor.tolist()), strictness, relative=False)
         shrunk = source.resize(rehearsal_size(source.size, size), Image.Resampling.LANCZOS)
@@ -306,35 +317,12 @@ def _eye(
     return _encoder(wanted, folder, modified, device, dtype, download=chosen)
 
 
-def _restored(
-    settings: Settings, encoder: PatchEncoder, files: Mapping[str, Path], adapter: Path | None = None
-) -> Mapping[int, RestorationHead]:
-    """The heads that `settings` ask for; adapter: the adapter's file, which may have some."""
-    if settings.head == NONE:
-        return {}
-    if settings.head != AUTOMATIC:
-        file = _chosen("head", settings.head, files)
-    elif adapter is not None and "heads" in read_metadata(adapter):
-        file = adapter
-    else:
-        return {}
-    return _heads_in(file, encoder)
-
-
 def automatic_encoder(folder: Path | None) -> str:
     """The encoder where neither the user nor an adapter names one: an installed DINOv2, small ones first; else the
     built-in one, so that nothing is downloaded that nobody has asked for."""
     found = [name for name in installed(folder) if name != BUILT_IN]
     sizes = ("small", "base", "large")
     return min(found, key=lambda name: next((n for n, size in enumerate(sizes) if size in name), 9), default=BUILT_IN)
-
-
-def _chosen(kind: str, name: str, files: Mapping[str, Path]) -> Path:
-    if name not in files:
-        raise DinotileError(
-            f"{kind}: {name!r} is not installed, give one of {', '.join(dict.fromkeys((NONE, *files)))}"
-        )
-    return files[name]
 
 
 def to_tensor(image: Image.Image) -> Tensor:

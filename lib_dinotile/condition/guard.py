@@ -21,8 +21,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lib_dinotile.condition.look import Look
 from lib_dinotile.dino.field import FeatureField
+from lib_dinotile.dino.head import Floor
+from lib_dinotile.dino.look import Look
 from lib_dinotile.tiling.canvas import Canvas
 from lib_dinotile.tiling.plan import Rect
 
@@ -33,24 +34,6 @@ GUARD_LAYER = -2
 """The layer whose tokens it compares, unless guidance has steered by that."""
 LEAST_SCALE = 1.5
 """How much the source is shrunk for the rehearsal, at least."""
-
-
-@dataclass(frozen=True)
-class Floor:
-    """How values of true patches spread."""
-
-    median: float
-    spread: float
-    """Median absolute deviation times 1.4826, which for a normal distribution is its standard deviation."""
-
-    @classmethod
-    def of(cls, values: Tensor) -> Floor:
-        median = values.median()
-        return cls(float(median), max(float((values - median).abs().median()) * 1.4826, 1e-4))
-
-    def limit(self, strictness: float) -> float:
-        """So many deviations above the median."""
-        return self.median + strictness * self.spread
 
 
 @dataclass

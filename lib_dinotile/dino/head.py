@@ -1,13 +1,16 @@
 """The restoration head: what the features of a degraded picture would be if it were sharp.
 
 A residual map over the tokens of a frozen encoder, identity until trained; the idea is that of SeeSR's
-degradation-aware prompt extractor (arXiv 2311.16518), on one encoder's tokens.
+degradation-aware prompt extractor (arXiv 2311.16518), on one encoder's tokens. It is trained by gradient descent
+(lib_dinotile/train/head.py), or linear and fitted in closed form (calibration.py).
 """
 
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -20,28 +23,54 @@ from lib_dinotile.tensorfile import open_tensors
 FORMAT, VERSION = "dinotile-head", "2"
 
 
+@dataclass(frozen=True)
+class Floor:
+    """How values of true patches spread."""
+
+    median: float
+    spread: float
+    """Median absolute deviation times 1.4826, which for a normal distribution is its standard deviation."""
+
+    @classmethod
+    def of(cls, values: Tensor) -> Floor:
+        median = values.median()
+        return cls(float(median), max(float((values - median).abs().median()) * 1.4826, 1e-4))
+
+    def limit(self, strictness: float) -> float:
+        """So many deviations above the median."""
+        return self.median + strictness * self.spread
+
+
 class RestorationHead(nn.Module):
-    """Tokens in, tokens out; each sees its 3x3 neighbours. With its last layer at zero it changes nothing."""
+    """Tokens in, tokens out; each sees its 3x3 neighbours. With its last layer at zero, its first state, it changes
+    nothing."""
 
     floor: Tensor
     """(2,): median and robust deviation of one minus the cosine between what it makes of a degraded picture and what
     the encoder sees in the sharp one, patch by patch, on pictures that it was not trained on. Zeros: not measured."""
 
     def __init__(self, features: int, hidden: int) -> None:
-        """features: width of the encoder's tokens; hidden: width within."""
+        """features: width of the encoder's tokens; hidden: width within, 0 for a linear head."""
         super().__init__()
         self.features, self.hidden = features, hidden
-        self.norm = nn.LayerNorm(features)
-        self.inner = nn.Conv2d(features, hidden, 3, padding=1, padding_mode="replicate")
-        self.outer = nn.Conv2d(hidden, features, 1)
+        if hidden:
+            self.norm = nn.LayerNorm(features)
+            self.inner = _neighbours(features, hidden)
+        self.outer = nn.Conv2d(hidden, features, 1) if hidden else _neighbours(features, features)
         self.register_buffer("floor", torch.zeros(2))
         nn.init.zeros_(self.outer.weight)
         nn.init.zeros_(self.outer.bias)
 
     def forward(self, tokens: Tensor) -> Tensor:
         """(n, D, h, w), float32, of a degraded picture -> those that the sharp one would have."""
+        if not self.hidden:
+            return tokens + self.outer(tokens)
         seen = self.norm(tokens.movedim(1, -1)).movedim(-1, 1)
         return tokens + self.outer(nn.functional.gelu(self.inner(seen)))
+
+
+def _neighbours(into: int, out: int) -> nn.Conv2d:
+    return nn.Conv2d(into, out, 3, padding=1, padding_mode="replicate")
 
 
 def read_layers(written: str) -> tuple[list[int], int]:
@@ -59,13 +88,18 @@ def pack(heads: Mapping[int, RestorationHead]) -> tuple[dict[str, Tensor], dict[
 
 
 def save_heads(heads: Mapping[int, RestorationHead], path: Path, encoder: str, **extra: str) -> None:
-    """Write the heads for some layers of an encoder (its id) into a file of their own; extra: how they were made.
+    """Write the heads for some layers of an encoder (its id) into a file of their own, all of it or nothing.
 
-    Layers are counted from the end: -1 is the last.
+    Layers are counted from the end: -1 is the last; extra: how they were made. OSError if it cannot be written.
     """
     tensors, metadata = pack(heads)
     told = {**extra, **metadata, "format": FORMAT, "version": VERSION, "encoder": encoder}
-    path.write_bytes(save(tensors, told))  # save_file's files are readable by one user only
+    part = path.with_suffix(".part")
+    try:
+        part.write_bytes(save(tensors, told))  # save_file's files are readable by one user only
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
 
 
 def load_heads(

@@ -6,6 +6,9 @@ from pathlib import Path
 
 from modules import paths, shared
 
+from lib_dinotile.condition.conditioner import installed_weights
+from lib_dinotile.dino.calibrated import FOLDER, Progress, Store
+
 
 def _folder(option: str, name: str) -> Path:
     chosen = getattr(shared.cmd_opts, option, None)
@@ -22,6 +25,16 @@ def adapters() -> Path:
 def heads() -> Path:
     """The folder with restoration heads, one .safetensors file each."""
     return _folder("dinotile_heads_dir", "heads")
+
+
+def trained_heads() -> dict[str, Path]:
+    """The restoration heads that can be chosen, by name; those that dinotile calibrated are not among them."""
+    return {name: file for name, file in installed_weights(heads()).items() if not name.startswith(f"{FOLDER}/")}
+
+
+def calibrated_heads(progress: Progress = lambda text, share: None) -> Store:
+    """The heads that dinotile calibrates by itself; progress: is told when it does."""
+    return Store(heads() / FOLDER, progress)
 
 
 def encoders() -> Path:

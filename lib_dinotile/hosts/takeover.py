@@ -26,7 +26,7 @@ from lib_dinotile.condition.conditioner import Conditioner, installed_weights
 from lib_dinotile.condition.guard import OFF
 from lib_dinotile.hosts import folders, pace
 from lib_dinotile.hosts.area import Area
-from lib_dinotile.hosts.base import check_name
+from lib_dinotile.hosts.base import Interrupted, check_name
 from lib_dinotile.hosts.overridden import overridden
 from lib_dinotile.hosts.webui import LATENT_NOISE, LATENT_NOTHING, ORIGINAL, WebUIHost
 from lib_dinotile.prompts import check_prompts
@@ -118,6 +118,14 @@ def to_sample(image: Image.Image) -> Tensor:
     It cuts off the fraction when it makes bytes of them, so they aim at the middle of a level.
     """
     return torch.from_numpy(np.array(image)).permute(2, 0, 1).float().add_(0.5).div_(127.5).sub_(1)
+
+
+def _getting_ready(text: str, share: float) -> None:
+    """Shown above the progress bar before the first tile. Interrupted if the user stops it."""
+    state = shared.state
+    if state.interrupted or state.skipped or state.stopping_generation:
+        raise Interrupted
+    state.textinfo = f"DINO Tile: {text} ({share:.0%})"
 
 
 class Takeover:
@@ -231,8 +239,9 @@ class Takeover:
             self._host,
             installed_weights(folders.adapters()),
             folders.encoders(),
-            installed_weights(folders.heads()),
+            folders.trained_heads(),
             trusted=False,
+            store=folders.calibrated_heads(_getting_ready),
         )
         used = self._conditioner.used if self._conditioner else self._settings
         p.extra_generation_params.update(used.infotext)

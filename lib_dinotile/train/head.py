@@ -13,10 +13,10 @@ from torch import Tensor, nn
 
 from lib_dinotile.condition.conditioner import to_tensor
 from lib_dinotile.condition.guard import Floor
-from lib_dinotile.condition.look import Look
 from lib_dinotile.dino.encoder import PatchEncoder
 from lib_dinotile.dino.field import FeatureField, feature_fields
 from lib_dinotile.dino.head import RestorationHead
+from lib_dinotile.dino.look import Look
 from lib_dinotile.tiling.canvas import Canvas
 from lib_dinotile.tiling.plan import TilePlan
 from lib_dinotile.train.loop import Schedule, fit

@@ -19,7 +19,7 @@ from lib_dinotile.hosts import folders
 from lib_dinotile.hosts.interrogators import INTERROGATORS
 from lib_dinotile.hosts.takeover import last_prompts
 from lib_dinotile.options import Option
-from lib_dinotile.settings import AUTOMATIC, NONE, Settings
+from lib_dinotile.settings import AUTOMATIC, CALIBRATED, NONE, Settings
 from lib_dinotile.ui.preview import Img2Img
 
 TITLE = "DINO Tile"
@@ -59,8 +59,8 @@ def adapter_choices() -> list[str]:
 
 
 def head_choices() -> list[str]:
-    """Automatic, None and the names of the installed restoration heads."""
-    return [AUTOMATIC, NONE, *installed_weights(folders.heads())]
+    """Automatic, None, calibrated and the names of the installed restoration heads."""
+    return [AUTOMATIC, NONE, CALIBRATED, *folders.trained_heads()]
 
 
 def encoder_choices() -> list[str]:

@@ -213,8 +213,8 @@ def adapters() -> Any:
 
 @router.get("/heads", response_model=list[Weights], response_model_exclude_unset=True)
 def heads() -> Any:
-    """The installed restoration heads: the values of the option `head`, besides Automatic and None."""
-    return _described(installed_weights(folders.heads()))
+    """The installed restoration heads: the values of the option `head`, besides Automatic, None and calibrated."""
+    return _described(folders.trained_heads())
 
 
 @router.get("/encoders", response_model=list[Encoder])

@@ -74,7 +74,7 @@ class Prospect:
         device = torch.device(devices.device)
         conditioner = Conditioner.without_model(
             dataclasses.replace(self.settings, maps=SEMANTIC),
-            installed_weights(folders.heads()),
+            folders.trained_heads(),
             device,
             devices.dtype if device.type == "cuda" else torch.float32,
             installed_weights(folders.adapters()),

@@ -12,9 +12,8 @@ import math
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 from PIL import Image
-from scipy import fft
-from scipy.special import j1
 
 Range = tuple[float, float]
 
@@ -172,7 +171,8 @@ def sinc_kernel(taps: int, cutoff: float) -> np.ndarray:
     y, x = np.mgrid[:taps, :taps] - taps // 2
     distance = np.hypot(x, y)
     distance[taps // 2, taps // 2] = 1.0
-    kernel = cutoff * j1(cutoff * distance) / (2 * math.pi * distance)
+    bessel = torch.special.bessel_j1(torch.from_numpy(cutoff * distance)).numpy()
+    kernel = cutoff * bessel / (2 * math.pi * distance)
     kernel[taps // 2, taps // 2] = cutoff**2 / (4 * math.pi)
     return kernel / kernel.sum()
 
@@ -186,12 +186,13 @@ def convolve(image: Image.Image, kernel: np.ndarray) -> Image.Image:
     margin, pixels = len(kernel) // 2, np.asarray(image, np.float32)
     padded = np.pad(pixels.transpose(2, 0, 1), ((0, 0), (margin, margin), (margin, margin)), "symmetric")
     height, width = pixels.shape[:2]
-    size = [fft.next_fast_len(min(side, BLOCK) + 2 * margin, real=True) for side in (height, width)]
-    response, filtered = fft.rfft2(kernel.astype(np.float32), size), np.empty_like(padded, shape=(3, height, width))
+    size = [min(side, BLOCK) + 2 * margin for side in (height, width)]
+    response = torch.fft.rfft2(torch.from_numpy(kernel.astype(np.float32)), size)
+    filtered = np.empty_like(padded, shape=(3, height, width))
     for top in range(0, height, BLOCK):
         for left in range(0, width, BLOCK):
             seen = padded[:, top : top + BLOCK + 2 * margin, left : left + BLOCK + 2 * margin]
-            found = fft.irfft2(fft.rfft2(seen, size) * response, size)
+            found = torch.fft.irfft2(torch.fft.rfft2(torch.from_numpy(seen), size) * response, size).numpy()
             inside = found[:, 2 * margin : seen.shape[1], 2 * margin : seen.shape[2]]
             filtered[:, top : top + BLOCK, left : left + BLOCK] = inside
     return _to_image(filtered.transpose(1, 2, 0))

@@ -1,0 +1,194 @@
+"""Calibrated heads on disk: made once for an encoder and a scale, then read."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import math
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from filelock import FileLock, Timeout
+from PIL import Image
+
+from lib_dinotile import DinotileError, one_line
+from lib_dinotile.dino.calibration import LAYERS, SCALES, calibrate
+from lib_dinotile.dino.encoder import PatchEncoder
+from lib_dinotile.dino.head import RestorationHead, load_heads, save_heads
+from lib_dinotile.images import endings, read_image
+
+PHOTOS = Path(__file__).resolve().parents[1] / "photos"
+"""The photographs that come with the extension."""
+BUILT_IN_HEADS = PHOTOS.parent / "mini" / "heads"
+"""The built-in encoder comes calibrated."""
+FOLDER = "calibrated"
+"""Within the folder of restoration heads."""
+WAIT = 0.5
+"""Seconds between two looks at whether another process is done."""
+
+Progress = Callable[[str, float], None]
+"""Is told what is being done, and its share that is done, in [0, 1]. What it raises ends the work."""
+
+
+def default_folder() -> Path:
+    """Within the WebUI that this is an extension of: among its models; else in the user's cache."""
+    extensions = Path(__file__).parents[2].parent
+    if extensions.name == "extensions" and (extensions.parent / "models").is_dir():
+        return extensions.parent / "models" / "dinotile" / "heads" / FOLDER
+    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(cache) / "dinotile" / "heads" / FOLDER
+
+
+def scale_class(source: tuple[int, int], canvas: tuple[int, int], view: int) -> float:
+    """Which of `SCALES` is nearest for a source and a canvas of (width, height).
+
+    What counts is how the encoder sees them, `view` pixels along the longer side: what is larger than that is shrunk,
+    and then the source looks as sharp as the canvas could.
+    """
+    finer = min(view, max(canvas)) / min(view, max(source))
+    return min(SCALES, key=lambda scale: abs(math.log(max(1.0, finer) / scale)))
+
+
+class Pictures(Sequence[Image.Image]):
+    """The pictures of a folder, RGB, read when they are asked for; those that come with the extension by default."""
+
+    def __init__(self, folder: Path = PHOTOS) -> None:
+        """DinotileError if there are none."""
+        kinds = endings()
+        self._files = sorted(file for file in folder.glob("*") if file.suffix.lower() in kinds and file.is_file())
+        if not self._files:
+            raise DinotileError(f"there are no pictures in {folder}, to calibrate an encoder from")
+
+    def __len__(self) -> int:
+        return len(self._files)
+
+    def __getitem__(self, number: int) -> Image.Image:
+        return read_image(self._files[number])
+
+
+@dataclass
+class Store:
+    """The calibrated heads of all encoders, in a folder."""
+
+    folder: Path = field(default_factory=default_folder)
+    """Where they are kept; made when there is something to keep."""
+    progress: Progress = lambda text, share: None
+    notes: list[str] = field(default_factory=list)
+    """What there is to say of what was done."""
+
+    def heads(
+        self, encoder: PatchEncoder, scale: float, layers: Sequence[int] = LAYERS
+    ) -> Mapping[int, RestorationHead]:
+        """The heads of an encoder for a scale of `SCALES`, made now if they are not there.
+
+        One process makes them while others wait. DinotileError if that fails.
+        """
+        found = self.find(encoder, scale, layers)
+        if found is not None:
+            return found
+        with self._alone(encoder, scale):
+            found = self.find(encoder, scale, layers)  # another process may have made them
+            return self.make(encoder, scale, layers) if found is None else found
+
+    def find(
+        self, encoder: PatchEncoder, scale: float, layers: Sequence[int] = LAYERS
+    ) -> Mapping[int, RestorationHead] | None:
+        """The heads, if they are there: those in the folder, or those that come with the built-in encoder."""
+        found = [_unsaved.get((encoder.fingerprint, scale), {})]
+        for file in self._files(encoder, scale):
+            with contextlib.suppress(DinotileError):  # damaged: they are made again
+                found.append(_read(file, file.stat().st_mtime, encoder.id, encoder.width, encoder.device))
+        return next((heads for heads in found if all(layer in heads for layer in layers)), None)
+
+    def kept(self, encoder: PatchEncoder, scale: float) -> Path | None:
+        """The file with the heads, if there is one."""
+        return next(iter(self._files(encoder, scale)), None)
+
+    def _files(self, encoder: PatchEncoder, scale: float) -> list[Path]:
+        """The first one counts."""
+        name = self._name(encoder, scale)
+        return [file for file in (self.folder / name, BUILT_IN_HEADS / name) if file.is_file()]
+
+    def make(
+        self,
+        encoder: PatchEncoder,
+        scale: float,
+        layers: Sequence[int] = LAYERS,
+        pictures: Sequence[Image.Image] | None = None,
+        file: Path | None = None,
+    ) -> Mapping[int, RestorationHead]:
+        """Calibrates the encoder and keeps the heads; pictures, file: if not the usual ones.
+
+        Where they cannot be written they are kept in memory, and `notes` say so.
+        """
+        began, name = time.perf_counter(), encoder.id.split("/")[-1]
+
+        def progress(share: float) -> None:
+            self.progress(f"getting to know {name}, once", share)
+
+        pictures = Pictures() if pictures is None else pictures
+        wanted = sorted({*LAYERS, *layers} if encoder.depth >= -min(LAYERS) else layers, reverse=True)
+        found = calibrate(encoder, pictures, scale, wanted, progress)
+        made = {**found.made, "scale": f"{scale:g}", "fingerprint": encoder.fingerprint}
+        target = self.file(encoder, scale) if file is None else file
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            save_heads(found.heads, target, encoder.id, **made)
+            self.notes.append(f"calibrated {name} for {scale:g}x in {time.perf_counter() - began:.0f} s")
+        except OSError as error:
+            if file is not None:
+                raise DinotileError(f"{target} cannot be written: {one_line(error)}", 500) from error
+            _unsaved.clear()
+            _unsaved[encoder.fingerprint, scale] = found.heads
+            self.notes.append(
+                f"calibrated {name} for {scale:g}x; it cannot be kept in {target.parent} ({one_line(error)}), and will "
+                "be done again when the program is started anew"
+            )
+        return found.heads
+
+    def file(self, encoder: PatchEncoder, scale: float) -> Path:
+        """Where an encoder's heads for a scale are kept."""
+        return self.folder / self._name(encoder, scale)
+
+    @staticmethod
+    def _name(encoder: PatchEncoder, scale: float) -> str:
+        return f"{encoder.id.replace('/', '--')}-{encoder.fingerprint[:12]}-{scale:g}x.safetensors"
+
+    @contextlib.contextmanager
+    def _alone(self, encoder: PatchEncoder, scale: float) -> Iterator[None]:
+        """While open, other processes wait that want the same. Where locks cannot be had, nobody waits."""
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            lock = FileLock(self.file(encoder, scale).with_suffix(".lock"))
+            while not _acquired(lock):
+                self.progress(f"waiting for another process that gets to know {encoder.id.split('/')[-1]}", 0.0)
+        except OSError:
+            lock = None
+        try:
+            yield
+        finally:
+            if lock is not None:
+                lock.release()
+
+
+def _acquired(lock: FileLock) -> bool:
+    try:
+        lock.acquire(timeout=WAIT)
+        return True
+    except Timeout:
+        return False
+
+
+_unsaved: dict[tuple[str, float], Mapping[int, RestorationHead]] = {}
+"""Heads that could not be written, by the encoder's fingerprint and the scale; those of one encoder and scale."""
+
+
+@functools.lru_cache(maxsize=2)
+def _read(
+    file: Path, modified: float, encoder: str, features: int, device: torch.device
+) -> Mapping[int, RestorationHead]:
+    return load_heads(file, encoder, features, device)

@@ -1,0 +1,244 @@
+"""Calibration: restoration heads for any encoder, in closed form, from some sharp pictures and in seconds.
+
+Ridge regression: from the 3x3 neighbourhood of each token of a degraded picture to what is missing to the token of the
+sharp one. Pictures are seen one after the other; only the normal equations are kept. The penalty is chosen by
+cross-validation over the pictures. An infinite one is the identity, and it is among the choices: on pictures that it
+was not fitted to, a calibrated head is never farther from the sharp picture's tokens than those of the degraded one.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+
+from lib_dinotile.dino.degradation import degrade
+from lib_dinotile.dino.encoder import PatchEncoder
+from lib_dinotile.dino.field import FeatureField, feature_fields, patch_grid
+from lib_dinotile.dino.head import Floor, RestorationHead
+
+SCALES = (1.0, 2.0, 4.0)
+"""There is one file of heads for each: how much finer the encoder would see the sharp picture than the source."""
+SEVERITIES = (0.0, 0.5)
+"""Every picture is degraded mildly and strongly, as `degrade` has it; 0 only shrinks it."""
+LAYERS = (-1, -2)
+"""Those that guidance and guard look at by default."""
+PATCHES = 36
+"""Along the longer side of what is seen of a picture, at most: about what DINOv2 was trained with."""
+FOLDS = 3
+PENALTIES = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0, 3.0)
+"""Of the ridge, as shares of the mean of the normal equations' diagonal."""
+
+
+class NormalEquations:
+    """Sums over tokens from which a ridge regression is solved, float64 and on the CPU; they add up.
+
+    x: neighbourhoods (9 D); r: what is missing to the sharp picture's token (D).
+    """
+
+    def __init__(self, features: int) -> None:
+        inputs = 9 * features
+        self.count, self.rr = 0, 0.0
+        self.x, self.r = (torch.zeros(size, dtype=torch.float64) for size in (inputs, features))
+        self.xx = torch.zeros(inputs, inputs, dtype=torch.float64)
+        self.xr = torch.zeros(inputs, features, dtype=torch.float64)
+
+    def add(self, source: Tensor, sharp: Tensor) -> None:
+        """Tokens (D, h, w) of a degraded picture and of the sharp one."""
+        x = F.unfold(F.pad(source[None], (1, 1, 1, 1), mode="replicate"), 3)[0]
+        r = (sharp - source).flatten(1)
+        self.count += x.shape[1]
+        # A picture's products in float32, which GPUs are fast at; only their sums need more.
+        for total, part in ((self.x, x.sum(1)), (self.r, r.sum(1)), (self.xx, x @ x.T), (self.xr, x @ r.T)):
+            total += part.cpu()
+        self.rr += float(r.square().sum())
+
+    def merge(self, other: NormalEquations, sign: int = 1) -> NormalEquations:
+        """With the sums of others, or, sign -1, without; in place."""
+        self.count += sign * other.count
+        self.rr += sign * other.rr
+        for mine, theirs in zip((self.x, self.r, self.xx, self.xr), (other.x, other.r, other.xx, other.xr)):
+            mine.add_(theirs, alpha=sign)
+        return self
+
+    def solve(self, penalty: float) -> tuple[Tensor, Tensor]:
+        """(weights (9 D, D), bias (D,)); only the weights are penalised. An infinite penalty makes all of them zero."""
+        if math.isinf(penalty):
+            return torch.zeros_like(self.xr), torch.zeros_like(self.r)
+        x, r = self.x / self.count, self.r / self.count
+        covariance = self.xx / self.count - x[:, None] * x
+        diagonal = covariance.diagonal()
+        diagonal += penalty * diagonal.mean() + torch.finfo(torch.float64).tiny
+        weights = torch.cholesky_solve(self.xr / self.count - x[:, None] * r, torch.linalg.cholesky(covariance))
+        return weights, r - x @ weights
+
+    def error(self, weights: Tensor, bias: Tensor) -> float:
+        """Mean squared error, summed over the features, of a solution on the tokens that were added."""
+        total = self.rr + ((self.xx @ weights) * weights).sum() - 2 * (weights * self.xr).sum()
+        total += 2 * (self.x @ weights) @ bias - 2 * bias @ self.r + self.count * bias @ bias
+        return float(total) / self.count
+
+
+@dataclass
+class Calibration:
+    """Heads by layer, and how they were made."""
+
+    heads: dict[int, RestorationHead]
+    made: dict[str, str] = field(default_factory=dict)
+    """For the file's metadata: figures on pictures that a head was not fitted to."""
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A degraded picture and the sharp one, both as the encoder sees them."""
+
+    source: Image.Image
+    sharp: Image.Image
+    patches: int
+    """Along the longer side."""
+
+    @classmethod
+    def of(cls, picture: Image.Image, patch: int, scale: float, severity: float, number: int) -> Pair:
+        """From an RGB picture, which is shrunk until it is not seen enlarged; patch: pixels along one.
+
+        number: of the picture; the same picture is degraded in the same way each time.
+        """
+        patches = max(1, min(PATCHES, max(picture.size) // patch))
+        rows, columns = patch_grid(*picture.size, patches)
+        sharp = picture.resize((columns * patch, rows * patch), Image.Resampling.LANCZOS)
+        rng = np.random.default_rng((number, round(1000 * severity)))
+        return cls(degrade(rng, sharp, scale, severity), sharp, patches)
+
+    def tokens(self, encoder: PatchEncoder, layers: Sequence[int]) -> list[tuple[Tensor, Tensor]]:
+        """(of the source, of the sharp picture), each (D, h, w), for each layer."""
+        seen = [_fields(encoder, image, self.sharp.size, self.patches, layers) for image in (self.source, self.sharp)]
+        return [(source.features, sharp.features) for source, sharp in zip(*seen)]
+
+
+def _fields(
+    encoder: PatchEncoder, image: Image.Image, canvas: tuple[int, int], patches: int, layers: Sequence[int]
+) -> list[FeatureField]:
+    pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1).float().div_(255).to(encoder.device)
+    return feature_fields(encoder, pixels, canvas, patches, 1, [(layer, "tokens") for layer in layers])
+
+
+def calibrate(
+    encoder: PatchEncoder,
+    pictures: Sequence[Image.Image],
+    scale: float,
+    layers: Sequence[int] = LAYERS,
+    progress: Callable[[float], None] = lambda share: None,
+    severities: Sequence[float] = SEVERITIES,
+) -> Calibration:
+    """The heads of an encoder for some layers, from at least `FOLDS` sharp RGB pictures.
+
+    scale: how many times finer the encoder sees the sharp picture than the degraded one, at least 1; progress: called
+    with the share that is done, in [0, 1]; what it raises ends the calibration.
+    """
+    if len(pictures) < FOLDS:
+        raise ValueError(f"{len(pictures)} pictures are too few to calibrate from, give at least {FOLDS}")
+    with torch.inference_mode(False), torch.no_grad():
+        sums = [{layer: NormalEquations(encoder.width) for layer in layers} for _ in range(FOLDS)]
+        held_out = range(0, len(pictures), FOLDS)
+        steps, done = len(pictures) + len(layers) + len(held_out), 0
+        for number, picture in enumerate(pictures):
+            progress(done / steps)
+            for severity in severities:
+                pair = Pair.of(picture, encoder.patch, scale, severity, number)
+                for layer, tokens in zip(layers, pair.tokens(encoder, layers)):
+                    sums[number % FOLDS][layer].add(*tokens)
+            done += 1
+        heads, tested = {}, {}
+        made = {"pictures": str(len(pictures)), "severities": ", ".join(f"{severity:g}" for severity in severities)}
+        for layer in layers:
+            progress(done / steps)
+            penalty, heads[layer], tested[layer] = _fit([fold.pop(layer) for fold in sums], encoder.device)
+            made[f"penalty {layer}"] = f"{penalty:g}"
+            done += 1
+        seen = _Distances(encoder, tested)
+        for number in held_out:
+            progress(done / steps)
+            for severity in severities:
+                seen.add(Pair.of(pictures[number], encoder.patch, scale, severity, number))
+            done += 1
+        for layer, head in heads.items():
+            raw, restored = seen.means(layer)
+            made[f"held out, raw {layer}"], made[f"held out, restored {layer}"] = f"{raw:.5f}", f"{restored:.5f}"
+            if restored > raw:
+                head.outer.weight.zero_(), head.outer.bias.zero_()
+            floor = seen.floor(layer, restored > raw)
+            head.floor.copy_(torch.tensor([floor.median, floor.spread]))
+        progress(1.0)
+    return Calibration(heads, made)
+
+
+def _fit(folds: list[NormalEquations], device: torch.device) -> tuple[float, RestorationHead, RestorationHead]:
+    """(penalty, head fitted to all folds, head fitted to all but the first)."""
+    total = NormalEquations(len(folds[0].r))
+    for fold in folds:
+        total.merge(fold)
+
+    def errors(penalty: float) -> float:
+        found = 0.0
+        for fold in folds:
+            total.merge(fold, -1)
+            found += fold.count * fold.error(*total.solve(penalty))
+            total.merge(fold)
+        return found / total.count
+
+    penalty = _lowest(errors, PENALTIES)
+    if not errors(penalty) < errors(math.inf):
+        penalty = math.inf
+    whole = _head(*total.solve(penalty), device)
+    return penalty, whole, _head(*total.merge(folds[0], -1).solve(penalty), device)
+
+
+def _lowest(value: Callable[[float], float], among: Sequence[float]) -> float:
+    """Which of them has the lowest value, going downhill from the middle; each is tried once at most."""
+    found: dict[int, float] = {}
+
+    def at(place: int) -> float:
+        if place not in found:
+            found[place] = value(among[place]) if 0 <= place < len(among) else math.inf
+        return found[place]
+
+    place = len(among) // 2
+    while min(at(place - 1), at(place + 1)) < at(place):
+        place += -1 if at(place - 1) < at(place + 1) else 1
+    return among[place]
+
+
+def _head(weights: Tensor, bias: Tensor, device: torch.device) -> RestorationHead:
+    features = len(bias)
+    head = RestorationHead(features, 0)
+    head.outer.weight.copy_(weights.T.reshape(features, features, 3, 3))
+    head.outer.bias.copy_(bias)
+    return head.to(device).eval().requires_grad_(False)
+
+
+class _Distances:
+    """How far sharp pictures are, patch by patch, from what heads make of the degraded ones."""
+
+    def __init__(self, encoder: PatchEncoder, heads: Mapping[int, RestorationHead]) -> None:
+        self._encoder, self._heads = encoder, heads
+        self._found: dict[int, list[tuple[Tensor, Tensor]]] = {layer: [] for layer in heads}
+
+    def add(self, pair: Pair) -> None:
+        layers = list(self._heads)
+        for layer, (source, sharp) in zip(layers, pair.tokens(self._encoder, layers)):
+            restored = self._heads[layer](source[None])[0]
+            raw, mended = (1 - F.cosine_similarity(seen, sharp, dim=0) for seen in (source, restored))
+            self._found[layer].append((raw.flatten().cpu(), mended.flatten().cpu()))
+
+    def means(self, layer: int) -> tuple[float, float]:
+        """(raw, restored): one minus the cosine, mean over all patches."""
+        return tuple(float(torch.cat(values).mean()) for values in zip(*self._found[layer]))
+
+    def floor(self, layer: int, raw: bool) -> Floor:
+        return Floor.of(torch.cat([values[0 if raw else 1] for values in self._found[layer]]))
