@@ -1,6 +1,6 @@
 """Sharp photographs for training, read from installed packages, and what a blurred source makes of them.
 
-Nothing is copied into the repository: `PHOTOS` says which package ships a photograph, and under which licence.
+`PHOTOS` says which package ships a photograph, and under which licence; some also lie in lib_dinotile/photos.
 Arrays are RGB, (H, W, 3) uint8, unless a docstring says otherwise.
 """
 
