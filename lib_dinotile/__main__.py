@@ -1,4 +1,4 @@
-"""python -m lib_dinotile upscale IN OUT, or analyze IN OUT, or info FILE"""
+"""python -m lib_dinotile upscale IN OUT, and other commands"""
 
 from __future__ import annotations
 
@@ -20,17 +20,18 @@ from typing import Any, NoReturn
 from PIL import Image, PngImagePlugin
 
 from lib_dinotile import DinotileError, __version__, one_line, printable
-from lib_dinotile.cli import calibrate
+from lib_dinotile.cli import calibrate, encoders, info, quiet_transformers
 from lib_dinotile.condition.conditioner import MINI, Conditioner
 from lib_dinotile.dino.calibrated import Store
 from lib_dinotile.engine import UnfinishedError, analyze, canvas_size, upscale
 from lib_dinotile.images import MAX_PIXELS, check_writable, endings, read_image, read_mask, write_image
 from lib_dinotile.journal import open_journal
+from lib_dinotile.once import models_folder
 from lib_dinotile.settings import AUTOMATIC, BOTH, CALIBRATED, NONE, SEMANTIC, Generation, Options, Settings
 from lib_dinotile.team import Team, make_team
 from lib_dinotile.tiling.noise import NoiseField
 from lib_dinotile.train.options import Training
-from lib_dinotile.weights import describe, lines, stamp
+from lib_dinotile.weights import stamp
 
 LOOKING = ("scale", "tile", "overlap", "encoder", "patches", "windows", "head", "guard_strictness")
 """Options that maps of an image depend on."""
@@ -164,20 +165,12 @@ def _read_mask(name: str, size: tuple[int, int]) -> Image.Image | None:
     return mask
 
 
-def _quiet() -> None:
-    """transformers warns of what is optional, and shows bars of its own."""
-    from transformers.utils import logging
-
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-
-
 def _upscale(arguments: argparse.Namespace) -> None:
     from tqdm import tqdm
 
     from lib_dinotile.hosts.diffusers import load_host
 
-    _quiet()
+    quiet_transformers()
     if arguments.model in (None, "mini") and arguments.adapter is None:
         arguments.adapter = "mini"
     settings, generation = _options(Settings, arguments), _options(Generation, arguments)
@@ -211,7 +204,7 @@ def _upscale(arguments: argparse.Namespace) -> None:
         bar.set_description(f"{text} ({share:.0%})")
 
     conditioner = Conditioner.load(
-        settings, host, adapters, heads=_heads(settings), store=Store(progress=getting_ready)
+        settings, host, adapters, models_folder("encoders"), _heads(settings), store=Store(progress=getting_ready)
     )
     used = conditioner.used if conditioner else settings
 
@@ -222,7 +215,7 @@ def _upscale(arguments: argparse.Namespace) -> None:
         say(*(f"{source.name} {line}" for line in told))
         size = canvas_size(image.size, settings, (generation.width, generation.height))
         check_writable(target, size)
-        recipe = _recipe(settings, generation, source)
+        recipe = _recipe(used, generation, source)
         if arguments.resume and _is_done(target, recipe):
             with contextlib.suppress(DinotileError):  # tiles of another recipe are not this image's
                 open_journal(target, recipe, True, sharing).close()
@@ -289,7 +282,7 @@ def _heads(settings: Settings) -> dict[str, Path]:
 
 def _analyze(arguments: argparse.Namespace) -> None:
     """Maps of one image, without a diffusion model."""
-    _quiet()
+    quiet_transformers()
     settings = dataclasses.replace(_options(Settings, arguments), maps=BOTH, adapter=NONE)
     target = Path(arguments.OUT)
     check_writable(target)
@@ -297,7 +290,7 @@ def _analyze(arguments: argparse.Namespace) -> None:
         source = read_image(Path(arguments.IN))
         result = read_image(Path(arguments.result)) if arguments.result else None
     size = canvas_size(source.size, settings) if result is None else result.size
-    conditioner = Conditioner.without_model(settings, _heads(settings))
+    conditioner = Conditioner.without_model(settings, _heads(settings), encoders=models_folder("encoders"))
     for name, picture in analyze(conditioner, source, settings, size, result).items():
         file = target if name == SEMANTIC else target.with_name(f"{target.stem}-{name}{target.suffix}")
         write_image(picture, file, {})
@@ -310,14 +303,8 @@ def _train(arguments: argparse.Namespace) -> None:
     except ModuleNotFoundError as error:
         raise DinotileError(f"training needs {error.name}: pip install '.[train]'") from error
 
-    _quiet()
+    quiet_transformers()
     train(_options(Training, arguments), Path(arguments.images), Path(arguments.out), arguments.head, arguments.resume)
-
-
-def _info(arguments: argparse.Namespace) -> None:
-    """What a file of weights says of itself."""
-    told = describe(Path(arguments.FILE))
-    print(json.dumps(told) if arguments.json else "\n".join(lines(told)))
 
 
 def _add_line(path: Path, line: str) -> None:
@@ -376,13 +363,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     command.add_argument("--resume", action="store_true", help="go on from the checkpoint beside FILE")
     _add_options(command, Training)
     command.set_defaults(run=_train)
-    calibrate.add_arguments(
-        commands.add_parser("calibrate", help="make an encoder's restoration heads", allow_abbrev=False)
-    )
-    command = commands.add_parser("info", help="show what a file of weights says of itself", allow_abbrev=False)
-    command.add_argument("FILE", help="an adapter, or restoration heads")
-    command.add_argument("--json", action="store_true", help="as one line of JSON, for programs")
-    command.set_defaults(run=_info)
+    for module, text in (
+        (calibrate, "make an encoder's restoration heads"),
+        (encoders, "show which encoders there are, and which are calibrated"),
+        (info, "show what a file of weights says of itself"),
+    ):
+        name = module.__name__.split(".")[-1]
+        module.add_arguments(commands.add_parser(name, help=text, description=module.run.__doc__, allow_abbrev=False))
     parsed = parser.parse_args(arguments)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a file's name must not be what a run breaks off at

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -33,7 +34,9 @@ ADAPTER_KEYS = {
     "restored",
 }
 HEAD_KEYS = {"format", "version", "encoder", "features", "heads"}
-HEADS = "heads."
+HEADS = "restoration heads"
+"""The kind of a file of them."""
+PREFIX = "heads."
 """How the names of tensors begin that are restoration heads."""
 MEASURED = ".floor"
 """How they end where they are no parameters but what was measured."""
@@ -111,7 +114,7 @@ def _header(path: Path) -> dict[str, Any]:
 
 def _adapter(path: Path, metadata: dict[str, str], shapes: dict[str, tuple[int, ...]]) -> dict[str, Any]:
     config = adapter_file.read_config(path)
-    inside = HEADS if "heads" in metadata else None
+    inside = PREFIX if "heads" in metadata else None
     own = {name: shape for name, shape in shapes.items() if not (inside and name.startswith(inside))}
     _check(path, own, _shapes(path, lambda: Adapter(config)))
     told = {
@@ -144,7 +147,18 @@ def _heads(path: Path, metadata: dict[str, str], shapes: dict[str, tuple[int, ..
     except DAMAGED as error:
         raise DinotileError(f"{path.name} is damaged: bad head metadata ({error!r})") from error
     told = _layers(path, written, features, shapes)
-    return {"kind": "restoration heads", "encoder": encoder, "features": features, **told}
+    gain = _gain(metadata, told["layers"])
+    return {"kind": HEADS, "encoder": encoder, "features": features, **told, **({"gain": gain} if gain else {})}
+
+
+def _gain(metadata: dict[str, str], layers: list[int]) -> dict[str, str]:
+    """By layer: how much nearer calibrated heads come to sharp pictures that they were not fitted to."""
+    found = {}
+    for layer in sorted(layers, reverse=True):
+        with contextlib.suppress(*DAMAGED, ZeroDivisionError):
+            raw, restored = (float(metadata[f"held out, {which} {layer}"]) for which in ("raw", "restored"))
+            found[str(layer)] = f"{1 - restored / raw:.0%}"
+    return found
 
 
 def _layers(path: Path, written: str, features: int, shapes: dict[str, tuple[int, ...]]) -> dict[str, Any]:
@@ -154,7 +168,7 @@ def _layers(path: Path, written: str, features: int, shapes: dict[str, tuple[int
     except DAMAGED as error:
         raise DinotileError(f"{path.name} is damaged: bad head metadata ({error!r})") from error
     one = _shapes(path, lambda: head.RestorationHead(features, hidden))
-    _check(path, shapes, {f"{HEADS}{layer}.{name}": shape for layer in layers for name, shape in one.items()})
+    _check(path, shapes, {f"{PREFIX}{layer}.{name}": shape for layer in layers for name, shape in one.items()})
     return {"layers": layers, "hidden": hidden, "parameters": _count(shapes)}
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from lib_dinotile.settings import AUTOMATIC, NONE, Settings
+from lib_dinotile.settings import AUTOMATIC, CALIBRATED, NONE, Settings
 from tests.stand_in import stand_in
 
 gr = pytest.importorskip("gradio", reason="no gradio here, beside the WebUIs' packages there is one")
@@ -71,6 +71,6 @@ def test_every_option_has_a_control_with_its_default(accordion):
 
 def test_lists_begin_with_what_is_always_there(accordion):
     assert accordion.adapter_choices() == [NONE]
-    assert accordion.head_choices() == [AUTOMATIC, NONE]
+    assert accordion.head_choices() == [AUTOMATIC, NONE, CALIBRATED]
     assert accordion.encoder_choices()[:2] == [AUTOMATIC, "mini"]
     assert accordion.upscaler_choices() == ["None", "Lanczos"]

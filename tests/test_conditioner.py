@@ -10,6 +10,7 @@ import torch
 
 from lib_dinotile import DinotileError
 from lib_dinotile.condition import conditioner as module
+from lib_dinotile.condition import heads as heads_module
 from lib_dinotile.condition.adapter import AdapterCondition, AdapterConfig
 from lib_dinotile.condition.adapter_file import save_adapter
 from lib_dinotile.condition.conditioner import Conditioner, installed_weights
@@ -95,11 +96,11 @@ def calls(monkeypatch):
         (cache, "feature_fields"),
         (module, "load_encoder"),
         (module, "load_adapter"),
-        (module, "load_heads"),
+        (heads_module, "load_heads"),
     ):
         watched[name] = Mock(wraps=getattr(place, name))
         monkeypatch.setattr(place, name, watched[name])
-    for kept in (module._encoder, module._adapter, module._heads):
+    for kept in (module._encoder, module._adapter, heads_module._read):
         kept.cache_clear()
     module._features.clear()
     return watched

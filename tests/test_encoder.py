@@ -21,6 +21,7 @@ from lib_dinotile.dino import checkpoint as checkpoint_module
 from lib_dinotile.dino import encoder as encoder_module
 from lib_dinotile.dino.checkpoint import Architecture, read_checkpoint
 from lib_dinotile.dino.encoder import KNOWN, PatchEncoder, installed, interpolate_positions, load_encoder
+from tests.hub import ask
 from tests.stand_in import stand_in
 
 TINY = Architecture(hidden_size=48, num_hidden_layers=3, num_attention_heads=3, image_size=70)
@@ -310,17 +311,13 @@ def assert_one_line(name: object, *says: str, folder: Path | None = None, backen
 @pytest.fixture
 def no_network(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """No Hub, and an empty cache of it."""
-    from huggingface_hub import constants, file_download
-
-    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
-    for module in (constants, file_download):
-        for name in ("HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE"):
-            if hasattr(module, name):
-                monkeypatch.setattr(module, name, str(tmp_path / "cache"))
+    ask("http://127.0.0.1:9", str(tmp_path / "cache"), monkeypatch)
 
 
 @pytest.mark.parametrize("name", [KNOWN[0], "dinov2-small"])
-def test_missing_weights_without_a_network_are_one_line_that_says_which_files_to_put_where(tmp_path, no_network, name):
+def test_missing_weights_without_a_network_are_one_line_that_says_which_files_to_put_where(
+    tmp_path, no_network, monkeypatch, name
+):
     began = time.monotonic()
     assert_one_line(
         name,
@@ -331,22 +328,8 @@ def test_missing_weights_without_a_network_are_one_line_that_says_which_files_to
         folder=tmp_path,
     )
     assert time.monotonic() - began < 5  # huggingface_hub 2.4 by itself: 23 s
-    assert_one_line(name, "into a folder dinov2-small and name that folder")
-
-
-def test_missing_on_the_hub_and_failed_downloads_are_one_line(tmp_path, no_network, monkeypatch):
-    import huggingface_hub
-    from huggingface_hub.utils import EntryNotFoundError
-
-    def fail(*_: object, local_files_only: bool = False, **__: object) -> None:
-        raise FileNotFoundError if local_files_only else error
-
-    monkeypatch.setattr(huggingface_hub, "hf_hub_download", fail)
-    monkeypatch.setattr(checkpoint_module, "_reachable", lambda url: True)
-    error = OSError("disk\nfull")
-    assert_one_line(KNOWN[1], "cannot be downloaded (disk full)", "put config.json", folder=tmp_path)
-    error = EntryNotFoundError.__new__(EntryNotFoundError)
-    assert_one_line(KNOWN[1], "the Hugging Face Hub has no 'facebook/dinov2-base'", folder=tmp_path)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "user"))
+    assert_one_line(name, f"into {tmp_path / 'user' / 'dinotile' / 'encoders' / 'dinov2-small'}")
 
 
 def test_what_the_hub_s_cache_has_is_used_without_a_network(tiny, no_network, monkeypatch):

@@ -384,24 +384,25 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     import huggingface_hub
     import requests
 
-    from lib_dinotile.dino import checkpoint
+    from lib_dinotile.dino import hub
 
     wanted: list[str] = []
 
-    def download(name: str, file: str, local_files_only: bool = False, **_: object) -> str:
-        if local_files_only:
-            raise FileNotFoundError(file)
+    def cached(name: str, file: str, **_: object) -> str:
+        raise FileNotFoundError(file)
+
+    def download(name: str, *_: object) -> None:
         wanted.append(name)
-        raise Downloaded(name)
+        raise hub.Failed(name)
 
     def network(*arguments: object, **_: object) -> None:
         raise Downloaded(str(arguments))
 
-    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", cached)
     monkeypatch.setattr(huggingface_hub, "snapshot_download", network)
     monkeypatch.setattr(requests.Session, "request", network)
     monkeypatch.setattr("socket.socket.connect", network)
-    monkeypatch.setattr(checkpoint, "_reachable", lambda url: True)
+    monkeypatch.setattr(hub, "download", download)
     return wanted
 
 

@@ -5,21 +5,25 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from tqdm import tqdm
-
 from lib_dinotile import DinotileError
-from lib_dinotile.condition.conditioner import automatic_encoder
+from lib_dinotile.cli import quiet_transformers
 from lib_dinotile.dino.calibrated import Pictures, Store
 from lib_dinotile.dino.calibration import FOLDS, SCALES
+from lib_dinotile.dino.checkpoint import automatic_encoder
 from lib_dinotile.dino.encoder import load_encoder
+from lib_dinotile.once import models_folder
 from lib_dinotile.settings import AUTOMATIC
-from lib_dinotile.weights import describe, lines
+from lib_dinotile.tensorfile import check_out
+from lib_dinotile.weights import HEADS, describe, lines
 
 
 def add_arguments(command: argparse.ArgumentParser) -> None:
     """What the command takes."""
     command.add_argument(
-        "--dino", metavar="NAME", default=AUTOMATIC, help="the encoder: a folder, a Hugging Face id, or mini"
+        "--dino",
+        metavar="NAME",
+        default=AUTOMATIC,
+        help="the encoder: a folder, a Hugging Face id, or mini (default: what Automatic stands for)",
     )
     command.add_argument(
         "--scale",
@@ -39,28 +43,46 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Calibrates an encoder now, unless that was done; says how much nearer to sharp pictures it comes."""
-    chosen = automatic_encoder(None) if arguments.dino == AUTOMATIC else arguments.dino
-    pictures = None
-    if arguments.images:
-        pictures = Pictures(Path(arguments.images))
-        if len(pictures) < FOLDS:
-            raise DinotileError(f"{arguments.images} has {len(pictures)} pictures, give at least {FOLDS}")
-    encoder = load_encoder(chosen)
-    with tqdm(total=100, unit="%", bar_format="{l_bar}{bar}| {elapsed}") as bar:
+    from tqdm import tqdm
+
+    quiet_transformers()
+    folder = models_folder("encoders")
+    chosen = automatic_encoder(folder) if arguments.dino == AUTOMATIC else arguments.dino
+    pictures = _pictures(Path(arguments.images)) if arguments.images else None
+    out = _writable(Path(arguments.out)) if arguments.out else None
+    with tqdm(total=100, unit="%", bar_format="{l_bar}{bar}| {elapsed}", disable=None) as bar:
 
         def progress(text: str, share: float) -> None:
             bar.set_description(text, refresh=False)
             bar.n = round(100 * share)
             bar.refresh()
 
-        store, out = Store(progress=progress), arguments.out and Path(arguments.out)
+        store = Store(progress=progress)
+        encoder = load_encoder(chosen, folder, progress=progress)
         if pictures is None and out is None:
             store.heads(encoder, arguments.scale)
         else:
             store.make(encoder, arguments.scale, pictures=pictures, file=out)
-        bar.n = 100
-    for note in store.notes:
-        print(note)
     file = out or store.kept(encoder, arguments.scale)
-    if file is not None:
-        print("\n".join([str(file), *lines(describe(file))]))
+    if file is None:
+        raise DinotileError("; ".join(store.notes), 500)
+    print("\n".join([*store.notes, str(file), *lines(describe(file))]))
+
+
+def _pictures(folder: Path) -> Pictures:
+    if not folder.is_dir():
+        raise DinotileError(f"images: {folder} is no folder")
+    pictures = Pictures(folder)
+    if len(pictures) < FOLDS:
+        raise DinotileError(f"images: {folder} has {len(pictures)} pictures, give at least {FOLDS}")
+    return pictures
+
+
+def _writable(out: Path) -> Path:
+    """DinotileError, before any work is done, if heads cannot be written there."""
+    check_out(out)
+    if out.exists():
+        kind = describe(out)["kind"]
+        if kind != HEADS:
+            raise DinotileError(f"out: {out} is there already, {kind}: give another name")
+    return out

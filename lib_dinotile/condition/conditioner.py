@@ -22,11 +22,13 @@ from lib_dinotile.condition.guidance import SELF_SIMILARITY, Guidance
 from lib_dinotile.condition.heads import ByLayer, FixedHeads, Heads, chosen, forget, heads_for, heads_in
 from lib_dinotile.dino.cache import FeatureCache
 from lib_dinotile.dino.calibrated import Store
+from lib_dinotile.dino.checkpoint import automatic_encoder, locate
 from lib_dinotile.dino.encoder import BUILT_IN, KNOWN, Facet, PatchEncoder, installed, load_encoder
 from lib_dinotile.dino.field import FeatureField
 from lib_dinotile.dino.head import Floor, RestorationHead
 from lib_dinotile.dino.look import Look
 from lib_dinotile.hosts.base import Host, Residuals
+from lib_dinotile.once import Progress
 from lib_dinotile.settings import AUTOMATIC, BOTH, DECODERS, NONE, SEMANTIC, Settings
 from lib_dinotile.tiling.canvas import Canvas
 from lib_dinotile.tiling.plan import Rect, TilePlan
@@ -50,10 +52,8 @@ def _adapter(path: Path, modified: float, device: torch.device, dtype: torch.dty
 
 
 @functools.lru_cache(maxsize=1)
-def _encoder(
-    name: str, folder: Path | None, modified: float, device: torch.device, dtype: torch.dtype, download: bool
-) -> PatchEncoder:
-    return load_encoder(name, folder, device=device, dtype=dtype, download=download)
+def _encoder(name: str, folder: Path | None, modified: float, device: torch.device, dtype: torch.dtype) -> PatchEncoder:
+    return load_encoder(name, folder, device=device, dtype=dtype, download=False)
 
 
 @dataclass(frozen=True)
@@ -135,7 +135,9 @@ class Conditioner:
                 )
             check_fit(config, name, host.base, host.shape)
         dtype = host.dtype if device.type == "cuda" else torch.float32
-        encoder = _eye(settings, config.encoder if config else None, encoders, device, dtype, trusted)
+        store = store or Store()
+        named = config.encoder if config else None
+        encoder = _eye(settings, named, encoders, device, dtype, trusted, store.progress)
         if settings.guidance and settings.layer > encoder.depth:
             raise DinotileError(f"layer: encoder {encoder.id!r} has {encoder.depth} layers, give at most that")
         adapter, head, own = None, None, None
@@ -148,7 +150,7 @@ class Conditioner:
                 if head is None:
                     raise DinotileError(f"{own.name} is damaged: it has no head for the layer that it reads")
         decoder = host.guidance_decoder(settings.decoder) if settings.guidance else None
-        found = heads_for(settings, encoder, heads or {}, own, store or Store())
+        found = heads_for(settings, encoder, heads or {}, own, store)
         return cls(settings, encoder, adapter, found, decoder, head)
 
     @classmethod
@@ -164,10 +166,11 @@ class Conditioner:
         store: Store | None = None,
     ) -> Conditioner:
         """Only looks: for maps. Of an adapter only the encoder that it names is taken; all else as in `load`."""
+        store = store or Store()
         own = None if settings.adapter == NONE else chosen("adapter", settings.adapter, adapters or {})
         named = read_config(own).encoder if own else None
-        encoder = _eye(settings, named, encoders, torch.device(device), dtype, trusted)
-        found = heads_for(settings, encoder, heads or {}, own, store or Store())
+        encoder = _eye(settings, named, encoders, torch.device(device), dtype, trusted, store.progress)
+        found = heads_for(settings, encoder, heads or {}, own, store)
         return cls(dataclasses.replace(settings, guidance=0.0), encoder, heads=found)
 
     @property
@@ -298,10 +301,11 @@ def _eye(
     device: torch.device,
     dtype: torch.dtype,
     trusted: bool,
+    progress: Progress,
 ) -> PatchEncoder:
     """The encoder that `settings` ask for; named: the one that the adapter was trained with.
 
-    Only one that they name is downloaded, or looked for at a path.
+    Only one that they name is downloaded, with progress, or looked for at a path.
     """
     chosen, choices = settings.encoder != AUTOMATIC, [*installed(folder), *KNOWN]
     wanted = settings.encoder if chosen else named or automatic_encoder(folder)
@@ -312,17 +316,10 @@ def _eye(
     if not trusted and wanted not in choices:
         listed = ", ".join([AUTOMATIC, *choices])
         raise DinotileError(f"encoder: {wanted!r} is not installed in {folder}, give one of {listed}")
+    locate(wanted, folder, download=chosen, progress=progress)
     files = folder.glob("*/model.safetensors") if folder else ()
     modified = max((file.stat().st_mtime for file in files), default=0.0)
-    return _encoder(wanted, folder, modified, device, dtype, download=chosen)
-
-
-def automatic_encoder(folder: Path | None) -> str:
-    """The encoder where neither the user nor an adapter names one: an installed DINOv2, small ones first; else the
-    built-in one, so that nothing is downloaded that nobody has asked for."""
-    found = [name for name in installed(folder) if name != BUILT_IN]
-    sizes = ("small", "base", "large")
-    return min(found, key=lambda name: next((n for n, size in enumerate(sizes) if size in name), 9), default=BUILT_IN)
+    return _encoder(wanted, folder, modified, device, dtype)
 
 
 def to_tensor(image: Image.Image) -> Tensor:

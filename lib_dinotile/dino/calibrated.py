@@ -5,14 +5,12 @@ from __future__ import annotations
 import contextlib
 import functools
 import math
-import os
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from filelock import FileLock, Timeout
 from PIL import Image
 
 from lib_dinotile import DinotileError, one_line
@@ -20,6 +18,7 @@ from lib_dinotile.dino.calibration import LAYERS, SCALES, calibrate
 from lib_dinotile.dino.encoder import PatchEncoder
 from lib_dinotile.dino.head import RestorationHead, load_heads, save_heads
 from lib_dinotile.images import endings, read_image
+from lib_dinotile.once import Progress, alone, models_folder, unseen
 
 PHOTOS = Path(__file__).resolve().parents[1] / "photos"
 """The photographs that come with the extension."""
@@ -27,20 +26,11 @@ BUILT_IN_HEADS = PHOTOS.parent / "mini" / "heads"
 """The built-in encoder comes calibrated."""
 FOLDER = "calibrated"
 """Within the folder of restoration heads."""
-WAIT = 0.5
-"""Seconds between two looks at whether another process is done."""
-
-Progress = Callable[[str, float], None]
-"""Is told what is being done, and its share that is done, in [0, 1]. What it raises ends the work."""
 
 
 def default_folder() -> Path:
-    """Within the WebUI that this is an extension of: among its models; else in the user's cache."""
-    extensions = Path(__file__).parents[2].parent
-    if extensions.name == "extensions" and (extensions.parent / "models").is_dir():
-        return extensions.parent / "models" / "dinotile" / "heads" / FOLDER
-    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(cache) / "dinotile" / "heads" / FOLDER
+    """Where calibrated heads are kept without a WebUI."""
+    return models_folder("heads") / FOLDER
 
 
 def scale_class(source: tuple[int, int], canvas: tuple[int, int], view: int) -> float:
@@ -76,7 +66,7 @@ class Store:
 
     folder: Path = field(default_factory=default_folder)
     """Where they are kept; made when there is something to keep."""
-    progress: Progress = lambda text, share: None
+    progress: Progress = unseen
     notes: list[str] = field(default_factory=list)
     """What there is to say of what was done."""
 
@@ -90,7 +80,11 @@ class Store:
         found = self.find(encoder, scale, layers)
         if found is not None:
             return found
-        with self._alone(encoder, scale):
+
+        def waiting() -> None:
+            self.progress(f"waiting for another process that gets to know {encoder.id.split('/')[-1]}", 0.0)
+
+        with alone(self.file(encoder, scale).with_suffix(".lock"), waiting):
             found = self.find(encoder, scale, layers)  # another process may have made them
             return self.make(encoder, scale, layers) if found is None else found
 
@@ -107,11 +101,6 @@ class Store:
     def kept(self, encoder: PatchEncoder, scale: float) -> Path | None:
         """The file with the heads, if there is one."""
         return next(iter(self._files(encoder, scale)), None)
-
-    def _files(self, encoder: PatchEncoder, scale: float) -> list[Path]:
-        """The first one counts."""
-        name = self._name(encoder, scale)
-        return [file for file in (self.folder / name, BUILT_IN_HEADS / name) if file.is_file()]
 
     def make(
         self,
@@ -152,35 +141,23 @@ class Store:
 
     def file(self, encoder: PatchEncoder, scale: float) -> Path:
         """Where an encoder's heads for a scale are kept."""
-        return self.folder / self._name(encoder, scale)
+        return self.folder / _name(encoder.id, encoder.fingerprint, scale)
 
-    @staticmethod
-    def _name(encoder: PatchEncoder, scale: float) -> str:
-        return f"{encoder.id.replace('/', '--')}-{encoder.fingerprint[:12]}-{scale:g}x.safetensors"
+    def scales(self, encoder: str, fingerprint: str) -> list[float]:
+        """Those of `SCALES` that there are heads for, of an encoder by its id and fingerprint"""
+        return [scale for scale in SCALES if (fingerprint, scale) in _unsaved or self._at(encoder, fingerprint, scale)]
 
-    @contextlib.contextmanager
-    def _alone(self, encoder: PatchEncoder, scale: float) -> Iterator[None]:
-        """While open, other processes wait that want the same. Where locks cannot be had, nobody waits."""
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            lock = FileLock(self.file(encoder, scale).with_suffix(".lock"))
-            while not _acquired(lock):
-                self.progress(f"waiting for another process that gets to know {encoder.id.split('/')[-1]}", 0.0)
-        except OSError:
-            lock = None
-        try:
-            yield
-        finally:
-            if lock is not None:
-                lock.release()
+    def _files(self, encoder: PatchEncoder, scale: float) -> list[Path]:
+        return self._at(encoder.id, encoder.fingerprint, scale)
+
+    def _at(self, encoder: str, fingerprint: str, scale: float) -> list[Path]:
+        """The files that there are; the first one counts."""
+        name = _name(encoder, fingerprint, scale)
+        return [file for file in (self.folder / name, BUILT_IN_HEADS / name) if file.is_file()]
 
 
-def _acquired(lock: FileLock) -> bool:
-    try:
-        lock.acquire(timeout=WAIT)
-        return True
-    except Timeout:
-        return False
+def _name(encoder: str, fingerprint: str, scale: float) -> str:
+    return f"{encoder.replace('/', '--')}-{fingerprint[:12]}-{scale:g}x.safetensors"
 
 
 _unsaved: dict[tuple[str, float], Mapping[int, RestorationHead]] = {}

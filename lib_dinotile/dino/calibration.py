@@ -169,10 +169,12 @@ def calibrate(
             done += 1
         for layer, head in heads.items():
             raw, restored = seen.means(layer)
-            made[f"held out, raw {layer}"], made[f"held out, restored {layer}"] = f"{raw:.5f}", f"{restored:.5f}"
-            if restored > raw:
+            worse = restored > raw
+            if worse:  # then it changes nothing
                 head.outer.weight.zero_(), head.outer.bias.zero_()
-            floor = seen.floor(layer, restored > raw)
+            made[f"held out, raw {layer}"] = f"{raw:.5f}"
+            made[f"held out, restored {layer}"] = f"{raw if worse else restored:.5f}"
+            floor = seen.floor(layer, worse)
             head.floor.copy_(torch.tensor([floor.median, floor.spread]))
         progress(1.0)
     return Calibration(heads, made)

@@ -5,20 +5,19 @@ A checkpoint is a folder with `config.json` and `model.safetensors`. Pickles (`p
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import os
 import re
-import ssl
-import urllib.error
-import urllib.request
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from lib_dinotile import DinotileError, one_line
+from lib_dinotile.dino import hub
+from lib_dinotile.once import Progress, models_folder, unseen
 from lib_dinotile.tensorfile import DAMAGED, open_tensors
 
 KNOWN = (
@@ -39,7 +38,6 @@ MAX_CONFIG = 1 << 20
 MODEL_TYPES = ("dinov2", "dinov2_with_registers")
 
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
-_PROBE_SECONDS = 5.0
 
 
 # Where a checkpoint lies --------------------------------------------------------------------------------------------
@@ -62,16 +60,31 @@ def installed(folder: Path | None) -> list[str]:
     found = set()
     if folder is not None:
         for config in [*folder.glob(f"*/{CONFIG}"), *folder.glob(f"*/*/{CONFIG}")]:
-            if _is_checkpoint(config.parent):
-                found.add(_known(config.parent.relative_to(folder).as_posix()))
+            place = config.parent.relative_to(folder)
+            if _is_checkpoint(config.parent) and not place.parts[0].startswith("."):  # hidden: a download under way
+                found.add(_known(place.as_posix()))
     return ([BUILT_IN] if _is_checkpoint(BUILT_IN_FOLDER) else []) + sorted(found)
 
 
-def locate(name: str, folder: Path | None, download: bool = True) -> tuple[str, Path]:
+def encoders(folder: Path | None) -> list[str]:
+    """The installed ones, then the published ones, which are downloaded when they are first used."""
+    return list(dict.fromkeys([*installed(folder), *KNOWN]))
+
+
+def automatic_encoder(folder: Path | None) -> str:
+    """The encoder where neither the user nor an adapter names one: an installed DINOv2, small ones first; else the
+    built-in one, so that nothing is downloaded that nobody has asked for."""
+    found = [name for name in installed(folder) if name != BUILT_IN]
+    sizes = ("small", "base", "large")
+    return min(found, key=lambda name: next((n for n, size in enumerate(sizes) if size in name), 9), default=BUILT_IN)
+
+
+def locate(name: str, folder: Path | None, download: bool = True, progress: Progress = unseen) -> tuple[str, Path]:
     """(id, checkpoint folder) of an encoder; DinotileError with one line if it is not to be had.
 
     In this order: the built-in encoder; `folder/name` and `folder/<last part of name>`; a local folder of that path;
-    the Hugging Face cache; with `download` the Hugging Face Hub.
+    the Hugging Face cache; with `download` the Hugging Face Hub, from which it gets into `folder`, with `progress`.
+    None: the folder where encoders are kept without a WebUI.
     """
     if name == BUILT_IN:
         if not _is_checkpoint(BUILT_IN_FOLDER):
@@ -82,7 +95,8 @@ def locate(name: str, folder: Path | None, download: bool = True) -> tuple[str, 
         return BUILT_IN, BUILT_IN_FOLDER
     if not name.strip():
         raise DinotileError(f"no encoder is named; it is one of {', '.join([*installed(folder), *KNOWN])}")
-    if folder is not None and ".." not in Path(name).parts and not Path(name).is_absolute():
+    folder = folder or models_folder("encoders")
+    if ".." not in Path(name).parts and not Path(name).is_absolute():
         for candidate in (folder / name, folder / Path(name).name):
             if os.path.isdir(candidate):
                 return _known(name), candidate
@@ -91,66 +105,38 @@ def locate(name: str, folder: Path | None, download: bool = True) -> tuple[str, 
     name = _known(name)
     if not _HUB_ID.fullmatch(name):
         raise DinotileError(
-            f"there is no DINOv2 encoder {name!r}: put its {CONFIG} and {WEIGHTS} into {_place(name, folder)}, "
+            f"there is no DINOv2 encoder {name!r}: put its {CONFIG} and {WEIGHTS} into {folder / Path(name).name}, "
             f"or choose one of {', '.join([*installed(folder), *KNOWN])}"
         )
-    return name, _from_hub(name, folder, download)
-
-
-def _place(name: str, folder: Path | None) -> str:
-    last = Path(name).name
-    return str(folder / last) if folder is not None else f"a folder {last} and name that folder"
-
-
-def _from_hub(name: str, folder: Path | None, download: bool) -> Path:
-    """The folder of a checkpoint in Hugging Face's cache, downloaded if it may be and need be."""
-    import huggingface_hub
-    from huggingface_hub.utils import EntryNotFoundError, LocalEntryNotFoundError, RepositoryNotFoundError
-
-    def get(**options: Any) -> Path:
-        paths = [Path(huggingface_hub.hf_hub_download(name, file, **options)) for file in (CONFIG, WEIGHTS)]
-        if paths[0].parent != paths[1].parent:
-            raise FileNotFoundError(f"{CONFIG} and {WEIGHTS} are of two different revisions")
-        return paths[0].parent
-
-    try:
-        return get(local_files_only=True)
-    except Exception:  # not (wholly) in the cache, in whatever words this huggingface_hub says so
-        pass
-    remedy = f"put {CONFIG} and {WEIGHTS} of https://huggingface.co/{name} into {_place(name, folder)}"
-    if not download:
+    cached = hub.cached(name, (CONFIG, WEIGHTS))
+    if cached is None and not download:
         raise DinotileError(
             f"DINOv2 weights {name!r} are not on this machine: choose {name} as DINO encoder to download them, or "
-            f"{remedy}"
+            f"{_remedy(name, folder)}"
         )
-    offline = f"DINOv2 weights {name!r} are not on this machine and the Hugging Face Hub cannot be reached: {remedy}"
-    if not _reachable(huggingface_hub.constants.ENDPOINT):
-        raise DinotileError(offline)
+    return name, cached or install(name, folder, progress)
+
+
+def _remedy(name: str, folder: Path) -> str:
+    return f"put {CONFIG} and {WEIGHTS} of https://huggingface.co/{name} into {folder / Path(name).name}"
+
+
+def install(name: str, folder: Path, progress: Progress = unseen) -> Path:
+    """Puts an encoder of the Hub into the folder of encoders, if it is not there; where it is then.
+
+    DinotileError, one line that says which files go where, if it cannot be had.
+    """
+    target, remedy = folder / Path(name).name, _remedy(name, folder)
     try:
-        return get()
-    except LocalEntryNotFoundError as error:  # a subclass of EntryNotFoundError that means no network
-        raise DinotileError(offline) from error
-    except (RepositoryNotFoundError, EntryNotFoundError) as error:
+        return hub.download(name, (CONFIG, WEIGHTS), target, read_checkpoint, progress)
+    except hub.Unreachable as error:
+        raise DinotileError(
+            f"DINOv2 weights {name!r} are not on this machine and the Hugging Face Hub cannot be reached: {remedy}"
+        ) from error
+    except hub.NotThere as error:
         raise DinotileError(f"the Hugging Face Hub has no {name!r} with {CONFIG} and {WEIGHTS}: {remedy}") from error
-    except Exception as error:
+    except (hub.Failed, DinotileError, OSError) as error:
         raise DinotileError(f"DINOv2 weights {name!r} cannot be downloaded ({one_line(error)}): {remedy}") from error
-
-
-def _reachable(url: str) -> bool:
-    """Whether anything answers at `url`, in seconds: huggingface_hub 2 itself retries for 23 s before it gives up."""
-    from huggingface_hub import constants
-
-    if constants.HF_HUB_OFFLINE:
-        return False
-    try:
-        urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=_PROBE_SECONDS).close()
-    except urllib.error.HTTPError:
-        return True  # an answer, if not a kind one
-    except urllib.error.URLError as error:
-        return isinstance(error.reason, ssl.SSLError)  # huggingface_hub brings certificates of its own
-    except (OSError, ValueError):
-        return False
-    return True
 
 
 # What a checkpoint holds --------------------------------------------------------------------------------------------
@@ -264,7 +250,7 @@ def read_checkpoint(folder: Path) -> Checkpoint:
             raise DinotileError(f"the DINOv2 encoder in {folder} has no {file}{why}: put {file} there")
     architecture = _read_config(folder / CONFIG)
     _check_weights(folder / WEIGHTS, architecture)
-    return Checkpoint(folder, architecture, _sha256(folder / WEIGHTS))
+    return Checkpoint(folder, architecture, fingerprint(folder))
 
 
 def _read_config(path: Path) -> Architecture:
@@ -307,7 +293,16 @@ def _check_weights(path: Path, architecture: Architecture) -> None:
             )
 
 
-def _sha256(path: Path) -> str:
+def fingerprint(folder: Path) -> str:
+    """SHA-256 of a checkpoint's weights file, in hex; of one that did not change it is computed once. OSError if it
+    cannot be read."""
+    file = folder / WEIGHTS
+    state = file.stat()
+    return _sha256(file, state.st_size, state.st_mtime_ns)
+
+
+@functools.lru_cache(maxsize=32)
+def _sha256(path: Path, size: int, modified: int) -> str:
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while block := file.read(1 << 20):

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from lib_dinotile import DinotileError
 from lib_dinotile.dino.backends import keys, load_blocks
 from lib_dinotile.dino.checkpoint import BUILT_IN, KNOWN, Checkpoint, installed, locate, read_checkpoint
+from lib_dinotile.once import Progress, unseen
 
 __all__ = ["BUILT_IN", "KNOWN", "Facet", "PatchEncoder", "installed", "interpolate_positions", "load_encoder"]
 
@@ -178,6 +179,7 @@ def load_encoder(
     device: str | torch.device = "cpu",
     dtype: torch.dtype = torch.float32,
     download: bool = True,
+    progress: Progress = unseen,
 ) -> PatchEncoder:
     """Load a DINOv2 encoder by name, from safetensors only.
 
@@ -187,7 +189,7 @@ def load_encoder(
     KNOWN.
     DinotileError, one line, if anything is missing, damaged or not a DINOv2; no weight is ever left random.
     """
-    name, found = locate(name, folder, download)
+    name, found = locate(name, folder, download, progress)
     # Libraries fill new layers with random numbers before they load them: not at the cost of the caller's next draw.
     with torch.inference_mode(False), torch.no_grad(), torch.random.fork_rng(devices=[]):
         checkpoint = read_checkpoint(found)

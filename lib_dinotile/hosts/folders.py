@@ -7,7 +7,8 @@ from pathlib import Path
 from modules import paths, shared
 
 from lib_dinotile.condition.conditioner import installed_weights
-from lib_dinotile.dino.calibrated import FOLDER, Progress, Store
+from lib_dinotile.dino.calibrated import FOLDER, Store
+from lib_dinotile.once import Progress, unseen
 
 
 def _folder(option: str, name: str) -> Path:
@@ -32,7 +33,7 @@ def trained_heads() -> dict[str, Path]:
     return {name: file for name, file in installed_weights(heads()).items() if not name.startswith(f"{FOLDER}/")}
 
 
-def calibrated_heads(progress: Progress = lambda text, share: None) -> Store:
+def calibrated_heads(progress: Progress = unseen) -> Store:
     """The heads that dinotile calibrates by itself; progress: is told when it does."""
     return Store(heads() / FOLDER, progress)
 

@@ -24,6 +24,7 @@ from lib_dinotile.hosts.diffusers import DiffusersHost, load_host
 from lib_dinotile.sampling import is_out_of_memory
 from lib_dinotile.settings import Generation
 from lib_dinotile.team import Team, make_team
+from lib_dinotile.tensorfile import check_out
 from lib_dinotile.train.adapter import make_schedule, prepared_tiles, tile_size, train_adapter
 from lib_dinotile.train.head import LAYERS, prepared_pairs, train_heads
 from lib_dinotile.train.loop import CheckpointError, Schedule, check_resume, last_checkpoint
@@ -114,7 +115,7 @@ def train(options: Training, images: Path, out: Path, head: bool, resume: bool) 
     before any work is lost.
     """
     _check_precision(options.precision)
-    _check_out(out)
+    check_out(out)
     job = Job(options, images, out, head, resume, make_team())
     try:
         check_resume(job.schedule)
@@ -201,15 +202,6 @@ def _check_precision(precision: str) -> None:
             raise DinotileError("precision: fp16 needs a GPU, give bf16 or no")
     elif precision == "bf16" and torch.version.cuda and torch.cuda.get_device_capability()[0] < 8:
         raise DinotileError("precision: this GPU has no bf16, give fp16")
-
-
-def _check_out(out: Path) -> None:
-    if out.suffix != ".safetensors":
-        raise DinotileError(f"out: {out} has to end with .safetensors")
-    if not out.parent.is_dir():
-        raise DinotileError(f"out: there is no folder {out.parent}")
-    if not os.access(out.parent, os.W_OK):
-        raise DinotileError(f"out: the folder {out.parent} is not writable")
 
 
 def _already_there(job: Job) -> str:

@@ -14,12 +14,13 @@ from modules.ui_components import InputAccordion
 
 from lib_dinotile import DinotileError
 from lib_dinotile.condition.conditioner import installed_weights
-from lib_dinotile.dino.encoder import KNOWN, installed
+from lib_dinotile.dino.checkpoint import encoders
 from lib_dinotile.hosts import folders
 from lib_dinotile.hosts.interrogators import INTERROGATORS
 from lib_dinotile.hosts.takeover import last_prompts
 from lib_dinotile.options import Option
 from lib_dinotile.settings import AUTOMATIC, CALIBRATED, NONE, Settings
+from lib_dinotile.ui import first_minute
 from lib_dinotile.ui.preview import Img2Img
 
 TITLE = "DINO Tile"
@@ -65,7 +66,7 @@ def head_choices() -> list[str]:
 
 def encoder_choices() -> list[str]:
     """Automatic, the encoders that are installed, and the published ones, which are downloaded when first used."""
-    return list(dict.fromkeys([AUTOMATIC, *installed(folders.encoders()), *KNOWN]))
+    return [AUTOMATIC, *encoders(folders.encoders())]
 
 
 def upscaler_choices() -> list[str]:
@@ -102,6 +103,7 @@ def build() -> dict[str, Any]:
     components: dict[str, Any] = {}
     enabled = options["enabled"]
     with InputAccordion(enabled.default, label=TITLE, elem_id="dinotile_enabled") as components["enabled"]:
+        told = first_minute.add()
         for title, rows in GROUPS:
             with gr.Accordion(title, open=False) if title else contextlib.nullcontext():
                 for row in rows:
@@ -117,6 +119,7 @@ def build() -> dict[str, Any]:
                         _add_captions(components["tile_prompts"])
     _follow_target(components)
     img2img.show_in(*shown, components)
+    first_minute.connect(*told, components)
     return {name: components[name] for name in options}
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import binascii
+import dataclasses
 import io
 from collections.abc import Callable, Coroutine, Mapping
 from pathlib import Path
@@ -17,13 +18,13 @@ from pydantic import VERSION, BaseModel, Field
 
 from lib_dinotile import DinotileError, __version__, printable, weights
 from lib_dinotile.condition.conditioner import installed_weights
-from lib_dinotile.dino.encoder import installed
+from lib_dinotile.dino.state import states
 from lib_dinotile.hosts import folders
 from lib_dinotile.images import read_image
 from lib_dinotile.options import Option
 from lib_dinotile.sampling import is_out_of_memory
-from lib_dinotile.settings import AUTOMATIC, MAX_SIDE, Settings
-from lib_dinotile.ui.accordion import TITLE, encoder_choices
+from lib_dinotile.settings import MAX_SIDE, Settings
+from lib_dinotile.ui.accordion import TITLE
 from lib_dinotile.ui.prospect import Prospect, checkpoint, loaded, waves
 
 PREFIX = "/dinotile/v1"
@@ -189,6 +190,11 @@ class Weights(BaseModel):
 class Encoder(BaseModel):
     name: str = Field(..., description="As the option `encoder` takes it.")
     installed: bool = Field(..., description="If not, using it downloads it first.")
+    calibrated: list[float] = Field(
+        ...,
+        description="The scales that there are calibrated heads for, of 1, 2 and 4; others are made when first needed.",
+    )
+    automatic: bool = Field(..., description="Whether the option's value Automatic stands for it now.")
 
 
 router = APIRouter(
@@ -220,8 +226,7 @@ def heads() -> Any:
 @router.get("/encoders", response_model=list[Encoder])
 def encoders() -> Any:
     """The DINOv2 encoders: the values of the option `encoder`, besides Automatic."""
-    there = installed(folders.encoders())
-    return [{"name": name, "installed": name in there} for name in encoder_choices() if name != AUTOMATIC]
+    return [dataclasses.asdict(state) for state in states(folders.encoders(), folders.calibrated_heads())]
 
 
 @router.post("/plan", response_model=Plan, openapi_extra=EXAMPLE)

@@ -17,7 +17,7 @@ from lib_dinotile.hosts import folders
 from lib_dinotile.hosts.area import Area
 from lib_dinotile.hosts.base import check_name
 from lib_dinotile.hosts.webui import base_of
-from lib_dinotile.settings import SEMANTIC, Settings
+from lib_dinotile.settings import OFF, SEMANTIC, Settings
 from lib_dinotile.tiling.plan import TilePlan
 
 
@@ -73,7 +73,7 @@ class Prospect:
         """What DINO sees in the image (RGB), with the tiles. DinotileError if an encoder or adapter is not there."""
         device = torch.device(devices.device)
         conditioner = Conditioner.without_model(
-            dataclasses.replace(self.settings, maps=SEMANTIC),
+            dataclasses.replace(self.settings, maps=SEMANTIC, guard=OFF),
             folders.trained_heads(),
             device,
             devices.dtype if device.type == "cuda" else torch.float32,

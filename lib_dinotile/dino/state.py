@@ -1,0 +1,56 @@
+"""Which encoder looks, and what is still to be done before it does."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from lib_dinotile import DinotileError
+from lib_dinotile.dino.calibrated import Store
+from lib_dinotile.dino.checkpoint import BUILT_IN, KNOWN, automatic_encoder, encoders, fingerprint, locate
+
+FIRST = KNOWN[0]
+"""The DINOv2 that is offered where there is none."""
+MEGABYTES = {"small": 88, "base": 346, "large": 1218}
+
+
+@dataclass(frozen=True)
+class EncoderState:
+    """What is known of an encoder without loading it."""
+
+    name: str
+    installed: bool
+    """If not, it is one of the published ones, which are downloaded."""
+    calibrated: Sequence[float]
+    """The scales that there are calibrated heads for."""
+    automatic: bool
+    """Whether Automatic stands for it now."""
+
+    @property
+    def line(self) -> str:
+        """It in a few words."""
+        name = "the small built-in encoder" if self.name == BUILT_IN else self.name.split("/")[-1]
+        if not self.installed:
+            return f"{name}, not installed yet: it is downloaded at the first run"
+        return f"{name}, calibrated" if self.calibrated else f"{name}, not calibrated yet: done once, at the first run"
+
+
+def megabytes(name: str) -> int:
+    """To download of a published encoder."""
+    return MEGABYTES[name.split("-")[-1]]
+
+
+def state_of(name: str, folder: Path, store: Store) -> EncoderState:
+    """Of the built-in encoder, one in a folder or in Hugging Face's cache, or a published one."""
+    try:
+        identity, place = locate(name, folder, download=False)
+        scales = store.scales(identity, fingerprint(place))
+    except (DinotileError, OSError):  # why, is said where it is used
+        return EncoderState(name, False, [], False)
+    return EncoderState(name, True, scales, name == automatic_encoder(folder))
+
+
+def states(folder: Path, store: Store) -> list[EncoderState]:
+    """Of all encoders that can be chosen."""
+    return [state_of(name, folder, store) for name in encoders(folder)]
