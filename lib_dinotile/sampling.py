@@ -62,6 +62,8 @@ class Fused:
         self.limit, self.count = size.limit, len(wanted)
         self._blend = Blend(plan.shrink(factor), rim=1)
         self._batches = [make(tiles) for tiles in chunks(wanted, size.asked)]
+        self._parts: dict[tuple[Rect, ...], Batch] = {}
+        """Batches of fewer tiles, where the memory does not hold those; guidance goes on in them from step to step."""
         self.tile_size = plan.tile_size
         self.conditioned = any(batch.condition is not None for batch in self._batches)
         self.prompts = [prompt for batch in self._batches for prompt in batch.prompts if prompt is not None]
@@ -89,12 +91,15 @@ class Fused:
 
         def look(tiles: Sequence[Rect]) -> None:
             areas = [tile.shrink(self._factor) for tile in tiles]
-            part = batch if len(tiles) == len(batch.tiles) else self._make(tiles)
+            key = tuple(tiles)
+            if len(tiles) < len(batch.tiles) and key not in self._parts:
+                self._parts[key] = self._make(tiles)
+            part = self._parts.get(key, batch)
             outputs.extend(see(torch.cat([x[(..., *area.slices)] for area in areas]), part))
+            if part.condition is not None:
+                part.condition.forget()
 
         self._size.run(batch.tiles, look)
-        if batch.condition is not None:
-            batch.condition.forget()
         return [out.cpu() for out in outputs] if self._team.size > 1 else outputs
 
 

@@ -250,7 +250,7 @@ class Settings(Options):
         only_with=_adapted,
     )
     guidance: float = option(
-        0.5,
+        1.0,
         "Stay true to the source",
         "How strongly every tile is steered towards what DINO sees in the source there (guidance strength). 0 is off.",
         minimum=0.0,
@@ -269,9 +269,9 @@ class Settings(Options):
         only_with=_guided,
     )
     guidance_end: float = option(
-        0.6,
+        0.85,
         "Guidance end",
-        "Share of the steps after which guidance stops. The model itself makes a clean picture of the last.",
+        "Share of the steps after which guidance stops; the last steps run unguided.",
         minimum=0.0,
         maximum=1.0,
         step=0.05,
@@ -279,7 +279,7 @@ class Settings(Options):
         only_with=_guided,
     )
     every: int = option(
-        2,
+        1,
         "Guidance every",
         "Guides at every n-th step; more is faster.",
         minimum=1,
@@ -289,7 +289,7 @@ class Settings(Options):
         only_with=_guided,
     )
     views: int = option(
-        1,
+        2,
         "Guidance views",
         "How often the encoder looks at each of them, every time a little beside; more steers better and is slower.",
         minimum=1,
@@ -307,7 +307,7 @@ class Settings(Options):
         only_with=_guided,
     )
     layer: int = option(
-        3,
+        2,
         "Guidance layer",
         "Layer of the encoder that guidance looks at, counted from the end: 1 is the last.",
         minimum=1,

@@ -215,7 +215,11 @@ class Conditioner:
             "shown": (-1, "tokens") if settings.maps in (SEMANTIC, BOTH) else None,
         }
         asked = {name: each for name, each in wanted.items() if each}
-        fields = dict.fromkeys(wanted) | dict(zip(asked, self._fields(source, size, list(asked.values()))))
+        fields: dict[str, FeatureField | None] = dict.fromkeys(wanted)
+        for compared in (False, True):  # for small canvases these differ in how fine they are
+            names = [name for name in asked if (name in ("guidance", "guard")) == compared]
+            found = self._fields(source, size, [asked[name] for name in names], compared) if names else ()
+            fields.update(zip(names, found))
         through = [name for name in ("guidance", "guard") if asked.get(name, ("", ""))[1] == "tokens"]
         heads = self._heads.of(source.size, size, [asked[name][0] for name in through]) if through else {}
         for name in through:
@@ -227,10 +231,13 @@ class Conditioner:
         return Features(**fields, heads=heads)
 
     def _fields(
-        self, source: Image.Image, size: tuple[int, int], wanted: Sequence[tuple[int, Facet]]
+        self, source: Image.Image, size: tuple[int, int], wanted: Sequence[tuple[int, Facet]], compared: bool
     ) -> list[FeatureField]:
-        settings = self._settings
-        return _features.fields(self.encoder, to_tensor(source), size, settings.patches, settings.windows, wanted)
+        """compared: with what is painted, where a patch shows no less than as many pixels of the canvas."""
+        patches, windows = self._settings.patches, self._settings.windows
+        if compared:
+            patches = max(1, min(patches, max(size) // (windows * self.encoder.patch)))
+        return _features.fields(self.encoder, to_tensor(source), size, patches, windows, wanted)
 
     @property
     def _guided(self) -> tuple[int, Facet]:
@@ -279,7 +286,7 @@ class Conditioner:
         if head is not None and head.floor[1] > 0:
             return Guard(look, canvas, Floor(*head.floor.tolist()), strictness, relative=False)
         shrunk = source.resize(rehearsal_size(source.size, size), Image.Resampling.LANCZOS)
-        floor = rehearse(features.guard, self._fields(shrunk, size, [(layer, "tokens")])[0])
+        floor = rehearse(features.guard, self._fields(shrunk, size, [(layer, "tokens")], True)[0])
         return Guard(look, canvas, floor, strictness, relative=True)
 
 
