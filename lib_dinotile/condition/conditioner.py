@@ -16,7 +16,7 @@ from torch import Tensor
 from lib_dinotile import DinotileError
 from lib_dinotile.condition.adapter import Adapter, AdapterCondition
 from lib_dinotile.condition.adapter_file import check_encoder, check_fit, load_adapter, read_config
-from lib_dinotile.condition.guard import GUARD_LAYER, Guard, rehearsal_size, rehearse
+from lib_dinotile.condition.guard import GUARD_LAYER, OTHER_LAYER, Guard, rehearsal_size, rehearse
 from lib_dinotile.condition.guidance import CONTEXT as GUIDANCE_CONTEXT
 from lib_dinotile.condition.guidance import SELF_SIMILARITY, Guidance
 from lib_dinotile.condition.heads import ByLayer, FixedHeads, Heads, chosen, forget, heads_for, heads_in
@@ -247,9 +247,8 @@ class Conditioner:
     @property
     def _guarded(self) -> int:
         """The layer that the guard looks at: another than guidance, which would please the judge otherwise."""
-        if self.encoder.depth < -GUARD_LAYER or (self._settings.guidance and self._guided[0] == GUARD_LAYER):
-            return -1
-        return GUARD_LAYER
+        steered = self._settings.guidance and self._guided[0] == GUARD_LAYER and self.encoder.depth >= -OTHER_LAYER
+        return OTHER_LAYER if steered else GUARD_LAYER
 
     def condition(self, features: Features, tiles: Sequence[Rect], latent: tuple[int, int]) -> AdapterCondition:
         """The adapter's condition of a batch of tiles with this latent (h, w)."""
