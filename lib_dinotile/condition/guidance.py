@@ -107,18 +107,27 @@ class Guide:
         with torch.no_grad():
             start = torch.stack([self._source(tile) for tile in tiles]).to(x0.device).float()
             length = 2 * (1 - step / max(total, 1)) * guidance.strength * _rms(x0.float() - start)
-            moved = x0.float() - length * self._direction(gradient, tiles)
+            moved = x0.float() - self._step(gradient, tiles, length)
             return torch.where(moved.isfinite(), moved, x0.float()).to(x0.dtype)
 
-    def _direction(self, gradient: Tensor, tiles: Sequence[Rect]) -> Tensor:
-        """(k, C, h, w), of a root mean square of one for each tile; zero where the gradient is not finite."""
-        gradient = torch.where(gradient.isfinite(), gradient, 0.0)
-        gradient = _unit(_even(gradient, tiles[0].width / gradient.shape[3], self._guidance.look.cell))
+    def _step(self, gradient: Tensor, tiles: Sequence[Rect], length: Tensor) -> Tensor:
+        """What x0 is moved by, (k, C, h, w); length (k, 1, 1, 1): its root mean square, where the whole is worth it.
+
+        That is where, going by the gradient, it would bring a patch nearer by a distance of one; where it would do
+        less, it is shorter in proportion. So what looks right already stays, and so does what the encoder is blind to.
+        """
+        look, views = self._guidance.look, self._guidance.views
+        gradient = torch.where(gradient.isfinite(), gradient, 0.0) / (SCALE * views)
+        factor = tiles[0].width / gradient.shape[3]
+        current = _unit(_even(gradient, factor, look.cell))
+        direction = current.clone()
         for number, tile in enumerate(tiles):
             if tile in self._directions:
-                gradient[number] += MOMENTUM * self._directions[tile].to(gradient)
-            self._directions[tile] = gradient[number].clone()
-        return _unit(gradient)
+                direction[number] += MOMENTUM * self._directions[tile].to(gradient)
+            self._directions[tile] = direction[number].clone()
+        patch = (look.cell / factor) ** 2
+        gain = patch * _around((gradient * current).sum(1, keepdim=True), factor, look.cell)
+        return _unit(direction) * length * (gain * length).clamp(0, 1)
 
     def _distance(self, x: Tensor, tiles: Sequence[Rect], step: int) -> Tensor:
         """Summed over patches and tiles, which do not see each other: each has its own gradient."""
@@ -150,10 +159,14 @@ def _even(gradient: Tensor, factor: float, cell: float) -> Tensor:
 
     factor: pixels per latent cell; cell: pixels per patch. What is weak compared to the rest stays weaker.
     """
-    width = 2 * max(1, round(cell / factor / 2)) + 1
-    power = gradient.square().mean(1, keepdim=True)
-    around = F.avg_pool2d(power, width, 1, width // 2, count_include_pad=False).sqrt()
+    around = _around(gradient.square().mean(1, keepdim=True), factor, cell).sqrt()
     return gradient / (around + around.mean((2, 3), keepdim=True)).clamp(min=torch.finfo(torch.float32).tiny)
+
+
+def _around(values: Tensor, factor: float, cell: float) -> Tensor:
+    """The mean of values (k, 1, h, w) over about a patch."""
+    width = 2 * max(1, round(cell / factor / 2)) + 1
+    return F.avg_pool2d(values, width, 1, width // 2, count_include_pad=False)
 
 
 def _patches(seen: Tensor, wanted: Tensor, share: Tensor) -> Tensor:

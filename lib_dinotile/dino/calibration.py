@@ -29,8 +29,8 @@ from lib_dinotile.tiling.plan import TilePlan
 
 SCALES = (1.0, 2.0, 4.0)
 """There is one file of heads for each: how much finer the encoder would see the sharp picture than the source."""
-SEVERITIES = (0.0, 0.5)
-"""Every picture is degraded mildly and strongly, as `degrade` has it; 0 only shrinks it."""
+SEVERITIES = (0.15, 0.5)
+"""Every picture is degraded mildly and strongly, as `degrade` has it. The floor is that of the first."""
 LAYERS = (-1, -2)
 """Those that guidance and guard look at by default."""
 PATCHES = 36
