@@ -11,9 +11,11 @@ from benchmarks.arms import ADAPTER, ADAPTER_OTHER, ALL, BOTH, OTHER, PLAIN, ZER
 from benchmarks.evidence import UNTRAINED
 from benchmarks.world import gates
 from benchmarks.world.guard_test import auc, guard_auc
+from benchmarks.world.heads import calibrated_heads
 from benchmarks.world.host import SETTINGS
 from benchmarks.world.judge import NONE
 from benchmarks.world.scenes import NO_LABEL, repainted, scene, wrong_classes
+from lib_dinotile import DinotileError
 from lib_dinotile.condition.heads import CalibratedHeads, FixedHeads
 from lib_dinotile.settings import CALIBRATED, Settings
 
@@ -61,6 +63,13 @@ def test_the_world_has_the_default_settings_and_calibrated_heads(world):
     assert changed == {"scale", "tile", "overlap", "batch", "patches"}
     assert {row.heads for row in evidence.ROWS if row.name != evidence.TRAINED_HEADS} == {CALIBRATED}
     assert isinstance(world.heads[CALIBRATED], CalibratedHeads)
+
+
+def test_an_encoder_without_calibrated_heads_is_not_measured(world, tmp_path):
+    """Nor calibrated on the photographs that dinotile would take."""
+    with pytest.raises(DinotileError, match="train calibrated --encoder encoder"):
+        calibrated_heads(world.encoder, tmp_path)
+    assert not (tmp_path / "calibrated").exists()
 
 
 def test_guidance_and_guard_bring_the_true_textures_back(world):
