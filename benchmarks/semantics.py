@@ -40,6 +40,14 @@ from lib_dinotile import DinotileError
 from lib_dinotile.settings import CALIBRATED
 
 
+def models(arguments: argparse.Namespace) -> tuple[World, evidence.Adapters]:
+    """Those that are asked for; with --quick one training only."""
+    adapters = evidence.Adapters.load(arguments.adapters) if arguments.adapter else evidence.Adapters()
+    if arguments.quick:
+        return World(QUICK, arguments.encoder), adapters.first()
+    return World(GENERATION, arguments.encoder), adapters
+
+
 def gates_hold(world: World, quick: bool) -> bool:
     """Whether the world is valid; says so."""
     figures = gates.cheap_gates(6 if quick else 40, REPORT_SEED)
@@ -56,13 +64,12 @@ def gates_hold(world: World, quick: bool) -> bool:
 def closed_world(arguments: argparse.Namespace) -> dict[str, Any] | None:
     """The figures for the last line, or None if the world is not valid."""
     quick = arguments.quick
-    adapters = evidence.Adapters.load(arguments.adapters) if arguments.adapter else evidence.Adapters()
-    world = World(QUICK if quick else GENERATION, arguments.encoder)
+    world, adapters = models(arguments)
     if not gates_hold(world, quick):
         return None
     auc = guard_auc(world.encoder, world.heads[CALIBRATED], 4 if quick else 40, REPORT_SEED)
     count = arguments.images or (2 if quick else 12)
-    proof = evidence.prove(world, adapters.first() if quick else adapters, count, REPORT_SEED, auc, quick)
+    proof = evidence.prove(world, adapters, count, REPORT_SEED, auc, quick)
     if proof is None:
         return None
     if arguments.plot or arguments.pictures:
@@ -108,8 +115,7 @@ def main() -> int:
             parser.error("--model wants a folder of photos")
         figures = photos(arguments)
     elif arguments.tune:
-        adapters = evidence.Adapters.load(arguments.adapters) if arguments.adapter else evidence.Adapters()
-        evidence.tune(World(encoder=arguments.encoder), adapters, arguments.images or 4)
+        evidence.tune(*models(arguments), arguments.images or 4)
         return 0
     else:
         figures = closed_world(arguments)
