@@ -56,7 +56,7 @@ GROUPS: tuple[tuple[str, str, dict[str, str]], ...] = (
         {
             OTHER: "Guidance + guard, another image's features",
             SHUFFLED: "Guidance + guard, patches in disorder",
-            ALL_OTHER: "With adapter, another image's features",
+            ALL_OTHER: "All three, another image's features",
             ADAPTER_OTHER: "Adapter alone, another image's features",
             ADAPTER_SHUFFLED: "Adapter alone, patches in disorder",
         },
@@ -94,7 +94,7 @@ def bars(figures: Mapping[str, Any], file: Path) -> None:
         top, bottom = 0.9, 0.78  # inches
         high = 0.3 * len(lines) + top + bottom
         figure = Figure(figsize=(WIDTH, high), dpi=DPI, facecolor="white")
-        axes = figure.add_axes((_LEFT, bottom / high, 0.51, 1 - (top + bottom) / high))
+        axes = figure.add_axes((_LEFT, bottom / high, 0.5, 1 - (top + bottom) / high))
         for y, (label, colour, arm) in enumerate(lines):
             if arm:
                 _bar(axes, y, label, colour, arm, figures)
@@ -128,7 +128,7 @@ def bars(figures: Mapping[str, Any], file: Path) -> None:
 PANELS = {
     PLAIN: "Plain tiles",
     BOTH: "Guidance + guard",
-    ALL: "With a trained adapter",
+    ALL: "Adapter, guidance, guard",
     OTHER: "Another image's features",
 }
 """The rows of which a picture is shown: default settings, calibrated heads."""
@@ -144,7 +144,7 @@ def _bar(axes: Any, y: int, label: str, colour: str, arm: str, figures: Mapping[
     trainings = list(figures["per_training"].get(arm, {}).values())
     axes.scatter(trainings, [y] * len(trainings), 17, "white", edgecolors=INK, linewidths=1, zorder=4, clip_on=False)
     axes.text(-0.015, y, label, transform=beside, ha="right", va="center")
-    axes.text(1.155, y, f"{100 * rate:.1f} %", transform=beside, ha="right", va="center", weight="bold")
+    axes.text(1.19, y, f"{100 * rate:.1f} %", transform=beside, ha="right", va="center", weight="bold")
 
 
 def pictures(world: World, evidence: Evidence, file: Path) -> None:
