@@ -1,4 +1,4 @@
-"""The restoration heads of the world's encoder, and the probe that reads classes from its features."""
+"""The restoration heads of the world's encoders, and the probe that reads classes from its features."""
 
 from __future__ import annotations
 
@@ -10,8 +10,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from benchmarks.world.host import SETTINGS, WEIGHTS
 from benchmarks.world.pictures import Scenes
 from benchmarks.world.scenes import NO_LABEL, PATCH, SIDE, TRAIN_ATLAS, Scene, scene
+from lib_dinotile import DinotileError
+from lib_dinotile.condition.guard import GUARD_LAYER
+from lib_dinotile.condition.heads import Heads, heads_for
+from lib_dinotile.dino.calibrated import Store
 from lib_dinotile.dino.encoder import PatchEncoder, load_encoder
 from lib_dinotile.dino.field import FeatureField, feature_field
 from lib_dinotile.dino.head import RestorationHead, save_heads
@@ -24,7 +29,9 @@ from lib_dinotile.train.loop import Schedule
 from lib_dinotile.train.pictures import Prepared
 
 LAYERS = (-1, -2, -3)
+"""Of the trained heads."""
 HIDDEN = 128
+CALIBRATION_PICTURES, CALIBRATION_SEED = 48, 41
 
 TILE = 64
 """Side of what is judged at once, in px."""
@@ -69,6 +76,25 @@ def train_heads(schedule: Schedule, export: Path, scenes: int = 400, held_out: i
         save_heads(heads, export / "heads.safetensors", encoder.id, scenes=str(scenes), **figures)
 
     fit_heads(encoder, HIDDEN, schedule, pictures, patches, TILE, save, LAYERS)
+
+
+def calibrated_heads(encoder: PatchEncoder, weights: Path = WEIGHTS) -> Heads:
+    """As the product takes them by default; DinotileError if they are not there: it would calibrate on photographs."""
+    store = Store(weights / "calibrated")
+    if store.find(encoder, SETTINGS.scale, (GUARD_LAYER, -SETTINGS.layer)) is None:
+        raise DinotileError(
+            f"{encoder.id} is not calibrated: python -m benchmarks.world.train calibrated --encoder {encoder.id}"
+        )
+    return heads_for(SETTINGS, encoder, {}, None, store)
+
+
+def calibrate_heads(export: Path, encoder: str) -> None:
+    """By the product's own calibration, on the sharp pictures alone; no labels are used."""
+    scenes = Scenes(CALIBRATION_PICTURES, CALIBRATION_SEED)
+    pictures = [scenes[number].sharp for number in range(len(scenes))]
+    store = Store(export / "calibrated")
+    store.make(load_encoder(str(export / encoder)), SETTINGS.scale, (GUARD_LAYER, -SETTINGS.layer), pictures)
+    print(*store.notes, sep="\n")
 
 
 def train_probe(export: Path, scenes: int = 150, seed: int = 11) -> None:
