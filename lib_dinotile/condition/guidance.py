@@ -36,6 +36,8 @@ CONTEXT = 0
 """Patches around a tile that are seen with it, at least: steering needs fewer than judging."""
 MOMENTUM = 0.7
 """Share of the last step's direction that is in the next one's."""
+WORTH = 0.5
+"""How much nearer a step of full length has to bring a patch: one minus the cosine."""
 SPREAD = (0.7548776662466927, 0.5698402909980532)
 """Steps of the R2 sequence (Roberts 2018), which fills the unit square evenly: shares of a patch."""
 
@@ -113,8 +115,8 @@ class Guide:
     def _step(self, gradient: Tensor, tiles: Sequence[Rect], length: Tensor) -> Tensor:
         """What x0 is moved by, (k, C, h, w); length (k, 1, 1, 1): its root mean square, where the whole is worth it.
 
-        That is where, going by the gradient, it would bring a patch nearer by a distance of one; where it would do
-        less, it is shorter in proportion. So what looks right already stays, and so does what the encoder is blind to.
+        That is where, going by the gradient, it would bring a patch nearer by `WORTH`; where it would do less, it is
+        shorter with the square of that. So what looks right already stays, and so does what the encoder is blind to.
         """
         look, views = self._guidance.look, self._guidance.views
         gradient = torch.where(gradient.isfinite(), gradient, 0.0) / (SCALE * views)
@@ -127,7 +129,7 @@ class Guide:
             self._directions[tile] = direction[number].clone()
         patch = (look.cell / factor) ** 2
         gain = patch * _around((gradient * current).sum(1, keepdim=True), factor, look.cell)
-        return _unit(direction) * length * (gain * length).clamp(0, 1)
+        return _unit(direction) * length * (gain * length / WORTH).clamp(0, 1) ** 2
 
     def _distance(self, x: Tensor, tiles: Sequence[Rect], step: int) -> Tensor:
         """Summed over patches and tiles, which do not see each other: each has its own gradient."""
