@@ -36,7 +36,7 @@ CONTEXT = 0
 """Patches around a tile that are seen with it, at least: steering needs fewer than judging."""
 MOMENTUM = 0.7
 """Share of the last step's direction that is in the next one's."""
-WORTH = 0.5
+WORTH = 1.0
 """How much nearer a step of full length has to bring a patch: one minus the cosine."""
 SPREAD = (0.7548776662466927, 0.5698402909980532)
 """Steps of the R2 sequence (Roberts 2018), which fills the unit square evenly: shares of a patch."""
