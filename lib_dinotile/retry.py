@@ -234,7 +234,7 @@ class RetryPolicy:
     def _retry(self, done: Pass, watched: Sequence[_Watched], painter: Painter) -> None:
         """All attempts, each for as many tiles as the budget pays for."""
         ways, doubtful = attempts(self._settings), sum(one.judged.doubtful for one in watched)
-        if ways and len(watched) >= FEW and doubtful > MOST * len(watched):
+        if ways and not self._hopeless and len(watched) >= FEW and doubtful > MOST * len(watched):
             self._hopeless = True
             self._report.note(
                 f"the guard doubts most tiles ({doubtful} of {len(watched)}) and paints none of them again: use less "
