@@ -25,7 +25,7 @@ class Whole:
     def __init__(self, batch: Batch, pixels: Callable[[], Tensor]) -> None:
         """pixels: gives what the tiles start from, (k, 3, H, W)."""
         self._batch, self.pixels = batch, pixels
-        self.limit = self.count = len(batch.tiles)
+        self.limit = len(batch.tiles)
         self.tile_size = batch.tiles[0].width, batch.tiles[0].height
         self.conditioned = batch.condition is not None
         self.prompts = [prompt for prompt in batch.prompts if prompt is not None]
@@ -59,7 +59,7 @@ class Fused:
         self._factor, self._make, self._size, self._team = factor, make, size, team
         self.lost: set[Rect] = set()
         """Tiles for which the model gave what is not a number."""
-        self.limit, self.count = size.limit, len(wanted)
+        self.limit = size.limit
         self._blend = Blend(plan.shrink(factor), rim=1)
         self._batches = [make(tiles) for tiles in chunks(wanted, size.asked)]
         self._parts: dict[tuple[Rect, ...], Batch] = {}

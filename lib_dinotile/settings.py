@@ -336,7 +336,7 @@ class Settings(Options):
     guard_seeds: int = option(
         2,
         "Retries with other seeds",
-        "How often what is in doubt is painted again.",
+        "How often what is in doubt is painted again, at most.",
         minimum=0,
         maximum=16,
         step=1,
@@ -351,6 +351,17 @@ class Settings(Options):
         maximum=16,
         step=1,
         infotext="DINO Tile guard weaker",
+        only_with=lambda settings: settings.guard == RETRY,
+    )
+    guard_budget: float = option(
+        0.5,
+        "Retry budget",
+        "What painting again may cost at most, as a share of the sampling work (pixels times steps, not seconds) "
+        "without it; tiles most in doubt come first. 0: nothing is painted again.",
+        minimum=0.0,
+        maximum=10.0,
+        step=0.05,
+        infotext="DINO Tile guard budget",
         only_with=lambda settings: settings.guard == RETRY,
     )
     guard_strictness: float = option(

@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 import torch
-from modules import extra_networks, images, masking, processing, sd_samplers, sd_samplers_common, shared
+from modules import extra_networks, images, masking, processing, sd_samplers, shared
 from PIL import Image
 from torch import Tensor
 
@@ -28,7 +28,7 @@ from lib_dinotile.hosts import folders, pace
 from lib_dinotile.hosts.area import Area
 from lib_dinotile.hosts.base import Interrupted, check_name
 from lib_dinotile.hosts.overridden import overridden
-from lib_dinotile.hosts.webui import LATENT_NOISE, LATENT_NOTHING, ORIGINAL, WebUIHost
+from lib_dinotile.hosts.webui import JOBS, LATENT_NOISE, LATENT_NOTHING, ORIGINAL, WebUIHost
 from lib_dinotile.prompts import check_prompts
 from lib_dinotile.settings import NONE, Settings
 from lib_dinotile.tiling.noise import NoiseField
@@ -250,13 +250,11 @@ class Takeover:
         plan = engine.make_plan(self._host, self._area.canvas, self._settings)
         check_name("upscaler", self._settings.upscaler, self._host.upscalers())
         check_prompts(self._host, plan, self._settings)
-        batches = max(1, engine.job_count(plan, self._settings)) * p.batch_size
         state = shared.state
         if not state.processing_has_refined_job_count:  # once: it may be one image of many, or a cell of a plot
-            state.job_count = max(state.job_count, p.n_iter) * batches
+            state.job_count = max(state.job_count, p.n_iter) * p.batch_size * JOBS
             state.processing_has_refined_job_count = True
-        steps = sd_samplers_common.setup_img2img_steps(p)[1] + 1
-        shared.total_tqdm.updateTotal(batches * p.n_iter * steps)
+        shared.total_tqdm.updateTotal(state.job_count)
 
     @_in_one_line
     def sample(
@@ -327,8 +325,9 @@ class Takeover:
                 fill=fill,
             )
         tiles, pixels = engine.workload(engine.make_plan(self._host, area.canvas, self._settings), self._settings)
-        steps = sd_samplers_common.setup_img2img_steps(self._p)[1] + 1
-        pace.learn(self._p.sd_model, time.perf_counter() - began, pixels * result.painted // max(1, tiles), steps)
+        painted = pixels * result.painted / max(1, tiles) * (1 + (result.report.retried or 0))
+        pace.learn(self._p.sd_model, time.perf_counter() - began, painted, self._host.steps())
+        self._host.advance(1.0)  # also if it was stopped
         return result
 
     def _keep(self, done: Sequence[Image.Image], seeds: Sequence[int], prompts: Sequence[str]) -> str:

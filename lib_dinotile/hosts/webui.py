@@ -20,11 +20,15 @@ from lib_dinotile.hosts.base import Batch, Interrupted, Views
 from lib_dinotile.hosts.interrogators import INTERROGATORS
 from lib_dinotile.hosts.layout import fast, fast_input
 from lib_dinotile.hosts.overridden import overridden
+from lib_dinotile.progress import Progress
 from lib_dinotile.tiling.canvas import Canvas
 from lib_dinotile.tiling.noise import TileNoise
 
 PREVIEW_SIDE = 1024
 """Longest side of the live preview, in pixels."""
+JOBS = 10_000
+"""Of so many jobs every image is one to the WebUI, whose progress bar shows what share of the jobs is done. That is far
+more than there are batches: what it adds itself for the steps of the current job is nothing to see."""
 ORIGINAL, LATENT_NOISE, LATENT_NOTHING = 1, 2, 3
 """What inpainting can start from besides the picture itself, or what fills it."""
 
@@ -90,6 +94,8 @@ class WebUIHost:
         self._negative = ""
         self._main: tuple[Any, Any] = (None, None)
         self._others: dict[tuple[str | None, tuple[int, int]], tuple[Any, Any]] = {}
+        self._progress, self._first = Progress(), 0
+        self._count = shared.total_tqdm.update  # the sampler's own calls do not count, see `sample`
 
     @property
     def denoise(self) -> float:
@@ -118,7 +124,7 @@ class WebUIHost:
 
     def bind(self, prompt: str, negative: str, cond: Any, uncond: Any) -> None:
         """The tiles to come belong to an image with these prompts and conditionings (entries of the batches)."""
-        self.prompt, self._negative = prompt, negative
+        self.prompt, self._negative, self._first = prompt, negative, shared.state.job_no
         self._main, self._others = (cond, uncond), {}
 
     def _conditioning(self, prompt: str | None, size: tuple[int, int]) -> tuple[Any, Any]:
@@ -227,6 +233,7 @@ class WebUIHost:
             overridden(p, **values),
             overridden(p.sampler, create_noise_sampler=noise_sampler),
             overridden(denoiser, forward=forward),
+            overridden(shared.total_tqdm, update=lambda: None),
             self.sampling(views, canvas),
             fast_input(self.unet),
         ):
@@ -235,6 +242,11 @@ class WebUIHost:
         if shared.state.interrupted or shared.state.skipped:
             raise Interrupted
         return samples if free is None else torch.lerp(latents.to(samples), samples, free.to(samples))
+
+    def steps(self, denoise: float | None = None) -> int:
+        values = {} if denoise is None else {"denoising_strength": denoise}
+        with overridden(self._p, **values):
+            return sd_samplers_common.setup_img2img_steps(self._p)[1] + 1
 
     def _looking(self, denoiser: Any, views: Views, latents: Tensor, free: Tensor | None) -> Any:
         """In place of the `forward` of the WebUI's CFGDenoiser: it looks through the views."""
@@ -246,6 +258,7 @@ class WebUIHost:
                     f"order: the sampler {self._p.sampler_name} cannot be fused; choose another, or chess"
                 )
             step = denoiser.step
+            self.advance(self._progress.at(step / max(denoiser.total_steps, 1)))
 
             def look(tiles: Tensor, batch: Batch, chosen: list[int], entries: Sequence[tuple[Any, Any]]) -> Tensor:
                 denoiser.step = step  # it counts its calls
@@ -378,17 +391,25 @@ class WebUIHost:
         state = shared.state
         return state.interrupted or state.skipped or state.stopping_generation
 
-    def progress(self, done: int, total: int, canvas: Canvas) -> None:
-        if done and not (done == total and self.last):
-            shared.state.nextjob()
-        shared.state.textinfo = f"DINO Tile: {done} of {total} tiles"
+    def progress(self, progress: Progress, canvas: Canvas) -> None:
+        self._progress = progress
+        self.advance(progress.done)
+        shared.state.textinfo = f"DINO Tile: {progress.text}"
         if shared.opts.live_previews_enable:
             shared.state.assign_current_image(canvas.preview(PREVIEW_SIDE))
+
+    def advance(self, share: float) -> None:
+        """Move the WebUI's progress bars on to where this share of the image is done; they never go back."""
+        state = shared.state
+        job = self._first + min(int(share * JOBS), JOBS - self.last)
+        for _ in range(state.job_no, job):
+            self._count()
+        state.job_no = max(state.job_no, job)
 
     def _preview(self, denoiser: Any, output: Tensor) -> None:
         """The canvas while it is sampled as a whole, made small before it is decoded cheaply."""
         state, opts = shared.state, shared.opts
-        state.textinfo = f"DINO Tile: step {denoiser.step} of {denoiser.total_steps}, all tiles"
+        state.textinfo = f"DINO Tile: {self._progress.text}, step {denoiser.step} of {denoiser.total_steps}"
         every = opts.show_progress_every_n_steps
         if (
             opts.live_previews_enable
