@@ -117,6 +117,7 @@ class Guide:
 
         That is where, going by the gradient, it would bring a patch nearer by `WORTH`; where it would do less, it is
         shorter with the square of that. So what looks right already stays, and so does what the encoder is blind to.
+        (Self-similarity has no such unit.)
         """
         look, views = self._guidance.look, self._guidance.views
         gradient = torch.where(gradient.isfinite(), gradient, 0.0) / (SCALE * views)
@@ -127,9 +128,12 @@ class Guide:
             if tile in self._directions:
                 direction[number] += MOMENTUM * self._directions[tile].to(gradient)
             self._directions[tile] = direction[number].clone()
+        step = _unit(direction) * length
+        if self._guidance.distance == SELF_SIMILARITY:
+            return step
         patch = (look.cell / factor) ** 2
         gain = patch * _around((gradient * current).sum(1, keepdim=True), factor, look.cell)
-        return _unit(direction) * length * (gain * length / WORTH).clamp(0, 1) ** 2
+        return step * (gain * length / WORTH).clamp(0, 1) ** 2
 
     def _distance(self, x: Tensor, tiles: Sequence[Rect], step: int) -> Tensor:
         """Summed over patches and tiles, which do not see each other: each has its own gradient."""
