@@ -20,7 +20,7 @@ from lib_dinotile.passes import Painted, Pass
 from lib_dinotile.progress import Meter, Progress
 from lib_dinotile.prompts import TilePrompts
 from lib_dinotile.report import FLAT, PAINTED, UNMASKED, Report, TileReport
-from lib_dinotile.retry import Attempt, RetryPolicy, Shown, reserve
+from lib_dinotile.retry import Attempt, RetryPolicy, Shown, counted, reserve
 from lib_dinotile.sampling import BatchSize, Fused, Whole, chunks, in_full_precision
 from lib_dinotile.settings import Settings
 from lib_dinotile.team import Team
@@ -109,7 +109,7 @@ class Run:
                 del self._encoded
             if self._settings.colour != "none":
                 self._level(now.blend, now.tiles)
-        self._progress(1.0)
+        self._progress(1.0, f"painted {counted(self.done, 'tile')}")
 
     def _pass(self, now: Pass) -> None:
         """All of its tiles painted, and then checked; those that are painted, if the user stops it."""

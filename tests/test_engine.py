@@ -138,7 +138,7 @@ def test_progress_counts_tiles():
     host = StubHost()
     upscale(host, random_image(100, 40), Settings(tile=64, overlap=0, batch=4), NoiseField(0, 4))
     texts = [look.text for look in host.seen]
-    assert texts[0] == "painting tiles: 0 of 8" and texts[-1] == "painting tiles: 8 of 8"
+    assert texts[0] == "painting tiles: 0 of 8" and texts[-1] == "painted 8 tiles"
     assert [look.done for look in host.seen] == [0, 0, 0.25, 0.5, 0.75, 1]
     assert all(look.ahead == after.done for look, after in itertools.pairwise(host.seen))
 

@@ -386,7 +386,7 @@ def test_progress_never_falls_and_says_what_happens(order, more):
     assert shares == sorted(shares) and shares[0] == 0 and shares[-1] == 1
     texts = list(dict.fromkeys(look.text for look in host.seen))
     count = host.seen[0].text.split()[-1]
-    assert texts[0] == f"painting tiles: 0 of {count}" and texts[-1] == f"painting tiles: {count} of {count}"
+    assert texts[0] == f"painting tiles: 0 of {count}" and texts[-1] == f"painted {count} tiles"
     assert "checking 12 tiles" in texts
     if more.get("guard_budget"):
         assert "repainting 1 doubtful tile" in texts

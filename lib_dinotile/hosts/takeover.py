@@ -24,11 +24,11 @@ from torch import Tensor
 from lib_dinotile import DinotileError, engine, one_line
 from lib_dinotile.condition.conditioner import Conditioner, installed_weights
 from lib_dinotile.condition.guard import OFF
-from lib_dinotile.hosts import folders, pace
+from lib_dinotile.hosts import bars, folders, pace
 from lib_dinotile.hosts.area import Area
 from lib_dinotile.hosts.base import Interrupted, check_name
 from lib_dinotile.hosts.overridden import overridden
-from lib_dinotile.hosts.webui import JOBS, LATENT_NOISE, LATENT_NOTHING, ORIGINAL, WebUIHost
+from lib_dinotile.hosts.webui import LATENT_NOISE, LATENT_NOTHING, ORIGINAL, WebUIHost
 from lib_dinotile.prompts import check_prompts
 from lib_dinotile.settings import NONE, Settings
 from lib_dinotile.tiling.noise import NoiseField
@@ -250,11 +250,7 @@ class Takeover:
         plan = engine.make_plan(self._host, self._area.canvas, self._settings)
         check_name("upscaler", self._settings.upscaler, self._host.upscalers())
         check_prompts(self._host, plan, self._settings)
-        state = shared.state
-        if not state.processing_has_refined_job_count:  # once: it may be one image of many, or a cell of a plot
-            state.job_count = max(state.job_count, p.n_iter) * p.batch_size * JOBS
-            state.processing_has_refined_job_count = True
-        shared.total_tqdm.updateTotal(state.job_count)
+        bars.expect(p.n_iter, p.batch_size)
 
     @_in_one_line
     def sample(
@@ -275,7 +271,7 @@ class Takeover:
         for number in range(len(seeds)):
             uncond = None if unconditional_conditioning is None else unconditional_conditioning[number]
             host.bind(prompts[number], p.negative_prompts[number], conditioning.batch[number], uncond)
-            host.last = number == len(seeds) - 1
+            host.bars.begin(last=number == len(seeds) - 1)
             noise = NoiseField(seeds[number], host.channels, subseeds[number], subseed_strength)
             source = self._sources[number % len(self._sources)]
             try:
@@ -327,7 +323,7 @@ class Takeover:
         tiles, pixels = engine.workload(engine.make_plan(self._host, area.canvas, self._settings), self._settings)
         painted = pixels * result.painted / max(1, tiles) * (1 + (result.report.retried or 0))
         pace.learn(self._p.sd_model, time.perf_counter() - began, painted, self._host.steps())
-        self._host.advance(1.0)  # also if it was stopped
+        self._host.bars.end()  # also if it was stopped
         return result
 
     def _keep(self, done: Sequence[Image.Image], seeds: Sequence[int], prompts: Sequence[str]) -> str:

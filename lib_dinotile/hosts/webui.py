@@ -16,6 +16,7 @@ from torch import Tensor
 from lib_dinotile import DinotileError
 from lib_dinotile.condition.shape import UNetShape
 from lib_dinotile.hosts import decoders, upscalers
+from lib_dinotile.hosts.bars import Bars
 from lib_dinotile.hosts.base import Batch, Interrupted, Views
 from lib_dinotile.hosts.interrogators import INTERROGATORS
 from lib_dinotile.hosts.layout import fast, fast_input
@@ -26,9 +27,6 @@ from lib_dinotile.tiling.noise import TileNoise
 
 PREVIEW_SIDE = 1024
 """Longest side of the live preview, in pixels."""
-JOBS = 10_000
-"""Of so many jobs every image is one to the WebUI, whose progress bar shows what share of the jobs is done. That is far
-more than there are batches: what it adds itself for the steps of the current job is nothing to see."""
 ORIGINAL, LATENT_NOISE, LATENT_NOTHING = 1, 2, 3
 """What inpainting can start from besides the picture itself, or what fills it."""
 
@@ -83,8 +81,6 @@ class WebUIHost:
     """The UNet, if it is one of the ldm kind."""
     shape: UNetShape | None
     prompt = ""
-    last = True
-    """Whether the image that is painted is the last of its batch: the WebUI counts the last of its jobs itself."""
 
     def __init__(self, p: Any) -> None:
         self._p = p
@@ -94,8 +90,7 @@ class WebUIHost:
         self._negative = ""
         self._main: tuple[Any, Any] = (None, None)
         self._others: dict[tuple[str | None, tuple[int, int]], tuple[Any, Any]] = {}
-        self._progress, self._first = Progress(), 0
-        self._count = shared.total_tqdm.update  # the sampler's own calls do not count, see `sample`
+        self.bars = Bars()
 
     @property
     def denoise(self) -> float:
@@ -124,7 +119,7 @@ class WebUIHost:
 
     def bind(self, prompt: str, negative: str, cond: Any, uncond: Any) -> None:
         """The tiles to come belong to an image with these prompts and conditionings (entries of the batches)."""
-        self.prompt, self._negative, self._first = prompt, negative, shared.state.job_no
+        self.prompt, self._negative = prompt, negative
         self._main, self._others = (cond, uncond), {}
 
     def _conditioning(self, prompt: str | None, size: tuple[int, int]) -> tuple[Any, Any]:
@@ -233,7 +228,7 @@ class WebUIHost:
             overridden(p, **values),
             overridden(p.sampler, create_noise_sampler=noise_sampler),
             overridden(denoiser, forward=forward),
-            overridden(shared.total_tqdm, update=lambda: None),
+            self.bars.own(),
             self.sampling(views, canvas),
             fast_input(self.unet),
         ):
@@ -258,7 +253,7 @@ class WebUIHost:
                     f"order: the sampler {self._p.sampler_name} cannot be fused; choose another, or chess"
                 )
             step = denoiser.step
-            self.advance(self._progress.at(step / max(denoiser.total_steps, 1)))
+            self.bars.advance(step / max(denoiser.total_steps, 1))
 
             def look(tiles: Tensor, batch: Batch, chosen: list[int], entries: Sequence[tuple[Any, Any]]) -> Tensor:
                 denoiser.step = step  # it counts its calls
@@ -392,24 +387,14 @@ class WebUIHost:
         return state.interrupted or state.skipped or state.stopping_generation
 
     def progress(self, progress: Progress, canvas: Canvas) -> None:
-        self._progress = progress
-        self.advance(progress.done)
-        shared.state.textinfo = f"DINO Tile: {progress.text}"
+        self.bars.show(progress)
         if shared.opts.live_previews_enable:
             shared.state.assign_current_image(canvas.preview(PREVIEW_SIDE))
-
-    def advance(self, share: float) -> None:
-        """Move the WebUI's progress bars on to where this share of the image is done; they never go back."""
-        state = shared.state
-        job = self._first + min(int(share * JOBS), JOBS - self.last)
-        for _ in range(state.job_no, job):
-            self._count()
-        state.job_no = max(state.job_no, job)
 
     def _preview(self, denoiser: Any, output: Tensor) -> None:
         """The canvas while it is sampled as a whole, made small before it is decoded cheaply."""
         state, opts = shared.state, shared.opts
-        state.textinfo = f"DINO Tile: {self._progress.text}, step {denoiser.step} of {denoiser.total_steps}"
+        self.bars.say(f", step {denoiser.step} of {denoiser.total_steps}")
         every = opts.show_progress_every_n_steps
         if (
             opts.live_previews_enable
