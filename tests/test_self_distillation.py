@@ -15,6 +15,7 @@ from benchmarks.world.self_distillation import (
     blocks,
     distillation_loss,
     effective_rank,
+    histograms,
     recoloured,
     sinkhorn,
     train_unlabelled_encoder,
@@ -34,13 +35,16 @@ def test_a_resumed_run_gives_the_same_encoder(tmp_path):
     assert once(torch.rand(1, 3, 256, 256)).shape == (1, once.width, GRID, GRID)
 
 
-def test_labels_are_not_used_and_only_the_student_descends():
+@pytest.mark.parametrize("step, loss_of", [(0, "histogram"), (50, "patch"), (90, "patch")])
+def test_labels_are_not_used_and_only_the_student_descends(step, loss_of):
     pixels = torch.utils.data.default_collate([Paintings(0)[i] for i in range(2)])[0]
     torch.manual_seed(0)
-    model = SelfDistillation(10)
+    model = SelfDistillation(100)
+    model.step.fill_(step)
     loss, figures = distillation_loss(model, (pixels, None), step_generator(0, 0))
     loss.backward()
-    assert loss.isfinite() and figures["rank"] > 2 and figures["deviation"] > 0.1
+    assert loss.isfinite() and figures[loss_of] > 0
+    assert step == 0 or (figures["rank"] > 2 and figures["deviation"] > 0.1)
     assert all(each.grad is None for each in model.teacher.parameters())
     assert model.student.encoder.embeddings.patch_embeddings.projection.weight.grad.abs().sum() > 0
 
@@ -66,7 +70,7 @@ def test_views_keep_shapes_and_masks_are_rectangles():
     grey = torch.rand(4, 1, 32, 32, generator=generator).expand(-1, 3, -1, -1)
     seen = recoloured(grey, generator).mean(1)
     correlation = torch.corrcoef(torch.cat([seen.flatten(1), grey[:, 0].flatten(1)]))[:4, 4:].diag()
-    assert torch.allclose(correlation, torch.ones(4), atol=1e-4)
+    assert correlation.min() > 0.95
     masks = blocks(64, 10, generator).unflatten(1, (10, 10))
     assert 0.3 < masks.any(2).any(1).float().mean() < 0.7
     for mask in masks[masks.any(2).any(1)]:
@@ -76,3 +80,10 @@ def test_views_keep_shapes_and_masks_are_rectangles():
 def test_collapsed_tokens_have_rank_one():
     direction, scale = torch.randn(1, 16), torch.randn(200, 1)
     assert effective_rank(scale * direction) < 1.1 < effective_rank(torch.randn(200, 16))
+
+
+def test_histograms_tell_the_direction_of_stripes():
+    stripes = (torch.arange(32.0) * 1.5).sin().expand(1, 3, 32, -1)
+    upright, lying = histograms(stripes)[0], histograms(stripes.transpose(2, 3))[0]
+    assert upright.shape == (4, 36) and torch.allclose(upright.norm(dim=-1), torch.ones(4))
+    assert (upright * lying).sum(-1).max() < 0.1

@@ -1,15 +1,17 @@
 """The world's encoder trained without labels: self-distillation of masked and blurred patches.
 
 DINO (arXiv 2104.14294) on the class token and iBOT (2111.07832) on the patch tokens, with Sinkhorn-Knopp as in DINOv2
-(2304.07193). The teacher sees whole sharp pictures; the student sees windows of them in which patches are masked,
-blurred as the source is, faint, or noisy, and has to say of each patch what the teacher says.
+(2304.07193). The teacher sees sharp pictures; the student sees windows of them in which patches are masked, blurred as
+the source is, faint, or noisy, and has to say of each patch what the teacher says. A teacher that has learned nothing
+sees no texture, so the student begins with the patches' histograms of oriented gradients (MaskFeat, 2112.09133).
 """
 
 from __future__ import annotations
 
 import copy
 import math
-from dataclasses import replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +26,13 @@ from lib_dinotile.train.loop import Schedule, fit
 
 FOLDER = "encoder-unlabelled"
 PROTOTYPES = 64
-STUDENT_TEMPERATURE, TEACHER_TEMPERATURE = 0.1, 0.05
+STUDENT_TEMPERATURE, TEACHER_TEMPERATURE = 0.1, 0.35
 MOMENTUM = (0.98, 0.999)
 """Of the teacher, at the first and the last step."""
-CENTRE_MOMENTUM = 0.95
+WARMUP = (0.4, 0.6)
+"""Shares of the steps: up to the first the targets are histograms of gradients, from the second on the teacher's."""
+ORIENTATIONS, CELL = 9, 8
+HISTOGRAM_WEIGHT = 5.0
 CLASS_WEIGHT = 0.3
 """Of the loss on the class token; that on the patches has 1."""
 
@@ -44,15 +49,16 @@ class Head(nn.Sequential):
 
 
 class Branch(nn.Module):
-    """An encoder and its two heads; the student and the teacher are one each."""
+    """An encoder and its heads; the student and the teacher are one each."""
 
     def __init__(self) -> None:
         super().__init__()
         self.encoder = Dinov2Model(Dinov2Config(**ENCODER_CONFIG, attn_implementation="eager"))  # faster on a CPU
         self.class_head, self.patch_head = (Head(ENCODER_CONFIG["hidden_size"]) for _ in range(2))
+        self.histograms = nn.Linear(ENCODER_CONFIG["hidden_size"], ORIENTATIONS * (PATCH // CELL) ** 2)
 
     def forward(self, pixels: Tensor, masked: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Pixels (n, 3, H, W) in 0..1, masked patches (n, L) bool -> tokens (n, 1 + L, D) and both heads' cosines."""
+        """Pixels (n, 3, H, W) in 0..1, masked patches (n, L) bool -> tokens (n, 1 + L, D) and cosines of both heads."""
         tokens = self.encoder((pixels - MEAN) / STD, bool_masked_pos=masked).last_hidden_state
         return tokens, self.class_head(tokens[:, 0]), self.patch_head(tokens[:, 1:])
 
@@ -76,8 +82,26 @@ def effective_rank(tokens: Tensor) -> float:
     return _entropy(spectrum / spectrum.sum()).exp().item()
 
 
+@dataclass(frozen=True)
+class View:
+    """What the student sees of a batch of pictures: a window."""
+
+    pixels: Tensor
+    """(n, 3, H, W) in 0..1."""
+
+    masked: Tensor
+    """(n, L) bool."""
+
+    sharp: Tensor
+    """The same window of the sharp pictures."""
+
+    rows: slice
+    columns: slice
+    """The nearest of the teacher's patches."""
+
+
 class SelfDistillation(nn.Module):
-    """Student, teacher, and the teacher's centres; all of it is in a checkpoint."""
+    """The student and the teacher; both are in a checkpoint."""
 
     def __init__(self, steps: int) -> None:
         super().__init__()
@@ -85,8 +109,6 @@ class SelfDistillation(nn.Module):
         self.student = Branch()
         self.teacher = copy.deepcopy(self.student).requires_grad_(False)
         self.register_buffer("step", torch.zeros((), dtype=torch.int64))
-        self.register_buffer("class_centre", torch.zeros(PROTOTYPES))
-        self.register_buffer("patch_centre", torch.zeros(GRID * GRID, PROTOTYPES))
 
     @torch.no_grad()
     def follow(self) -> None:
@@ -99,36 +121,48 @@ class SelfDistillation(nn.Module):
 
     @torch.no_grad()
     def targets(self, pixels: Tensor) -> tuple[Tensor, Tensor, dict[str, float]]:
-        """What the teacher says of whole pictures: (n, PROTOTYPES), (n, GRID, GRID, PROTOTYPES), and how varied it is.
+        """What the teacher says of pictures (n, PROTOTYPES), of their patches (n, h, w, PROTOTYPES); how varied it is.
 
         Patches are centred for each place in the picture: else a prototype could come to mean a place.
         """
-        tokens, classes, patches = self.teacher(pixels, torch.zeros(len(pixels), GRID * GRID, dtype=torch.bool))
-        whole = ((classes - self.class_centre) / TEACHER_TEMPERATURE).softmax(-1)
-        parts = sinkhorn(((patches - self.patch_centre) / TEACHER_TEMPERATURE).flatten(0, 1))
-        self.class_centre.lerp_(classes.float().mean(0), 1 - CENTRE_MOMENTUM)
-        self.patch_centre.lerp_(patches.float().mean(0), 1 - CENTRE_MOMENTUM)
+        side = pixels.shape[-1] // PATCH
+        tokens, classes, patches = self.teacher(pixels, torch.zeros(len(pixels), side**2, dtype=torch.bool))
+        whole, parts = _standardised(classes).softmax(-1), sinkhorn(_standardised(patches).flatten(0, 1))
         figures = {
             "rank": effective_rank(tokens[:, 1:].flatten(0, 1)),
             "deviation": tokens[:, 1:].flatten(0, 1).float().std(0).mean().item(),
             "sure": _entropy(parts).mean().exp().item(),
         }
-        return whole, parts.unflatten(0, (len(pixels), GRID, GRID)), figures
+        return whole, parts.unflatten(0, (len(pixels), side, side)), figures
 
-    def forward(
-        self, whole: Tensor, views: list[tuple[Tensor, Tensor, tuple[slice, slice]]]
-    ) -> tuple[Tensor, dict[str, float]]:
-        """The teacher's pictures, the student's (pixels, masked patches, where in the picture, in patches)."""
+    def forward(self, whole: Tensor, views: Sequence[View]) -> tuple[Tensor, dict[str, float]]:
+        """The teacher's pictures and the student's views of them -> loss, figures."""
+        first, last = WARMUP
+        share = min(max((self.step.item() / self.steps - first) / (last - first), 0.0), 1.0)
         self.follow()
-        class_target, patch_target, figures = self.targets(whole)
-        class_loss = patch_loss = 0.0
-        for pixels, masked, (rows, columns) in views:
-            _, classes, patches = self.student(pixels, masked)
-            wanted = patch_target[:, rows, columns].flatten(1, 2)
-            class_loss = class_loss + _cross_entropy(classes, class_target) / len(views)
-            patch_loss = patch_loss + _cross_entropy(patches, wanted) / len(views)
-        figures |= {"class": class_loss.item(), "patch": patch_loss.item()}
-        return patch_loss + CLASS_WEIGHT * class_loss, figures
+        if share > 0:
+            class_target, patch_target, figures = self.targets(whole)
+        else:
+            figures = {}
+        losses = dict.fromkeys(("class", "patch", "histogram"), torch.zeros(()))
+        for view in views:
+            tokens, classes, patches = self.student(view.pixels, view.masked)
+            if share > 0:
+                wanted = patch_target[:, view.rows, view.columns].flatten(1, 2)
+                losses["class"] = losses["class"] + _cross_entropy(classes, class_target) / len(views)
+                losses["patch"] = losses["patch"] + _cross_entropy(patches, wanted) / len(views)
+            if share < 1:
+                away = self.student.histograms(tokens[:, 1:]).float() - histograms(view.sharp)
+                losses["histogram"] = losses["histogram"] + away.square().sum(-1).mean() / len(views)
+        distilled = losses["patch"] + CLASS_WEIGHT * losses["class"]
+        figures |= {name: loss.item() for name, loss in losses.items()}
+        return share * distilled + (1 - share) * HISTOGRAM_WEIGHT * losses["histogram"], figures
+
+
+def _standardised(cosines: Tensor) -> Tensor:
+    """Of a batch (n, ..., k): what is common to all n is taken off, and the rest brought to the teacher's sharpness."""
+    centred = cosines - cosines.mean(0, keepdim=True)
+    return centred / (centred.std() * TEACHER_TEMPERATURE)
 
 
 def _cross_entropy(cosines: Tensor, target: Tensor) -> Tensor:
@@ -139,8 +173,32 @@ def _between(generator: torch.Generator, low: float, high: float, *shape: int) -
     return low + (high - low) * torch.rand(shape, generator=generator)
 
 
+def _whole(generator: torch.Generator, low: int, high: int, count: int = 1) -> Any:
+    """A number from `low` to `high`, or a list of some."""
+    found = torch.randint(low, high + 1, (count,), generator=generator).tolist()
+    return found[0] if count == 1 else found
+
+
+def _window(first: Sequence[int], side: int) -> tuple[Any, ...]:
+    """The part of pictures (n, 3, H, W) that begins at pixel (y, x) and is `side` patches large."""
+    return (..., *(slice(start, start + side * PATCH) for start in first))
+
+
+def histograms(pixels: Tensor) -> Tensor:
+    """Histograms of oriented gradients (n, L, ORIENTATIONS * cells of a patch) of (n, 3, H, W), of length 1 each."""
+    grey = F.pad(pixels.mean(1, keepdim=True), (1, 1, 1, 1), mode="replicate")
+    across, down = (
+        (grey[..., 1:-1, 2:] - grey[..., 1:-1, :-2])[:, 0],
+        (grey[..., 2:, 1:-1] - grey[..., :-2, 1:-1])[:, 0],
+    )
+    which = (torch.atan2(down, across) % math.pi * (ORIENTATIONS / math.pi)).long().clamp(max=ORIENTATIONS - 1)
+    strength = F.one_hot(which, ORIENTATIONS).permute(0, 3, 1, 2) * torch.hypot(across, down)[:, None]
+    cells = F.pixel_unshuffle(F.avg_pool2d(strength, CELL), PATCH // CELL)
+    return F.normalize(cells.flatten(2).transpose(1, 2), dim=-1)
+
+
 def recoloured(pixels: Tensor, generator: torch.Generator) -> Tensor:
-    """(n, 3, H, W), each with another hue, saturation, contrast and tint: what tells patches apart is their shapes."""
+    """(n, 3, H, W), each with another hue, saturation, contrast and light: what tells patches apart is their shapes."""
     n = len(pixels)
     grey = pixels.mean(1, keepdim=True)
     angle = _between(generator, -math.pi, math.pi, n, 1, 1)
@@ -148,8 +206,8 @@ def recoloured(pixels: Tensor, generator: torch.Generator) -> Tensor:
     turn = 2 / 3 * torch.cos(angle + offset[:, None] - offset)  # of the plane of colours about the grey axis
     colour = torch.einsum("nij,njhw->nihw", turn * _between(generator, 0.0, 1.4, n, 1, 1), pixels - grey)
     contrast = _between(generator, 0.75, 1.25, n, 1, 1, 1)
-    tint = _between(generator, -0.1, 0.1, n, 3, 1, 1) + _between(generator, -0.15, 0.15, n, 1, 1, 1)
-    return 0.5 + contrast * (grey - 0.5) + colour + tint
+    light = F.interpolate(_between(generator, -0.25, 0.25, n, 3, 3, 3), pixels.shape[2:], mode="bicubic")
+    return 0.5 + contrast * (grey - 0.5) + colour + light
 
 
 def blocks(n: int, side: int, generator: torch.Generator) -> Tensor:
@@ -170,16 +228,17 @@ def distillation_loss(model: nn.Module, batch: Any, generator: torch.Generator) 
     sharp = torch.where(repainted[:, None, None, None], pixels[:, 2], pixels[:, 1])
     blurred = torch.where(repainted[:, None, None, None], pixels[:, 2], pixels[:, 0])  # it is not of the repainted ones
     unlabelled = torch.zeros(n, 3, GRID, GRID, dtype=torch.int64)
-    views = []
-    for low, high in ((10, GRID - 1), (4, 9)):
-        side = int(torch.randint(low, high + 1, (1,), generator=generator))
-        seen = mixed(torch.stack([blurred, sharp, sharp], 1), unlabelled, generator)[0]
-        top, left = (int(torch.randint((GRID - side) * PATCH + 1, (1,), generator=generator)) for _ in range(2))
-        seen = seen[..., top : top + side * PATCH, left : left + side * PATCH]
+    seen = mixed(torch.stack([blurred, sharp, sharp], 1), unlabelled, generator)[0]
+    count = GRID if torch.rand((), generator=generator) < 0.5 else _whole(generator, 6, 12)
+    whole = _window(_whole(generator, 0, (GRID - count) * PATCH, 2), count)
+    sharp, seen, views = sharp[whole], seen[whole], []
+    for side in (_whole(generator, count // 2 + 1, count - 1), _whole(generator, 4, count // 2 + 1)):
+        top, left = _whole(generator, 0, (count - side) * PATCH, 2)
         row, column = round(top / PATCH), round(left / PATCH)
-        place = slice(row, row + side), slice(column, column + side)
-        views.append((recoloured(seen, generator).contiguous(), blocks(n, side, generator), place))
-    return model(recoloured(sharp, generator), views)
+        part = _window((top, left), side)
+        pixels, masked = recoloured(seen[part], generator).contiguous(), blocks(n, side, generator)
+        views.append(View(pixels, masked, sharp[part], slice(row, row + side), slice(column, column + side)))
+    return model(recoloured(sharp, generator).contiguous(), views)
 
 
 def export_teacher(model: SelfDistillation, folder: Path) -> None:
@@ -190,6 +249,6 @@ def export_teacher(model: SelfDistillation, folder: Path) -> None:
 def train_unlabelled_encoder(schedule: Schedule, export: Path) -> None:
     """Train it and write it at every checkpoint."""
     model = SelfDistillation(schedule.schedule_steps or schedule.steps)
-    data = Paintings(schedule.seed, length=1600)
+    data = Paintings(schedule.seed, length=1200)
     schedule = replace(schedule, warmup=60)
     fit(model, data, distillation_loss, schedule, lambda averaged, _: export_teacher(averaged, export))
