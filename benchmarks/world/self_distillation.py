@@ -3,7 +3,8 @@
 DINO (arXiv 2104.14294) on the class token and iBOT (2111.07832) on the patch tokens, with Sinkhorn-Knopp as in DINOv2
 (2304.07193). The teacher sees sharp pictures; the student sees windows of them in which patches are masked, blurred as
 the source is, faint, or noisy, and has to say of each patch what the teacher says. A teacher that has learned nothing
-sees no texture, so the student begins with the patches' histograms of oriented gradients (MaskFeat, 2112.09133).
+sees no texture, so the student begins by naming the nearest of a codebook of histograms of oriented gradients: the
+descriptor of MaskFeat (2112.09133), in a vocabulary as BEiT's (2106.08254).
 """
 
 from __future__ import annotations
@@ -29,10 +30,11 @@ PROTOTYPES = 64
 STUDENT_TEMPERATURE, TEACHER_TEMPERATURE = 0.1, 0.35
 MOMENTUM = (0.98, 0.999)
 """Of the teacher, at the first and the last step."""
-WARMUP = (0.4, 0.6)
-"""Shares of the steps: up to the first the targets are histograms of gradients, from the second on the teacher's."""
+WARMUP = (0.5, 0.6)
+"""Shares of the steps: up to the first the targets are from the codebook, from the second on the teacher's."""
+DEGRADED = (0.15, 0.3)
+"""Shares of the steps: up to the first the student sees small sharp windows only, from the second on all else, too."""
 ORIENTATIONS, CELL = 9, 8
-HISTOGRAM_WEIGHT = 5.0
 CLASS_WEIGHT = 0.3
 """Of the loss on the class token; that on the patches has 1."""
 
@@ -49,13 +51,12 @@ class Head(nn.Sequential):
 
 
 class Branch(nn.Module):
-    """An encoder and its heads; the student and the teacher are one each."""
+    """An encoder and its two heads; the student and the teacher are one each."""
 
     def __init__(self) -> None:
         super().__init__()
         self.encoder = Dinov2Model(Dinov2Config(**ENCODER_CONFIG, attn_implementation="eager"))  # faster on a CPU
         self.class_head, self.patch_head = (Head(ENCODER_CONFIG["hidden_size"]) for _ in range(2))
-        self.histograms = nn.Linear(ENCODER_CONFIG["hidden_size"], ORIENTATIONS * (PATCH // CELL) ** 2)
 
     def forward(self, pixels: Tensor, masked: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Pixels (n, 3, H, W) in 0..1, masked patches (n, L) bool -> tokens (n, 1 + L, D) and cosines of both heads."""
@@ -103,18 +104,25 @@ class View:
 class SelfDistillation(nn.Module):
     """The student and the teacher; both are in a checkpoint."""
 
-    def __init__(self, steps: int) -> None:
+    def __init__(self, steps: int, codebook: Tensor) -> None:
+        """codebook: (PROTOTYPES, F) histograms."""
         super().__init__()
         self.steps = steps
+        self.register_buffer("codebook", codebook)
         self.student = Branch()
         self.teacher = copy.deepcopy(self.student).requires_grad_(False)
         self.register_buffer("step", torch.zeros((), dtype=torch.int64))
+
+    def progress(self, stage: tuple[float, float]) -> float:
+        """0 before a stage of the training, which is given in shares of the steps, 1 after it."""
+        first, last = stage
+        return min(max((self.step.item() / self.steps - first) / (last - first), 0.0), 1.0)
 
     @torch.no_grad()
     def follow(self) -> None:
         """Move the teacher towards the student, as it is after the last step."""
         first, last = MOMENTUM
-        momentum = last - (last - first) * (1 + math.cos(math.pi * min(self.step.item() / self.steps, 1))) / 2
+        momentum = last - (last - first) * (1 + math.cos(math.pi * self.progress((0.0, 1.0)))) / 2
         for mine, other in zip(self.teacher.parameters(), self.student.parameters()):
             mine.lerp_(other, 1 - momentum)
         self.step += 1
@@ -137,26 +145,26 @@ class SelfDistillation(nn.Module):
 
     def forward(self, whole: Tensor, views: Sequence[View]) -> tuple[Tensor, dict[str, float]]:
         """The teacher's pictures and the student's views of them -> loss, figures."""
-        first, last = WARMUP
-        share = min(max((self.step.item() / self.steps - first) / (last - first), 0.0), 1.0)
+        share = self.progress(WARMUP)
         self.follow()
         if share > 0:
             class_target, patch_target, figures = self.targets(whole)
         else:
             figures = {}
-        losses = dict.fromkeys(("class", "patch", "histogram"), torch.zeros(()))
+        losses = dict.fromkeys(("class", "patch", "code"), torch.zeros(()))
         for view in views:
-            tokens, classes, patches = self.student(view.pixels, view.masked)
+            _, classes, patches = self.student(view.pixels, view.masked)
             if share > 0:
                 wanted = patch_target[:, view.rows, view.columns].flatten(1, 2)
                 losses["class"] = losses["class"] + _cross_entropy(classes, class_target) / len(views)
                 losses["patch"] = losses["patch"] + _cross_entropy(patches, wanted) / len(views)
             if share < 1:
-                away = self.student.histograms(tokens[:, 1:]).float() - histograms(view.sharp)
-                losses["histogram"] = losses["histogram"] + away.square().sum(-1).mean() / len(views)
+                codes = torch.cdist(histograms(view.sharp), self.codebook).argmin(-1)
+                wanted = F.one_hot(codes, PROTOTYPES).float()
+                losses["code"] = losses["code"] + _cross_entropy(patches, wanted) / len(views)
         distilled = losses["patch"] + CLASS_WEIGHT * losses["class"]
         figures |= {name: loss.item() for name, loss in losses.items()}
-        return share * distilled + (1 - share) * HISTOGRAM_WEIGHT * losses["histogram"], figures
+        return share * distilled + (1 - share) * losses["code"], figures
 
 
 def _standardised(cosines: Tensor) -> Tensor:
@@ -223,20 +231,25 @@ def blocks(n: int, side: int, generator: torch.Generator) -> Tensor:
 def distillation_loss(model: nn.Module, batch: Any, generator: torch.Generator) -> tuple[Tensor, dict[str, float]]:
     """What `fit` descends. Of a batch of `Paintings` only the pixels are used."""
     pixels, _ = batch
-    n = len(pixels)
+    n, degraded = len(pixels), getattr(model, "module", model).progress(DEGRADED)
     repainted = torch.rand(n, generator=generator) < 0.3
     sharp = torch.where(repainted[:, None, None, None], pixels[:, 2], pixels[:, 1])
     blurred = torch.where(repainted[:, None, None, None], pixels[:, 2], pixels[:, 0])  # it is not of the repainted ones
     unlabelled = torch.zeros(n, 3, GRID, GRID, dtype=torch.int64)
     seen = mixed(torch.stack([blurred, sharp, sharp], 1), unlabelled, generator)[0]
-    count = GRID if torch.rand((), generator=generator) < 0.5 else _whole(generator, 6, 12)
+    plain = torch.rand(n, generator=generator) >= degraded
+    seen = torch.where(plain[:, None, None, None], sharp, seen)
+    if torch.rand((), generator=generator) < 0.5 * degraded:
+        count = GRID
+    else:
+        count = _whole(generator, 6, 12 if degraded else 8)
     whole = _window(_whole(generator, 0, (GRID - count) * PATCH, 2), count)
     sharp, seen, views = sharp[whole], seen[whole], []
     for side in (_whole(generator, count // 2 + 1, count - 1), _whole(generator, 4, count // 2 + 1)):
         top, left = _whole(generator, 0, (count - side) * PATCH, 2)
         row, column = round(top / PATCH), round(left / PATCH)
         part = _window((top, left), side)
-        pixels, masked = recoloured(seen[part], generator).contiguous(), blocks(n, side, generator)
+        pixels, masked = recoloured(seen[part], generator).contiguous(), blocks(n, side, generator) & ~plain[:, None]
         views.append(View(pixels, masked, sharp[part], slice(row, row + side), slice(column, column + side)))
     return model(recoloured(sharp, generator).contiguous(), views)
 
@@ -246,9 +259,17 @@ def export_teacher(model: SelfDistillation, folder: Path) -> None:
     copy.deepcopy(model.teacher.encoder).half().save_pretrained(folder / FOLDER)
 
 
+def histogram_codebook(data: Paintings, pictures: int = 40) -> Tensor:
+    """(PROTOTYPES, F): centres that k-means finds among the patches of sharp pictures."""
+    from sklearn.cluster import KMeans
+
+    found = histograms(torch.stack([data[i][0][1] for i in range(pictures)])).flatten(0, 1)
+    return torch.from_numpy(KMeans(PROTOTYPES, n_init=1, random_state=0).fit(found.numpy()).cluster_centers_)
+
+
 def train_unlabelled_encoder(schedule: Schedule, export: Path) -> None:
     """Train it and write it at every checkpoint."""
-    model = SelfDistillation(schedule.schedule_steps or schedule.steps)
     data = Paintings(schedule.seed, length=1200)
+    model = SelfDistillation(schedule.schedule_steps or schedule.steps, histogram_codebook(data))
     schedule = replace(schedule, warmup=60)
     fit(model, data, distillation_loss, schedule, lambda averaged, _: export_teacher(averaged, export))
