@@ -30,9 +30,9 @@ PROTOTYPES = 64
 STUDENT_TEMPERATURE, TEACHER_TEMPERATURE = 0.1, 0.35
 MOMENTUM = (0.98, 0.999)
 """Of the teacher, at the first and the last step."""
-WARMUP = (0.5, 0.6)
+WARMUP = (0.65, 0.75)
 """Shares of the steps: up to the first the targets are from the codebook, from the second on the teacher's."""
-DEGRADED = (0.15, 0.3)
+DEGRADED = (0.1, 0.2)
 """Shares of the steps: up to the first the student sees small sharp windows only, from the second on all else, too."""
 ORIENTATIONS, CELL = 9, 8
 CLASS_WEIGHT = 0.3
@@ -232,11 +232,12 @@ def distillation_loss(model: nn.Module, batch: Any, generator: torch.Generator) 
     """What `fit` descends. Of a batch of `Paintings` only the pixels are used."""
     pixels, _ = batch
     n, degraded = len(pixels), getattr(model, "module", model).progress(DEGRADED)
-    repainted = torch.rand(n, generator=generator) < 0.3
+    repainted = torch.rand(n, generator=generator) < 0.2
     sharp = torch.where(repainted[:, None, None, None], pixels[:, 2], pixels[:, 1])
     blurred = torch.where(repainted[:, None, None, None], pixels[:, 2], pixels[:, 0])  # it is not of the repainted ones
     unlabelled = torch.zeros(n, 3, GRID, GRID, dtype=torch.int64)
     seen = mixed(torch.stack([blurred, sharp, sharp], 1), unlabelled, generator)[0]
+    seen = torch.where(torch.rand(n, 1, 1, 1, generator=generator) < 0.5, blurred, seen)
     plain = torch.rand(n, generator=generator) >= degraded
     seen = torch.where(plain[:, None, None, None], sharp, seen)
     if torch.rand((), generator=generator) < 0.5 * degraded:
