@@ -30,7 +30,7 @@ PROTOTYPES = 64
 STUDENT_TEMPERATURE, TEACHER_TEMPERATURE = 0.1, 0.35
 MOMENTUM = (0.98, 0.999)
 """Of the teacher, at the first and the last step."""
-WARMUP = (0.65, 0.75)
+WARMUP = (0.5, 0.56)
 """Shares of the steps: up to the first the targets are from the codebook, from the second on the teacher's."""
 DEGRADED = (0.1, 0.2)
 """Shares of the steps: up to the first the student sees small sharp windows only, from the second on all else, too."""
@@ -181,7 +181,7 @@ def _between(generator: torch.Generator, low: float, high: float, *shape: int) -
     return low + (high - low) * torch.rand(shape, generator=generator)
 
 
-def _whole(generator: torch.Generator, low: int, high: int, count: int = 1) -> Any:
+def _integers(generator: torch.Generator, low: int, high: int, count: int = 1) -> Any:
     """A number from `low` to `high`, or a list of some."""
     found = torch.randint(low, high + 1, (count,), generator=generator).tolist()
     return found[0] if count == 1 else found
@@ -243,11 +243,11 @@ def distillation_loss(model: nn.Module, batch: Any, generator: torch.Generator) 
     if torch.rand((), generator=generator) < 0.5 * degraded:
         count = GRID
     else:
-        count = _whole(generator, 6, 12 if degraded else 8)
-    whole = _window(_whole(generator, 0, (GRID - count) * PATCH, 2), count)
+        count = _integers(generator, 6, 12 if degraded else 8)
+    whole = _window(_integers(generator, 0, (GRID - count) * PATCH, 2), count)
     sharp, seen, views = sharp[whole], seen[whole], []
-    for side in (_whole(generator, count // 2 + 1, count - 1), _whole(generator, 4, count // 2 + 1)):
-        top, left = _whole(generator, 0, (count - side) * PATCH, 2)
+    for side in (_integers(generator, count // 2 + 1, count - 1), _integers(generator, 4, count // 2 + 1)):
+        top, left = _integers(generator, 0, (count - side) * PATCH, 2)
         row, column = round(top / PATCH), round(left / PATCH)
         part = _window((top, left), side)
         pixels, masked = recoloured(seen[part], generator).contiguous(), blocks(n, side, generator) & ~plain[:, None]

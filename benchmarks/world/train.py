@@ -23,7 +23,7 @@ from benchmarks.world.spectral import fit_spectral
 from benchmarks.world.windows import train_windows
 from lib_dinotile.train.loop import Schedule
 
-STEPS = {"denoiser": 8000, "encoder": 2100, FOLDER: 2500, "heads": 400, "judge": 450, "windows": 4000}
+STEPS = {"denoiser": 8000, "encoder": 2100, FOLDER: 2600, "heads": 400, "judge": 450, "windows": 4000}
 BATCH = {"denoiser": 8, "encoder": 16, FOLDER: 12, "heads": 16, "judge": 4, "windows": 4}
 RATE = {"denoiser": 1e-3, "encoder": 8e-4, FOLDER: 8e-4, "heads": 2e-3, "judge": 1e-3, "windows": 1e-3}
 LOOPED = {
