@@ -82,7 +82,6 @@ def train_heads(schedule: Schedule, export: Path, scenes: int = 400, held_out: i
     fit_heads(encoder, HIDDEN, schedule, pictures, patches, TILE, save, LAYERS)
 
 
-<<<<<<< HEAD
 def calibrated_heads(encoder: PatchEncoder, weights: Path = WEIGHTS) -> Heads:
     """As the product takes them by default; DinotileError if they are not there: it would calibrate on photographs."""
     store = Store(weights / "calibrated")
@@ -102,12 +101,8 @@ def calibrate_heads(export: Path, encoder: str) -> None:
     print(*store.notes, sep="\n")
 
 
-def train_probe(export: Path, scenes: int = 150, seed: int = 11) -> None:
-    """A linear probe (logistic regression) that names a patch's class from the last layer's tokens of the source."""
-=======
 def fit_probe(tokens: Sequence[Tensor], labels: Sequence[np.ndarray]) -> LogisticRegression:
     """Logistic regression from features (D, 16, 16) of some pictures to the classes of their labelled patches."""
->>>>>>> h-ssl
     from sklearn.linear_model import LogisticRegression
 
     known = [label != NO_LABEL for label in labels]

@@ -37,11 +37,7 @@ LOOPED = {
 """Trained by `lib_dinotile.train.loop.fit`, with checkpoints."""
 AT_ONCE = {"probe": train_probe, "spectral": fit_spectral}
 """A matter of minutes."""
-<<<<<<< HEAD
-PARTS = ("denoiser", "encoder", "heads", "calibrated", "probe", "judge", "spectral", "windows", "adapter")
-=======
-PARTS = ("denoiser", "encoder", FOLDER, "heads", "probe", "judge", "spectral", "windows", "adapter")
->>>>>>> h-ssl
+PARTS = ("denoiser", "encoder", FOLDER, "heads", "calibrated", "probe", "judge", "spectral", "windows", "adapter")
 
 
 def train(part: str, args: argparse.Namespace) -> None:
