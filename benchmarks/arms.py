@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lib_dinotile.condition.adapter import Adapter
 from lib_dinotile.condition.conditioner import Conditioner, Features
-from lib_dinotile.condition.heads import FixedHeads
+from lib_dinotile.condition.heads import Heads
 from lib_dinotile.dino.encoder import PatchEncoder
 from lib_dinotile.dino.field import FeatureField
 from lib_dinotile.dino.head import RestorationHead
@@ -26,7 +26,7 @@ OTHER, SHUFFLED, ZERO = "other_image", "shuffled", "strength_0"
 ADAPTER, ALL = "adapter", "all"
 ADAPTER_OTHER, ADAPTER_SHUFFLED, ALL_OTHER = "adapter_other_image", "adapter_shuffled", "all_other_image"
 ARMS = (PLAIN, GUIDANCE, GUARD, BOTH, OTHER, SHUFFLED, ZERO)
-"""What there is without an adapter."""
+"""Those without an adapter."""
 
 
 @dataclass(frozen=True)
@@ -107,7 +107,8 @@ class Arms:
     host: Host
     encoder: PatchEncoder
     settings: Settings
-    heads: Mapping[int, RestorationHead] | None = None
+    heads: Heads
+    """Restoration heads for guidance and guard."""
     reader: Reader | None = None
 
     def upscale(self, arm: str, source: Image.Image, seed: int, other: Image.Image | None = None) -> Result:
@@ -131,7 +132,7 @@ class Arms:
             self._settings(way),
             self.encoder,
             reader and reader.adapter,
-            heads=FixedHeads(self.heads or {}, "world"),
+            heads=self.heads,
             decoder=decoder,
             adapter_head=reader and reader.head,
         )

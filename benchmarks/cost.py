@@ -8,7 +8,8 @@ encoder_calls: how often the encoder saw the whole of a 1024 x 1024 source, for 
 
 Each is timed within one run: seconds in guidance or guard over the seconds of everything else in the tiles. With
 `--shapes sd15` the models have the shapes of Stable Diffusion 1.5, TAESD and DINOv2 small (random weights; slow on a
-CPU), else they are the built-in ones.
+CPU), else they are the built-in ones; one tile of a canvas of 1024 x 1024 is painted, with a negative prompt as usual,
+and the floating-point operations of guidance are counted, too.
 
 --adapter: parameters and floating-point operations of an adapter for Stable Diffusion 1.5 (tiles of 512 px) and XL (of
 1024 px) against those of the UNet with one row, counted and not run: of a step, and of a tile, which also has the part
@@ -19,6 +20,7 @@ also takes the seconds, with random weights (minutes on a CPU; XL in float32 wan
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import statistics
 import sys
@@ -32,6 +34,8 @@ from typing import Any
 import torch
 from diffusers import UNet2DConditionModel
 from PIL import Image
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
@@ -41,7 +45,10 @@ from lib_dinotile.condition.adapter import Adapter
 from lib_dinotile.condition.conditioner import Conditioner
 from lib_dinotile.condition.guard import Guard
 from lib_dinotile.condition.guidance import Guide
+from lib_dinotile.condition.heads import FixedHeads
+from lib_dinotile.dino.calibration import LAYERS
 from lib_dinotile.dino.encoder import PatchEncoder, load_encoder
+from lib_dinotile.dino.head import RestorationHead
 from lib_dinotile.engine import upscale
 from lib_dinotile.hosts.diffusers import DiffusersHost, VaeCodec, load_host
 from lib_dinotile.run import Run
@@ -86,7 +93,7 @@ def picture(side: int) -> Image.Image:
 
 
 def sd15(generation: Generation, folder: Path) -> tuple[DiffusersHost, PatchEncoder]:
-    """Random models of the real shapes; no text, so one UNet row a tile: half of what is usual."""
+    """Random models of the real shapes; two UNet rows a tile, prompt and negative prompt, but of no text."""
     from diffusers import AutoencoderKL, AutoencoderTiny, DDIMScheduler, UNet2DConditionModel
     from transformers import Dinov2Config, Dinov2Model
 
@@ -97,7 +104,9 @@ def sd15(generation: Generation, folder: Path) -> tuple[DiffusersHost, PatchEnco
             self.words = torch.randn(1, 77, 768)
 
         def forward(self, x: Any, timestep: Any, encoder_hidden_states: None, **more: Any) -> Any:
-            return self.unet(x, timestep, encoder_hidden_states=self.words.expand(len(x), -1, -1), **more)
+            words = self.words.expand(2 * len(x), -1, -1)
+            seen = self.unet(torch.cat([x, x]), timestep, encoder_hidden_states=words, **more)
+            return [part.chunk(2)[0] for part in seen]
 
     vae = AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * 4,
@@ -113,13 +122,48 @@ def sd15(generation: Generation, folder: Path) -> tuple[DiffusersHost, PatchEnco
     return host, load_encoder(str(folder))
 
 
-def shares(host: DiffusersHost, make: Callable[[Settings], Conditioner], source: Image.Image) -> tuple[float, float]:
+class Operations(TorchDispatchMode):
+    """Floating-point operations in guidance, and all of them, while it is open."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.total, self.guidance, self._call = 0, 0, Guide.__call__
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        count = flop_registry.get(func._overloadpacket)
+        self.total += count(*args, **(kwargs or {}), out_val=out) if count else 0
+        return out
+
+    def __enter__(self) -> Operations:
+        def counted(guide: Guide, *arguments: Any) -> Any:
+            before = self.total
+            moved = self._call(guide, *arguments)
+            self.guidance += self.total - before
+            return moved
+
+        Guide.__call__ = counted
+        return super().__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        Guide.__call__ = self._call
+        super().__exit__(*error)
+
+    @property
+    def share(self) -> float:
+        """Guidance's over those of everything else."""
+        return self.guidance / (self.total - self.guidance)
+
+
+def shares(
+    host: DiffusersHost, make: Callable[[Settings], Conditioner], source: Image.Image, mask: Image.Image | None
+) -> tuple[float, float]:
     """(guard's, guidance's) share of the tiles' plain time, of one run with both."""
     settings = replace(SETTINGS, guard="report")
     tiles = Clock((Run, "paint"))
     guidance, guard, once = Clock((Guide, "__call__")), Clock((Guard, "distances")), Clock((Conditioner, "conditions"))
     with tiles, guidance, guard, once:
-        upscale(host, source, settings, NoiseField(0, host.channels), make(settings))
+        upscale(host, source, settings, NoiseField(0, host.channels), make(settings), mask=mask)
     plain = tiles.seconds - guidance.seconds - guard.seconds
     return (guard.seconds + once.seconds) / plain, guidance.seconds / plain
 
@@ -200,27 +244,38 @@ def main() -> None:
         if arguments.json:
             print(json.dumps(figures))
         return
+    full = arguments.shapes == "sd15"
     with tempfile.TemporaryDirectory() as folder:
-        if arguments.shapes == "sd15":
-            host, encoder = sd15(Generation(steps=20, denoise=0.35, cfg=1.0), Path(folder))
+        if full:
+            host, encoder = sd15(Generation(), Path(folder))
         else:
             host, encoder = load_host(Generation()), load_encoder("mini")
 
-        def make(settings: Settings) -> Conditioner:
-            decoder = host.guidance_decoder(settings.decoder)
-            return Conditioner(settings, encoder, decoder=decoder)
+        heads = FixedHeads({layer: RestorationHead(encoder.width, 0).eval() for layer in LAYERS}, "as it begins")
 
-        source = picture(512 if arguments.shapes == "mini" else 256)
+        def make(settings: Settings) -> Conditioner:
+            return Conditioner(settings, encoder, heads=heads, decoder=host.guidance_decoder(settings.decoder))
+
+        source, mask = picture(512), None
+        if full:  # the upper left tile only
+            mask = Image.new("L", source.size)
+            mask.paste(255, (0, 0, 128, 128))
+        operations = Operations()
         with torch.no_grad():
             calls = encoder_calls(make, host)
-            found = [shares(host, make, source) for _ in range(arguments.runs)]
+            with operations if full else contextlib.nullcontext():
+                found = [shares(host, make, source, mask) for _ in range(arguments.runs)]
     guard, guidance = (statistics.median(values) for values in zip(*found))
-    print(f"shares of a tile's plain time, models like {arguments.shapes}, {arguments.runs} runs")
+    figures = {"guard": round(guard, 4), "guidance": round(guidance, 4), "encoder_calls": calls}
+    print(f"shares of a tile's plain time, models like {arguments.shapes}, {arguments.runs} runs, default settings")
     print(f"  guard, nothing in doubt   {guard:.3f}   (at most 0.05)")
     print(f"  guidance, as by default   {guidance:.3f}   (at most 0.25)")
+    if full:
+        figures["guidance_operations"] = round(operations.share, 4)
+        print(f"  guidance, operations      {operations.share:.3f}")
     print(f"whole views of a 1024 x 1024 source, for two images of it: {calls}")
     if arguments.json:
-        print(json.dumps({"guard": round(guard, 4), "guidance": round(guidance, 4), "encoder_calls": calls}))
+        print(json.dumps(figures))
 
 
 if __name__ == "__main__":

@@ -30,7 +30,6 @@ from lib_dinotile.engine import upscale
 from lib_dinotile.hosts.base import Views
 from lib_dinotile.hosts.diffusers import DiffusersHost, load_host
 from lib_dinotile.settings import Generation, Settings
-from lib_dinotile.tiling.canvas import Canvas
 from lib_dinotile.tiling.noise import NoiseField, TileNoise
 
 TILES = 8
@@ -59,7 +58,7 @@ class Watched:
     def __init__(self, host: DiffusersHost, tiles: int | None = None) -> None:
         self._host, self._tiles = host, tiles
         self.model, self.ours = Clock(), Clock()
-        self.done, self.total, self.began, self.ended = 0, 0, 0.0, 0.0
+        self.done, self.began, self.ended = 0, 0.0, 0.0
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._host, name)
@@ -73,6 +72,7 @@ class Watched:
     def sample(self, latents: Tensor, views: Views, noise: TileNoise, *more: Any) -> Tensor:
         """The sampler's time is the model's, but for the noise and the residuals that it asks us for."""
         drawn = SimpleNamespace(next=lambda: self.ours(noise.next))
+        self.done += len(latents)
         return self.model(self._host.sample, latents, views, drawn, *more)
 
     def watch(self, conditioner: Conditioner) -> Any:
@@ -88,11 +88,10 @@ class Watched:
         return SimpleNamespace(features=conditioner.features, conditions=conditions)
 
     def interrupted(self) -> bool:
-        return self._tiles is not None and self.done >= self._tiles
-
-    def progress(self, done: int, total: int, canvas: Canvas) -> None:
-        self.done, self.total, self.ended = done, total, time.perf_counter()
+        """Asked before each batch."""
+        self.ended = time.perf_counter()
         self.began = self.began or self.ended
+        return self._tiles is not None and self.done >= self._tiles
 
 
 def source(side: int) -> Image.Image:
@@ -110,9 +109,9 @@ def overhead(host: DiffusersHost, conditioner: Conditioner | None, image: Image.
 def per_tile(host: DiffusersHost, image: Image.Image, tiles: int) -> float:
     """Seconds per tile of a whole run, from its first `tiles` tiles and what it does once."""
     watched, whole = Watched(host, tiles), Clock()
-    whole(upscale, watched, image, SETTINGS, NoiseField(0, host.channels))
+    result = whole(upscale, watched, image, SETTINGS, NoiseField(0, host.channels))
     loop = watched.ended - watched.began
-    return loop / watched.done + (whole.seconds - loop) / watched.total
+    return loop / watched.done + (whole.seconds - loop) / result.total
 
 
 def main() -> None:

@@ -1,7 +1,8 @@
-"""Does a trained adapter keep tiles true? `benchmarks/semantics.py --adapter`, in the closed world.
+"""Does dinotile keep tiles true? Rows, figures and targets of `benchmarks/semantics.py` in the closed world.
 
-Several trainings are measured, each of the same design with another seed; and adapters that were given what no source
-tells: the true classes, or the features of the sharp picture. They show how far an adapter can come.
+All rows are at the default settings, with calibrated heads but for one row. Several trained adapters are measured, each
+of the same design with another seed; and adapters that were given what no source tells: the true classes, or the
+features of the sharp picture. They show how far an adapter can come.
 """
 
 from __future__ import annotations
@@ -23,76 +24,106 @@ from benchmarks.arms import (
     ADAPTER_SHUFFLED,
     ALL,
     ALL_OTHER,
+    BOTH,
     GUARD,
     GUIDANCE,
+    OTHER,
     PLAIN,
+    SHUFFLED,
     WAYS,
+    ZERO,
     Reader,
     interval,
     ratio_interval,
 )
-from benchmarks.judging import CHOSEN, TUNE_SEED, World, agree, agreement, scene_pairs, table
+from benchmarks.judging import TRAINED, TUNE_SEED, World, agree, agreement, scene_pairs, table
 from benchmarks.world.adapters import ONE_HOT, SHARP, one_hot_field
-from benchmarks.world.host import WEIGHTS
+from benchmarks.world.host import SETTINGS, WEIGHTS
 from benchmarks.world.scenes import SIDE, Scene
 from lib_dinotile import DinotileError
 from lib_dinotile.condition.adapter import Adapter
 from lib_dinotile.condition.adapter_file import load_adapter
 from lib_dinotile.dino.field import FeatureField
 from lib_dinotile.dino.head import load_heads
+from lib_dinotile.settings import CALIBRATED, Settings
 
 ADAPTERS = WEIGHTS / "adapters"
-TRAINED, FIRST, UNTRAINED = "trained", "first", "untrained"
+FIRST, UNTRAINED, TRAINED_HEADS = "first", "untrained", "trained_heads"
 
 
 @dataclass(frozen=True)
 class Row:
-    """One arm of the comparison."""
+    """One row of the comparison."""
 
     name: str
     way: str
     """Of benchmarks/arms.py."""
     adapter: str = ""
     """Which adapter: TRAINED, each training; FIRST, only one of them; UNTRAINED; ONE_HOT or SHARP; or none."""
-    guidance: float | None = None
-    """Guidance strength, if not the one that is best without an adapter. Chosen on other images (`--tune`)."""
+    heads: str = CALIBRATED
+    """Which restoration heads: CALIBRATED or TRAINED."""
 
 
 ROWS = (
     Row(PLAIN, PLAIN),
-    Row(GUARD, GUARD),
     Row(GUIDANCE, GUIDANCE),
+    Row(GUARD, GUARD),
+    Row(BOTH, BOTH),
+    Row(OTHER, OTHER),
+    Row(SHUFFLED, SHUFFLED),
+    Row(ZERO, ZERO),
+    Row(TRAINED_HEADS, BOTH, heads=TRAINED),
     Row(ADAPTER, ADAPTER, TRAINED),
-    Row(ALL, ALL, TRAINED, 0.5),
+    Row(ALL, ALL, TRAINED),
     Row(ADAPTER_OTHER, ADAPTER_OTHER, TRAINED),
-    Row(ALL_OTHER, ALL_OTHER, FIRST, 0.5),  # all its patches are painted again and again: slow
+    Row(ALL_OTHER, ALL_OTHER, FIRST),  # all its tiles are painted again: slow
     Row(ADAPTER_SHUFFLED, ADAPTER_SHUFFLED, TRAINED),
     Row(UNTRAINED, ADAPTER, UNTRAINED),
     Row(SHARP, ADAPTER, SHARP),
     Row(ONE_HOT, ADAPTER, ONE_HOT),
 )
 _OF_TRAININGS = frozenset(row.name for row in ROWS if row.adapter == TRAINED)
-QUICK_ROWS = tuple(row for row in ROWS if row.name in (PLAIN, ADAPTER, ALL))
+AT_MOST, AT_LEAST = "at most", "at least"
 
-TARGETS = {
-    "adapter of plain": ("at most", 0.25),
-    "all of plain": ("at most", 0.20),
-    "adapter with another image's features, of plain": ("at least", 0.95),
-    "all with another image's features, of plain": ("at least", 0.95),
-    "share of that image's textures then, adapter": ("at least", 0.5),
-    "share of that image's textures then, all": ("at least", 0.5),
-    "untrained equal to plain, bit for bit": ("at least", 1.0),
-}
-"""What has to hold for the claim: a figure, on which side of what value it has to be."""
+
+@dataclass(frozen=True)
+class Target:
+    """What has to hold for the claim."""
+
+    name: str
+    figure: str
+    """Of `summary`."""
+    row: str
+    """Whose; empty: the figure has no rows."""
+    side: str
+    limit: float
+    quick: float | None = None
+    """The limit with few steps, if it is another."""
+
+
+TARGETS = (
+    Target("guidance + guard, of plain", "of_plain", BOTH, AT_MOST, 0.5, 0.65),
+    Target("with another image's features, of plain", "of_plain", OTHER, AT_LEAST, 0.95),
+    Target("share of that image's textures then", "followed", OTHER, AT_LEAST, 0.5),
+    Target("strength 0 equal to plain, bit for bit", "equal_to_plain", ZERO, AT_LEAST, 1.0),
+    Target("guard, AUC", "guard_auc", "", AT_LEAST, 0.9),
+    Target("adapter, of plain", "of_plain", ADAPTER, AT_MOST, 0.25),
+    Target("all, of plain", "of_plain", ALL, AT_MOST, 0.2),
+    Target("adapter with another image's features, of plain", "of_plain", ADAPTER_OTHER, AT_LEAST, 0.95),
+    Target("all with another image's features, of plain", "of_plain", ALL_OTHER, AT_LEAST, 0.95),
+    Target("share of that image's textures then, adapter", "followed", ADAPTER_OTHER, AT_LEAST, 0.5),
+    Target("share of that image's textures then, all", "followed", ALL_OTHER, AT_LEAST, 0.5),
+    Target("untrained equal to plain, bit for bit", "equal_to_plain", UNTRAINED, AT_LEAST, 1.0),
+)
 
 
 @dataclass(frozen=True)
 class Adapters:
-    """What was trained."""
+    """Trained adapters; none by default."""
 
-    trainings: Mapping[str, Reader]
+    trainings: Mapping[str, Reader] = field(default_factory=dict)
     """By seed."""
-    bounds: Mapping[str, Reader]
+    bounds: Mapping[str, Reader] = field(default_factory=dict)
     """ONE_HOT and SHARP, as far as they are there."""
 
     @classmethod
@@ -105,16 +136,16 @@ class Adapters:
         return cls(trainings, {name: reader for name, reader in found.items() if name not in trainings})
 
     def first(self) -> Adapters:
-        """With one training only."""
-        return replace(self, trainings=dict(itertools.islice(self.trainings.items(), 1)))
+        """One training only."""
+        return Adapters(dict(itertools.islice(self.trainings.items(), 1)))
 
     def of(self, row: Row) -> list[Reader | None]:
-        """What a row is measured with, one after the other; nothing if that is not there."""
+        """The adapters that a row is measured with, [None] without one; empty if what it needs is not there."""
         if row.adapter == TRAINED:
             return list(self.trainings.values())
         if row.adapter == FIRST:
             return list(self.first().trainings.values())
-        if row.adapter == UNTRAINED:
+        if row.adapter == UNTRAINED and self.trainings:
             with torch.random.fork_rng(devices=[]):
                 config = next(iter(self.trainings.values())).adapter.config
                 return [Reader(Adapter(config).eval().requires_grad_(False))]
@@ -157,33 +188,31 @@ class Evidence:
 
 def collect(
     world: World,
-    adapters: Adapters,
     rows: Sequence[Row],
     count: int,
     seed: int,
-    settings: Any = CHOSEN,
+    adapters: Adapters = Adapters(),
+    settings: Settings = SETTINGS,
     say: bool = False,
 ) -> Evidence:
-    """Paint and judge `count` pictures in all ways; PLAIN has to be the first of the rows."""
+    """Paint and judge `count` pictures in all the ways that there are heads and adapters for, PLAIN first if at all."""
     evidence = Evidence(list(adapters.trainings), scene_pairs(count, seed))
-    models = {row: adapters.of(row) for row in rows}
+    readers = {row: adapters.of(row) for row in rows if row.heads in world.heads}
     values: dict[str, dict[str, list[list[float]]]] = {}
     for number, (made, other) in enumerate(evidence.pairs):
-        for row, trained in models.items():
-            for place, reader in enumerate(trained):
-                guidance = settings.guidance if row.guidance is None else row.guidance
-                arms = world.arms(replace(settings, guidance=guidance), informed(world, row, reader, made))
+        for row, each in ((row, each) for row, each in readers.items() if each):
+            for place, reader in enumerate(each):
+                arms = world.arms(settings, row.heads, informed(world, row, reader, made))
                 pixels, seconds = world.painted(arms, row.way, made, other, seed * 1000 + number)
                 if place == 0:
                     evidence.results.setdefault(row.name, []).append(pixels)
-                plain = evidence.results[PLAIN][number]
+                same = PLAIN in evidence.results and torch.equal(pixels, evidence.results[PLAIN][number])
                 figures = world.judged(pixels, made, other, WAYS[row.way].other)
-                figures |= {"seconds": seconds, "same": float(torch.equal(pixels, plain))}
-                for name, value in figures.items():
-                    lists = values.setdefault(row.name, {}).setdefault(name, [[] for _ in trained])
+                for name, value in {**figures, "seconds": seconds, "same": float(same)}.items():
+                    lists = values.setdefault(row.name, {}).setdefault(name, [[] for _ in each])
                     lists[place].append(value)
-            if say and trained:
-                rate = np.mean([each[-1] for each in values[row.name]["rate"]])
+            if say:
+                rate = np.mean([found[-1] for found in values[row.name]["rate"]])
                 print(f"image {number + 1} of {count}: {row.name} {rate:.2f}", file=sys.stderr, flush=True)
     evidence.found = {arm: {name: np.array(lists) for name, lists in each.items()} for arm, each in values.items()}
     return evidence
@@ -211,7 +240,7 @@ def summary(evidence: Evidence) -> dict[str, Any]:
         "garbage": means("garbage"),
         "blank": means("blank"),
         "followed": means("followed"),
-        "untrained_equal": bool(UNTRAINED in found and found[UNTRAINED]["same"].all()),
+        "equal_to_plain": means("same"),
         "agreement": _short(agreement(found)),
         "images": len(evidence.pairs),
     }
@@ -222,58 +251,53 @@ def _short(*values: float) -> Any:
     return rounded[0] if len(rounded) == 1 else rounded
 
 
-def targets(figures: Mapping[str, Any]) -> dict[str, tuple[float, bool]]:
-    """By name as in TARGETS: the figure, and whether it is met."""
-    ratio, followed = figures["of_plain"], figures["followed"]
-    values = (
-        ratio[ADAPTER],
-        ratio[ALL],
-        ratio[ADAPTER_OTHER],
-        ratio[ALL_OTHER],
-        followed[ADAPTER_OTHER],
-        followed[ALL_OTHER],
-        float(figures["untrained_equal"]),
-    )
-    return {
-        name: (value, value <= limit if side == "at most" else value >= limit)
-        for (name, (side, limit)), value in zip(TARGETS.items(), values)
-    }
+def targets(figures: Mapping[str, Any], quick: bool = False) -> dict[str, dict[str, Any]]:
+    """By name, of those whose rows were measured: the figure, its limit, and whether it is met."""
+    found = {}
+    for target in TARGETS:
+        if target.row and target.row not in figures[target.figure]:
+            continue
+        value = figures[target.figure][target.row] if target.row else figures[target.figure]
+        limit = target.quick if quick and target.quick else target.limit
+        met = value <= limit if target.side == AT_MOST else value >= limit
+        found[target.name] = {"is": value, target.side: limit, "met": bool(met)}
+    return found
 
 
-def report(evidence: Evidence, figures: Mapping[str, Any]) -> None:
-    """What `table` does not say, for people."""
-    for arm, rates in figures["per_training"].items():
-        print(f"{arm}, by training: " + ", ".join(f"{seed} {rate:.3f}" for seed, rate in rates.items()))
-    for arm in (PLAIN, ADAPTER_OTHER, ALL_OTHER):
-        print(f"{arm}: {figures['followed'][arm]:.3f} of the patches show what the OTHER image shows there")
-    for name, (value, met) in targets(figures).items():
-        side, limit = TARGETS[name]
-        print(f"target {name}: {value:.3f} ({side} {limit}): {'met' if met else 'NOT MET'}")
-
-
-def prove(world: World, adapters: Adapters, count: int, seed: int) -> tuple[Evidence, dict[str, Any]] | None:
+def prove(
+    world: World, adapters: Adapters, count: int, seed: int, guard_auc: float, quick: bool = False
+) -> tuple[Evidence, dict[str, Any]] | None:
     """Measure, print and give all that there is to say; None if the judges do not agree."""
-    evidence = collect(world, adapters, ROWS, count, seed, say=True)
-    figures = summary(evidence)
+    evidence = collect(world, ROWS, count, seed, adapters, say=not quick)
     if not agree(evidence.found):
         return None
     table(evidence.found)
-    report(evidence, figures)
-    figures["targets"] = {name: {"is": _short(value), "met": met} for name, (value, met) in targets(figures).items()}
+    named = {"settings": "defaults", "heads": CALIBRATED, "encoder": world.encoder.id, "steps": world.generation.steps}
+    figures = {**named, **summary(evidence), "guard_auc": _short(guard_auc)}
+    figures["targets"] = targets(figures, quick)
+    for arm, rates in figures["per_training"].items():
+        print(f"{arm}, by training: " + ", ".join(f"{seed} {rate:.3f}" for seed, rate in rates.items()))
+    for name, found in figures["targets"].items():
+        value, (side, limit), met = found["is"], list(found.items())[1], found["met"]
+        print(f"target {name}: {value:.3f} ({side} {limit}): {'met' if met else 'NOT MET'}")
     return evidence, figures
 
 
 def tune(world: World, adapters: Adapters, count: int) -> None:
-    """Rates for some strengths of adapter and guidance, on images that are not reported; of the first training."""
-    trials = [(row, strength, 0.0) for row in ROWS if row.name == ADAPTER for strength in (0.7, 1.0, 1.3, 1.6, 2.0)]
-    trials += [
-        (row, strength, guidance)
-        for row in ROWS
-        if row.name == ALL
-        for strength, guidance in itertools.product((1.0, 1.3), (0.5, 1.0, 2.0))
+    """Rates at settings around the defaults, on images that are not reported; with adapters, of the first training."""
+    guided, guarded = (ALL, ALL) if adapters.trainings else (GUIDANCE, BOTH)
+    strengths = [factor * SETTINGS.guidance for factor in (0.5, 1.0, 2.0)]
+    ends = sorted({max(0.0, SETTINGS.guidance_end - 0.2), SETTINGS.guidance_end, 1.0})
+    trials = [
+        (guided, {"guidance": strength, "views": views, "guidance_end": end})
+        for strength, views, end in itertools.product(strengths, (1, 2), ends)
     ]
-    for row, strength, guidance in trials:
-        settings, tried = replace(CHOSEN, strength=strength), replace(row, guidance=guidance)
-        found = collect(world, adapters.first(), (ROWS[0], tried), count, TUNE_SEED, settings).found[row.name]
-        shares = ", ".join(f"{name} {found[name].mean():.3f}" for name in ("rate", "garbage", "blank"))
-        print(f"{row.name}: strength {strength}, guidance {guidance}: {shares}", flush=True)
+    thresholds = [SETTINGS.guard_strictness + more for more in (-2.0, 0.0, 2.0)]
+    trials += [(guarded, {"guard_strictness": threshold}) for threshold in thresholds]
+    if adapters.trainings:
+        trials += [(arm, {"strength": strength}) for arm in (ADAPTER, ALL) for strength in (0.7, 1.3, 1.6)]
+    for name, changed in trials:
+        rows = [row for row in ROWS if row.name == name]
+        found = collect(world, rows, count, TUNE_SEED, adapters.first(), replace(SETTINGS, **changed)).found[name]
+        shares = ", ".join(f"{figure} {found[figure].mean():.3f}" for figure in ("rate", "garbage", "blank"))
+        print(f"{name}: {', '.join(f'{key} {value:g}' for key, value in changed.items())}: {shares}", flush=True)

@@ -1,6 +1,6 @@
-"""What the adapter's evidence looks like: the rates as bars, and one picture upscaled in several ways.
+"""The figures of benchmarks/semantics.py drawn: the rates as bars, and one picture upscaled in several ways.
 
-The bars again from the last line of `semantics.py --adapter --json`: python -m benchmarks.evidence_plot JSON FILE
+The bars again from the last line of `semantics.py --json`: python -m benchmarks.evidence_plot JSON FILE
 """
 
 from __future__ import annotations
@@ -16,29 +16,49 @@ import numpy as np
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from benchmarks.arms import ADAPTER, ADAPTER_OTHER, ADAPTER_SHUFFLED, ALL, ALL_OTHER, GUARD, GUIDANCE, PLAIN
-from benchmarks.evidence import UNTRAINED, Evidence
-from benchmarks.judging import World
+from benchmarks.arms import (
+    ADAPTER,
+    ADAPTER_OTHER,
+    ADAPTER_SHUFFLED,
+    ALL,
+    ALL_OTHER,
+    BOTH,
+    GUARD,
+    GUIDANCE,
+    OTHER,
+    PLAIN,
+    SHUFFLED,
+    ZERO,
+)
+from benchmarks.evidence import TRAINED_HEADS, UNTRAINED, Evidence
+from benchmarks.judging import LABELLED, World
 from benchmarks.world.adapters import ONE_HOT, SHARP
 from benchmarks.world.host import as_image
 from benchmarks.world.scenes import NO_LABEL, PATCH, SIDE
 
-GREY, BLUE, ORANGE, GREEN, INK = "#8f99a4", "#3f7dc0", "#d07f2e", "#4a9670", "#22272e"
+GREY, BLUE, VIOLET, ORANGE, GREEN, INK = "#8f99a4", "#3f7dc0", "#7a62b0", "#d07f2e", "#4a9670", "#22272e"
 GROUPS: tuple[tuple[str, str, dict[str, str]], ...] = (
     ("", GREY, {PLAIN: "Plain tiles"}),
     (
-        "With dinotile",
+        "What everyone has: calibrated heads, no training",
         BLUE,
-        {GUARD: "Guard", GUIDANCE: "Guidance", ADAPTER: "Adapter", ALL: "Adapter + guidance + guard"},
+        {BOTH: "Guidance + guard", GUIDANCE: "Guidance alone", GUARD: "Guard alone"},
+    ),
+    ("With trained heads: needs a training for the encoder", VIOLET, {TRAINED_HEADS: "Guidance + guard"}),
+    (
+        "With a trained adapter: needs a training for checkpoint and encoder",
+        VIOLET,
+        {ALL: "Adapter + guidance + guard", ADAPTER: "Adapter alone"},
     ),
     (
         "Controls, which should not help",
         ORANGE,
         {
-            ADAPTER_OTHER: "Adapter, another image's features",
+            OTHER: "Guidance + guard, another image's features",
+            SHUFFLED: "Guidance + guard, patches in disorder",
             ALL_OTHER: "All three, another image's features",
-            ADAPTER_SHUFFLED: "Adapter, patches in disorder",
-            UNTRAINED: "Adapter, not trained",
+            ADAPTER_OTHER: "Adapter alone, another image's features",
+            ADAPTER_SHUFFLED: "Adapter alone, patches in disorder",
         },
     ),
     (
@@ -47,11 +67,13 @@ GROUPS: tuple[tuple[str, str, dict[str, str]], ...] = (
         {SHARP: "Adapter on the sharp picture's features", ONE_HOT: "Adapter on the true classes"},
     ),
 )
-"""Heading, colour, and the arms of each group, in plain words."""
+"""Heading, which says what the group needs, colour, and the rows in plain words."""
+EQUALS = {ZERO: "strength 0", UNTRAINED: "an untrained adapter"}
+"""Rows without a bar where they are the plain result, bit for bit."""
 
 _WRONG = "#d4001a"
 _STYLE = {"font.size": 10.5, "font.family": "DejaVu Sans", "text.color": INK}
-_LEFT = 0.365
+_LEFT = 0.39
 """Where the bars begin, in widths of the plot."""
 
 WIDTH, DPI = 9.0, 200
@@ -61,6 +83,7 @@ WIDTH, DPI = 9.0, 200
 def bars(figures: Mapping[str, Any], file: Path) -> None:
     """Draw the rates of `evidence.summary`: a bar for each arm, its 95 % interval, a dot for each training."""
     rates = figures["hallucination_rate"]
+    equal = [label for arm, label in EQUALS.items() if figures["equal_to_plain"].get(arm) == 1]
     lines: list[tuple[str, str, str]] = []  # heading or label, colour, arm ("" for a heading)
     for heading, colour, arms in GROUPS:
         shown = {arm: label for arm, label in arms.items() if arm in rates}
@@ -68,14 +91,17 @@ def bars(figures: Mapping[str, Any], file: Path) -> None:
             lines.append((heading, colour, ""))
         lines += [(label, colour, arm) for arm, label in shown.items()]
     with matplotlib.rc_context(_STYLE):
-        top, bottom, high = 0.62, 0.56, 0.3 * len(lines) + 1.18  # inches
+        top, bottom = 0.9, 0.78  # inches
+        high = 0.3 * len(lines) + top + bottom
         figure = Figure(figsize=(WIDTH, high), dpi=DPI, facecolor="white")
-        axes = figure.add_axes((_LEFT, bottom / high, 0.53, 1 - (top + bottom) / high))
+        axes = figure.add_axes((_LEFT, bottom / high, 0.5, 1 - (top + bottom) / high))
         for y, (label, colour, arm) in enumerate(lines):
             if arm:
                 _bar(axes, y, label, colour, arm, figures)
             else:
-                figure.text(0.012, 1 - (top + 0.3 * (y + 0.6)) / high, label, weight="bold", va="center", color=colour)
+                box = {"facecolor": "white", "edgecolor": "none", "pad": 1.5}
+                place = 1 - (top + 0.3 * (y + 0.6)) / high
+                figure.text(0.012, place, label, weight="bold", va="center", color=colour, bbox=box)
         axes.axvline(rates[PLAIN], color=GREY, linestyle=(0, (3, 3)), linewidth=1, zorder=0)
         axes.set(xlim=(0, 1), ylim=(len(lines) - 0.5, -0.5), yticks=())
         axes.set_xticks(np.linspace(0, 1, 6), [f"{share:.0%}" for share in np.linspace(0, 1, 6)], color=INK)
@@ -84,12 +110,28 @@ def bars(figures: Mapping[str, Any], file: Path) -> None:
         axes.tick_params(length=0)
         axes.spines[:].set_visible(False)
         figure.text(0.012, 1 - 0.26 / high, "Wrong texture", weight="bold", fontsize=14, va="center")
-        subtitle = f"share of patches judged not to be what is there; {figures['images']} pictures; shorter is better"
+        subtitle = "share of patches judged not to be what is there; shorter is better; "
+        subtitle += f"{figures['images']} pictures, {figures['steps']} steps"
         figure.text(0.197, 1 - 0.275 / high, subtitle, va="center")
+        how = "default settings, calibrated heads where no trained ones are named; encoder trained "
+        how += f"{'with' if figures['encoder'] == LABELLED else 'without'} labels"
+        figure.text(0.012, 1 - 0.58 / high, how, va="center")
         trainings = len(figures["per_training"].get(ADAPTER, ()))
-        legend = f"lines: 95 % of a bootstrap over pictures and trainings; dots: single trainings ({trainings})"
-        figure.text(_LEFT, 0.15 / high, legend, va="center", fontsize=9, color="#5b636d")
+        legend = "lines: 95 % of a bootstrap over pictures" + (" and trainings" if trainings else "")
+        legend += f"; dots: single trainings ({trainings})" if trainings else ""
+        notes = [legend, f"{' and '.join(equal)}: the plain result, bit for bit" if equal else ""]
+        for place, note in zip((0.38, 0.15), notes):
+            figure.text(_LEFT, place / high, note, va="center", fontsize=9, color="#5b636d")
         figure.savefig(file)
+
+
+PANELS = {
+    PLAIN: "Plain tiles",
+    BOTH: "Guidance + guard",
+    ALL: "Adapter, guidance, guard",
+    OTHER: "Another image's features",
+}
+"""The rows of which a picture is shown: default settings, calibrated heads."""
 
 
 def _bar(axes: Any, y: int, label: str, colour: str, arm: str, figures: Mapping[str, Any]) -> None:
@@ -102,7 +144,7 @@ def _bar(axes: Any, y: int, label: str, colour: str, arm: str, figures: Mapping[
     trainings = list(figures["per_training"].get(arm, {}).values())
     axes.scatter(trainings, [y] * len(trainings), 17, "white", edgecolors=INK, linewidths=1, zorder=4, clip_on=False)
     axes.text(-0.015, y, label, transform=beside, ha="right", va="center")
-    axes.text(1.155, y, f"{100 * rate:.1f} %", transform=beside, ha="right", va="center", weight="bold")
+    axes.text(1.19, y, f"{100 * rate:.1f} %", transform=beside, ha="right", va="center", weight="bold")
 
 
 def pictures(world: World, evidence: Evidence, file: Path) -> None:
@@ -113,10 +155,7 @@ def pictures(world: World, evidence: Evidence, file: Path) -> None:
     panels: list[tuple[str, Tensor, bool]] = [
         ("Source, enlarged", source.repeat_interleave(SIDE // made.source.shape[2], 2), False),
         ("Truth", made.sharp, False),
-        ("Plain tiles", evidence.results[PLAIN][chosen], True),
-        ("Adapter", evidence.results[ADAPTER][chosen], True),
-        ("Adapter, guidance, guard", evidence.results[ALL][chosen], True),
-        ("Another image's features", evidence.results[ADAPTER_OTHER][chosen], True),
+        *((label, evidence.results[arm][chosen], True) for arm, label in PANELS.items() if arm in evidence.results),
     ]
     side, gap, head = 290, 9, 26  # px of the page
     wide, high = 3 * side + 4 * gap, 2 * (side + head) + gap
@@ -153,13 +192,13 @@ def outline(axes: Any, wrong: np.ndarray) -> None:
 
 def typical(evidence: Evidence) -> int:
     """The number of the picture whose rates are nearest to the means of all."""
-    rates = [evidence.found[arm]["rate"] for arm in (PLAIN, ADAPTER, ALL, ADAPTER_OTHER)]
+    rates = [evidence.found[arm]["rate"] for arm in PANELS if arm in evidence.found]
     return int(sum(np.abs(each[0] - each.mean()) for each in rates).argmin())
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.evidence_plot", description=__doc__)
-    parser.add_argument("json", type=Path, help="what `semantics.py --adapter --json` printed; its last line is read")
+    parser.add_argument("json", type=Path, help="what `semantics.py --json` printed; its last line is read")
     parser.add_argument("file", type=Path)
     arguments = parser.parse_args()
     bars(json.loads(arguments.json.read_text().strip().splitlines()[-1]), arguments.file)

@@ -1,10 +1,9 @@
-"""What benchmarks/semantics.py measures with: the closed world's models, and what its judges say of a picture."""
+"""The closed world's models for benchmarks/semantics.py, and its judges' verdicts on a result."""
 
 from __future__ import annotations
 
-import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,31 +14,22 @@ from torch import Tensor
 
 from benchmarks.arms import OTHER, PLAIN, Arms, Reader, interval, ratio_interval, to_pixels
 from benchmarks.world import gates
+from benchmarks.world.heads import calibrated_heads
 from benchmarks.world.host import GENERATION, SETTINGS, WEIGHTS, WorldHost, as_image
 from benchmarks.world.judge import GARBAGE, NONE, load_judge
-from benchmarks.world.scenes import NO_LABEL, PATCH, SIDE, Scene
+from benchmarks.world.scenes import NO_LABEL, Scene
 from benchmarks.world.spectral import SpectralJudge
+from lib_dinotile.condition.heads import FixedHeads, Heads
 from lib_dinotile.dino.encoder import load_encoder
 from lib_dinotile.dino.head import load_heads
-from lib_dinotile.settings import Generation, Settings
+from lib_dinotile.settings import CALIBRATED, Generation, Settings
 
-CHOSEN = replace(
-    SETTINGS,
-    patches=SIDE // PATCH,
-    guidance=2.0,
-    guidance_end=0.6,
-    every=1,
-    views=2,
-    layer=3,
-    guard="retry",
-    guard_seeds=3,
-    guard_weaker=0,
-    guard_strictness=1.0,
-)
-"""Chosen on other images than those that are reported (`--tune`)."""
 QUICK = replace(GENERATION, steps=10)
 """Half as many steps: faster, and less time to be steered in."""
 TUNE_SEED, REPORT_SEED = 11, 23
+LABELLED = "encoder"
+"""The encoder that the adapters, trained heads and the probe are for."""
+TRAINED = "trained"
 AGREEMENT = 0.7
 """Least rank correlation of the two judges. It is not 1: one knows garbage, the other calls it some texture, by chance
 the right one; so they differ on whether a blurred patch is worse than garbage."""
@@ -48,15 +38,19 @@ the right one; so they differ on whether a blurred patch is worse than garbage."
 class World:
     """The closed world's models."""
 
-    def __init__(self, generation: Generation = GENERATION, weights: Path = WEIGHTS) -> None:
-        self.encoder = load_encoder(str(weights / "encoder"))
-        self.heads = load_heads(weights / "heads.safetensors", self.encoder.id, self.encoder.width)
+    def __init__(self, generation: Generation = GENERATION, encoder: str = LABELLED, weights: Path = WEIGHTS) -> None:
+        """encoder: its folder in `weights`. DinotileError if it is not there, or not calibrated."""
+        self.encoder = load_encoder(str(weights / encoder))
+        self.heads: dict[str, Heads] = {CALIBRATED: calibrated_heads(self.encoder, weights)}
+        if encoder == LABELLED:
+            trained = load_heads(weights / "heads.safetensors", self.encoder.id, self.encoder.width)
+            self.heads[TRAINED] = FixedHeads(trained, TRAINED)
         self.generation, self.host = generation, WorldHost(generation, None, weights)
         self.judge, self.spectral = load_judge(weights), SpectralJudge.load(weights)
 
-    def arms(self, settings: Settings, reader: Reader | None = None) -> Arms:
+    def arms(self, settings: Settings = SETTINGS, heads: str = CALIBRATED, reader: Reader | None = None) -> Arms:
         """The ways of upscaling here; reader: the adapter of those that have one."""
-        return Arms(self.host, self.encoder, settings, self.heads, reader)
+        return Arms(self.host, self.encoder, settings, self.heads[heads], reader)
 
     def painted(self, arms: Arms, arm: str, made: Scene, other: Scene, seed: int) -> tuple[Tensor, float]:
         """A picture upscaled in that way, (3, SIDE, SIDE) in 0..1, and the seconds that it took."""
@@ -82,11 +76,6 @@ class World:
             "followed": float((first == other.labels)[strange].mean()),
         }
 
-    def verdicts(self, arm: str, made: Scene, other: Scene, seed: int, settings: Settings) -> dict[str, float]:
-        """What the judges say of one picture, painted in that way, without an adapter."""
-        pixels, seconds = self.painted(self.arms(settings), arm, made, other, seed)
-        return {**self.judged(pixels, made, other, arm == OTHER), "seconds": seconds}
-
 
 def scene_pairs(count: int, seed: int) -> list[tuple[Scene, Scene]]:
     """Fresh pictures, each with another whose features the controls take."""
@@ -96,20 +85,7 @@ def scene_pairs(count: int, seed: int) -> list[tuple[Scene, Scene]]:
     return [(made, scenes[number - 1]) for number, made in enumerate(scenes)]
 
 
-def measure(world: World, arms: Sequence[str], count: int, seed: int, settings: Any, say: bool) -> dict[str, Any]:
-    """Per arm and figure the values of `count` images, one seed each."""
-    found: dict[str, dict[str, list[float]]] = {arm: {} for arm in arms}
-    for number, (made, other) in enumerate(scene_pairs(count, seed)):
-        for arm in arms:
-            for name, value in world.verdicts(arm, made, other, seed * 1000 + number, settings).items():
-                found[arm].setdefault(name, []).append(value)
-        if say:
-            rates = ", ".join(f"{arm} {found[arm]['rate'][-1]:.2f}" for arm in arms)
-            print(f"image {number + 1} of {count}: {rates}", file=sys.stderr)
-    return found
-
-
-def table(found: dict[str, Any]) -> None:
+def table(found: Mapping[str, Mapping[str, np.ndarray]]) -> None:
     """For people."""
     wide = max(16, *map(len, found))
     heads = f"{'':{wide}} {'hallucinated':>12}  {'95 %':13} {'of plain':>8}  {'95 %':13} {'garbage':>7} {'blank':>6}"
@@ -123,21 +99,17 @@ def table(found: dict[str, Any]) -> None:
             f"  {np.mean(values['garbage']):6.3f} {np.mean(values['blank']):6.3f} {np.mean(values['spectral']):9.3f} "
             f"{np.mean(values['seconds']):8.1f}"
         )
-    if OTHER in found:
-        followed = {arm: np.mean(values["followed"]) for arm, values in found.items()}
-        print(
-            f"patches that show what the OTHER image shows there: plain {followed[PLAIN]:.3f}, with its features "
-            f"{followed[OTHER]:.3f}"
-        )
+    for arm in (arm for arm in found if arm == PLAIN or arm.endswith(OTHER)):
+        print(f"{arm}: {np.mean(found[arm]['followed']):.3f} of the patches show what the OTHER image shows there")
 
 
-def agreement(found: dict[str, Any]) -> float:
+def agreement(found: Mapping[str, Mapping[str, Any]]) -> float:
     """How alike the two judges rank the arms: Kendall's tau of their mean rates, from -1 to 1."""
     first, second = ([np.mean(values[judge]) for values in found.values()] for judge in ("rate", "spectral"))
     return float(kendalltau(first, second).statistic)
 
 
-def agree(found: dict[str, Any]) -> bool:
+def agree(found: Mapping[str, Mapping[str, Any]]) -> bool:
     """Whether the judges rank the arms alike; says it."""
     tau = agreement(found)
     print(f"gate {'agreement':15} {tau:.3f}  (at least {AGREEMENT}): the two judges' rankings of the arms")

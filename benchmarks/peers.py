@@ -53,7 +53,7 @@ Look = dict[str, Any]
 
 def dinotile_tiles(look: Look) -> tuple[int, int] | None:
     """Tiles done and to do, as the WebUI's progress tells; None as long as it does not."""
-    found = re.search(r"DINO Tile: (\d+) of (\d+) tiles", look.get("textinfo") or "")
+    found = re.search(r"DINO Tile: painting tiles: (\d+) of (\d+)", look.get("textinfo") or "")
     return (int(found[1]), int(found[2])) if found else None
 
 

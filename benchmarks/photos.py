@@ -11,10 +11,12 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from benchmarks.arms import ADAPTER, ADAPTER_OTHER, ADAPTER_SHUFFLED, ALL, ARMS, PLAIN, Arms, interval, to_pixels
+from benchmarks.arms import ADAPTER, ADAPTER_OTHER, ADAPTER_SHUFFLED, ALL, ARMS, BOTH, PLAIN, Arms, interval, to_pixels
 from benchmarks.evidence import read_adapter
 from lib_dinotile import DinotileError
 from lib_dinotile.condition.adapter_file import check_encoder, check_fit
+from lib_dinotile.condition.heads import heads_for
+from lib_dinotile.dino.calibrated import Store
 from lib_dinotile.dino.encoder import PatchEncoder, load_encoder
 from lib_dinotile.dino.field import feature_field
 from lib_dinotile.hosts.diffusers import load_host
@@ -64,7 +66,7 @@ def photos(arguments: argparse.Namespace) -> dict[str, Any] | None:
         print(error)
         return None
     settings = Settings(scale=arguments.scale, tile=arguments.tile, overlap=min(64, arguments.tile // 2))
-    arms = Arms(host, encoder, settings, reader=reader)
+    arms = Arms(host, encoder, settings, heads_for(settings, encoder, {}, None, Store()), reader)
     ways = (*ARMS, *((ADAPTER, ALL, ADAPTER_OTHER, ADAPTER_SHUFFLED) if reader else ()))
     sources, truths = [], []
     for file in files:
@@ -86,7 +88,7 @@ def photos(arguments: argparse.Namespace) -> dict[str, Any] | None:
             f"{np.mean(v):.4f} ({interval(v)[0]:.4f} - {interval(v)[1]:.4f})" if v else "-" for v in values.values()
         ]
         print(f"{arm:20} {shown[0]:>24}   {shown[1]:>20}")
-    for arm in ("guidance+guard", *((ADAPTER, ALL) if reader else ())) if len(files) > 1 else ():
+    for arm in (BOTH, *((ADAPTER, ALL) if reader else ())) if len(files) > 1 else ():
         gains = [b - a for a, b in zip(found[PLAIN]["likeness"], found[arm]["likeness"])]
         print("{} over plain: likeness {:+.4f} ({:+.4f} to {:+.4f})".format(arm, np.mean(gains), *interval(gains)))
     return {

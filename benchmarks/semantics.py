@@ -1,14 +1,17 @@
-"""Does the result show what the source shows? python benchmarks/semantics.py [--quick] [--json]
+"""Does the result show what the source shows? python benchmarks/semantics.py [--quick] [--json] [--plot FILE]
 
 In a closed world, where the truth is known (benchmarks/world): the hallucination rate is the share of 16-px patches
 whose texture, named by a judge that nothing else uses, is not the true one. What is blurred or garbage counts as wrong.
 With the features of another image, patches count where that shows another texture.
 The gates (benchmarks/world/gates.py) are checked first: if one does not hold, the run is invalid and shows no rates.
 
+Settings are the defaults, but for scale, tiles and patches, which the world dictates; restoration heads are calibrated,
+by the program's own code and without labels. Rows, controls and targets: benchmarks/evidence.py.
+
 python benchmarks/semantics.py --adapter [--json] [--plot FILE] [--pictures FILE]
 
-The same for trained adapters (benchmarks/world/weights/adapters), each by itself and on average, with controls and
-bounds, and whether the targets are met (benchmarks/evidence.py). With --quick one of them is added to the other arms.
+Also with trained adapters (benchmarks/world/weights/adapters), each by itself and on average, with controls and bounds.
+With --quick only one of them.
 
 python benchmarks/semantics.py --model FILE|FOLDER|ID --dino ID --eye ID [--adapter --adapters FILE] PHOTOS
 
@@ -19,36 +22,30 @@ to the source's in the eyes of another encoder than the guiding one, and LPIPS t
 from __future__ import annotations
 
 import argparse
-import itertools
 import json
 import sys
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from benchmarks import evidence
-from benchmarks.arms import ADAPTER, ALL, ARMS, GUARD, GUIDANCE, OTHER, PLAIN, ZERO
-from benchmarks.judging import CHOSEN, QUICK, REPORT_SEED, TUNE_SEED, World, agree, measure, table
+from benchmarks.judging import LABELLED, QUICK, REPORT_SEED, World
 from benchmarks.world import gates
 from benchmarks.world.guard_test import guard_auc
 from benchmarks.world.host import GENERATION
+from lib_dinotile import DinotileError
+from lib_dinotile.settings import CALIBRATED
 
 
-def tune(world: World, count: int) -> None:
-    """Rates of guidance for some settings, on images that are not reported."""
-    for layer, strength, every in itertools.product((1, 2, 3), (0.5, 1.0, 2.0), (1, 2)):
-        settings = replace(CHOSEN, layer=layer, guidance=strength, every=every)
-        found = measure(world, (GUIDANCE,), count, TUNE_SEED, settings, False)[GUIDANCE]
-        print(f"guidance: layer {layer}, strength {strength}, every {every}: {np.mean(found['rate']):.3f}", flush=True)
-    for strictness in (-1.0, 0.0, 1.0, 2.0, 4.0):
-        settings = replace(CHOSEN, guard_strictness=strictness)
-        found = measure(world, (GUARD,), count, TUNE_SEED, settings, False)[GUARD]
-        print(f"guard: threshold {strictness}: {np.mean(found['rate']):.3f}", flush=True)
+def models(arguments: argparse.Namespace) -> tuple[World, evidence.Adapters]:
+    """Those that are asked for; with --quick one training only."""
+    adapters = evidence.Adapters.load(arguments.adapters) if arguments.adapter else evidence.Adapters()
+    if arguments.quick:
+        return World(QUICK, arguments.encoder), adapters.first()
+    return World(GENERATION, arguments.encoder), adapters
 
 
 def gates_hold(world: World, quick: bool) -> bool:
@@ -66,50 +63,29 @@ def gates_hold(world: World, quick: bool) -> bool:
 
 def closed_world(arguments: argparse.Namespace) -> dict[str, Any] | None:
     """The figures for the last line, or None if the world is not valid."""
-    adapters = evidence.Adapters.load(arguments.adapters) if arguments.adapter else None
-    world = World(QUICK if arguments.quick else GENERATION)
-    if not gates_hold(world, arguments.quick):
+    quick = arguments.quick
+    world, adapters = models(arguments)
+    if not gates_hold(world, quick):
         return None
-    auc = guard_auc(world.encoder, world.heads, 4 if arguments.quick else 40, REPORT_SEED)
-    print(f"guard test: prefers the true texture to a wrong one, AUC {auc:.3f}")
-    count = arguments.images or (2 if arguments.quick else 12)
-    if adapters and not arguments.quick:
-        return trained(world, adapters, count, arguments)
-    settings = replace(CHOSEN, guard_seeds=1) if arguments.quick else CHOSEN
-    found = measure(world, ARMS, count, REPORT_SEED, settings, not arguments.quick)
-    if adapters:
-        one = evidence.collect(world, adapters.first(), evidence.QUICK_ROWS, count, REPORT_SEED, settings)
-        found |= {arm: one.found[arm] for arm in (ADAPTER, ALL)}
-    if not agree(found):
-        return None
-    table(found)
-    same = found[ZERO]["rate"] == found[PLAIN]["rate"]
-    print(f"strength 0 {'is' if same else 'IS NOT'} the plain result")
-    rates = {arm: round(float(np.mean(values["rate"])), 4) for arm, values in found.items()}
-    followed = round(float(np.mean(found[OTHER]["followed"])), 4)
-    return {"hallucination_rate": rates, "other_followed": followed, "guard_auc": round(auc, 4), "images": count}
-
-
-def trained(
-    world: World, adapters: evidence.Adapters, count: int, arguments: argparse.Namespace
-) -> dict[str, Any] | None:
-    """The same for the adapters, all trainings and controls, and the pictures that were asked for."""
-    proof = evidence.prove(world, adapters, count, REPORT_SEED)
+    auc = guard_auc(world.encoder, world.heads[CALIBRATED], 4 if quick else 40, REPORT_SEED)
+    count = arguments.images or (2 if quick else 12)
+    proof = evidence.prove(world, adapters, count, REPORT_SEED, auc, quick)
     if proof is None:
         return None
-    from benchmarks import evidence_plot  # matplotlib takes long to load
+    if arguments.plot or arguments.pictures:
+        from benchmarks import evidence_plot  # matplotlib takes long to load
 
-    if arguments.plot:
-        evidence_plot.bars(proof[1], arguments.plot)
-    if arguments.pictures:
-        evidence_plot.pictures(world, proof[0], arguments.pictures)
+        if arguments.plot:
+            evidence_plot.bars(proof[1], arguments.plot)
+        if arguments.pictures:
+            evidence_plot.pictures(world, proof[0], arguments.pictures)
     return proof[1]
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("photos", type=Path, nargs="?", help="with --model: a folder of photos")
-    parser.add_argument("--quick", action="store_true", help="few images: a minute on two cores")
+    parser.add_argument("--quick", action="store_true", help="few images and steps")
     parser.add_argument("--json", action="store_true", help="one last line of JSON")
     parser.add_argument("--images", type=int, help="how many images")
     parser.add_argument("--tune", action="store_true", help="try settings, on images that are not reported")
@@ -117,8 +93,9 @@ def main() -> int:
     parser.add_argument(
         "--adapters", type=Path, default=evidence.ADAPTERS, help="with --adapter: their folder; with --model a file"
     )
-    parser.add_argument("--plot", type=Path, help="with --adapter: file for a plot of the rates")
-    parser.add_argument("--pictures", type=Path, help="with --adapter: file for a picture, upscaled in several ways")
+    parser.add_argument("--encoder", default=LABELLED, help="its folder in benchmarks/world/weights")
+    parser.add_argument("--plot", type=Path, help="file for a plot of the rates")
+    parser.add_argument("--pictures", type=Path, help="file for a picture, upscaled in several ways")
     parser.add_argument("--model", help="a checkpoint to measure on photos, as for dinotile's command line")
     parser.add_argument("--dino", default="facebook/dinov2-small", help="with --model: the guiding encoder")
     parser.add_argument("--eye", default="facebook/dinov2-base", help="with --model: the encoder that judges")
@@ -129,19 +106,16 @@ def main() -> int:
     parser.add_argument("--steps", type=int, default=20, help="with --model: sampling steps")
     parser.add_argument("--lpips", choices=("alex", "vgg", "none"), default="alex", help="with --model: its network")
     arguments = parser.parse_args()
-    if (arguments.plot or arguments.pictures) and (arguments.quick or not arguments.adapter):
-        parser.error("--plot and --pictures want --adapter, without --quick")
+    if arguments.adapter and arguments.encoder != LABELLED:
+        parser.error(f"--adapter: the adapters are trained for --encoder {LABELLED}")
     if arguments.model:
         from benchmarks.photos import photos
 
         if arguments.photos is None:
             parser.error("--model wants a folder of photos")
         figures = photos(arguments)
-    elif arguments.tune and arguments.adapter:
-        evidence.tune(World(), evidence.Adapters.load(arguments.adapters), arguments.images or 4)
-        return 0
     elif arguments.tune:
-        tune(World(), arguments.images or 4)
+        evidence.tune(*models(arguments), arguments.images or 4)
         return 0
     else:
         figures = closed_world(arguments)
@@ -153,5 +127,8 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    with torch.no_grad():
-        sys.exit(main())
+    try:
+        with torch.no_grad():
+            sys.exit(main())
+    except DinotileError as error:
+        sys.exit(str(error))

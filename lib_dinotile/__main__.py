@@ -187,14 +187,21 @@ def _upscale(arguments: argparse.Namespace) -> None:
     folder = os.path.isdir(arguments.IN)  # then every process has images of its own
     mine, sharing = (jobs[team.rank :: team.size], Team()) if folder else (jobs, team)
     quiet = arguments.quiet or (team.rank > 0 and not folder)
-    bar = tqdm(unit="tile", disable=None if not quiet else True, position=team.rank)
+    bar = tqdm(
+        total=1.0,
+        bar_format="{desc}: {percentage:3.0f}%|{bar}| {elapsed}<{remaining}{postfix}",
+        smoothing=0,  # a tile takes long: its speed alone says little of the rest
+        disable=None if not quiet else True,
+        position=team.rank,
+    )
 
     def say(*lines: str) -> None:
         for line in lines if not quiet else ():
             bar.write(line)
 
-    def progress(done: int, total: int) -> None:
-        bar.total, bar.n = total, done
+    def progress(done: float, text: str) -> None:
+        bar.set_postfix_str(text, refresh=False)
+        bar.n = max(bar.n, done)  # a batch that ran out of memory begins again
         bar.refresh()
 
     host = load_host(generation, progress, team.rank)
@@ -255,6 +262,7 @@ def _upscale(arguments: argparse.Namespace) -> None:
 
     failures: list[tuple[str, int]] = []
     for source, target in mine:
+        bar.reset()
         bar.set_description(source.name)
         try:
             make(source, target)

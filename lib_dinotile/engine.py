@@ -18,7 +18,7 @@ from lib_dinotile.memory import enough_memory
 from lib_dinotile.prompts import check_prompts
 from lib_dinotile.report import Report
 from lib_dinotile.run import Run
-from lib_dinotile.sampling import OutOfMemoryError, chunks, is_out_of_memory
+from lib_dinotile.sampling import OutOfMemoryError, is_out_of_memory
 from lib_dinotile.settings import BOTH, CONSISTENCY, MAX_SIDE, SEMANTIC, Settings
 from lib_dinotile.team import Team
 from lib_dinotile.tiling.canvas import Canvas
@@ -85,15 +85,6 @@ def _passes(plan: TilePlan, settings: Settings) -> list[Tiles]:
     """What is painted, one on top of the other: the plan, and the seam pass over it."""
     seams = [grid for grid, _ in seam_passes(plan, settings.seams, settings.seam_width)]
     return seams if plan.order == "none" else [plan, *seams]
-
-
-def job_count(plan: TilePlan, settings: Settings) -> int:
-    """How many batches there are at most; a canvas that is sampled as a whole is one."""
-    passes = _passes(plan, settings)
-    return sum(
-        1 if tiles.order == "fused" else sum(len(chunks(wave, settings.batch)) for wave in tiles.waves)
-        for tiles in passes
-    )
 
 
 def workload(plan: TilePlan, settings: Settings) -> tuple[int, int]:

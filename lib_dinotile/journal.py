@@ -6,7 +6,6 @@ import json
 import os
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,6 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from lib_dinotile import DinotileError, one_line
-from lib_dinotile.condition.guard import Verdict
 from lib_dinotile.team import Team
 from lib_dinotile.tensorfile import open_tensors
 from lib_dinotile.tiling.plan import Rect
@@ -65,32 +63,25 @@ class Journal:
                 "without --resume"
             )
 
-    def _file(self, step: int, tile: Rect) -> Path:
+    def _file(self, step: str, tile: Rect) -> Path:
         return self._folder / f"pass{step}-x{tile.x}-y{tile.y}.safetensors"
 
-    def get(
-        self, step: int, tiles: Sequence[Rect]
-    ) -> tuple[list[tuple[Tensor, Tensor]], list[str], list[Verdict]] | None:
-        """The tiles (pixels, latents) as they were painted in that pass, the notes, and the guard's verdicts if there
-        was a guard; None if not all are there."""
+    def get(self, step: str, tiles: Sequence[Rect]) -> tuple[list[tuple[Tensor, Tensor]], list[str]] | None:
+        """The tiles (pixels, latents) as they were painted in that step of the run, and the notes; None if not all are
+        there."""
         if not self._begun:
             return None
-        painted, notes, verdicts = [], {}, []
+        painted, notes = [], {}
         try:
             for tile in tiles:
                 with open_tensors(self._file(step, tile)) as file:
                     painted.append((file.get_tensor("pixels").clone(), file.get_tensor("latents").clone()))
                     notes.update(dict.fromkeys(json.loads(file.metadata()["notes"])))
-                    verdict = json.loads(file.metadata()["verdict"])
-                    if verdict is not None:
-                        verdicts.append(Verdict(**verdict))
         except (OSError, SafetensorError, TypeError, KeyError):  # not there, cut off, or of an older kind
             return None
-        return painted, list(notes), verdicts
+        return painted, list(notes)
 
-    def put(
-        self, step: int, tile: Rect, pixels: Tensor, latents: Tensor, notes: Sequence[str], verdict: Verdict | None
-    ) -> None:
+    def put(self, step: str, tile: Rect, pixels: Tensor, latents: Tensor, notes: Sequence[str]) -> None:
         """Keep a painted tile (3, H, W), sampled as these latents (C, h, w), and what there was to say then.
 
         DinotileError if the disk is full.
@@ -107,8 +98,7 @@ class Journal:
                 os.replace(recipe.with_suffix(".part"), recipe)
                 self._begun = True
             tensors = {"pixels": pixels.contiguous(), "latents": latents.contiguous()}
-            told = {"notes": json.dumps(list(notes)), "verdict": json.dumps(verdict and asdict(verdict))}
-            save_file(tensors, file.with_suffix(".part"), told)
+            save_file(tensors, file.with_suffix(".part"), {"notes": json.dumps(list(notes))})
             os.replace(file.with_suffix(".part"), file)
         except (OSError, SafetensorError) as error:
             raise self._unusable(error) from error

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from lib_dinotile.condition.guard import Verdict
+from lib_dinotile.passes import Painted
 from lib_dinotile.tiling.plan import Rect
 
 PAINTED, WAITING = "painted", "not reached"
@@ -24,7 +25,7 @@ class TileReport:
     """What it was told of its own: a caption or the user's words."""
     state: str = WAITING
     seconds: float | None = None
-    """How long it took, a share of its batch's time; None if it was kept from an earlier run."""
+    """How long it took, a share of its batches' time; None if it was kept from an earlier run."""
     verdict: Verdict | None = None
     """The guard's."""
 
@@ -40,11 +41,21 @@ class Report:
     threshold: float | None = None
     """Cosine below which the guard may doubt a patch."""
 
-    def tell(self, tiles: Sequence[Rect], seconds: float | None, verdicts: Mapping[Rect, Verdict]) -> None:
-        """What is known of tiles that are painted: seconds for each, the guard's verdicts on some."""
+    retried: float | None = None
+    """What the guard's retries have cost, as a share of the sampling work without them."""
+
+    def tell(self, tiles: Sequence[Rect], painted: Painted) -> None:
+        """What there is to say of tiles that were painted, once more perhaps."""
         for tile in self.tiles:
-            if tile.area in tiles:
-                tile.seconds, tile.verdict = seconds, verdicts.get(tile.area)
+            if tile.area in tiles and painted.seconds is not None:
+                tile.seconds = (tile.seconds or 0.0) + painted.seconds
+        for note in painted.notes:
+            self.note(note)
+
+    def judge(self, verdicts: Mapping[Rect, Verdict]) -> None:
+        """The guard's verdicts on tiles."""
+        for tile in self.tiles:
+            tile.verdict = verdicts.get(tile.area, tile.verdict)
 
     def note(self, line: str) -> None:
         if line not in self.notes:
@@ -102,6 +113,8 @@ class Report:
             for tile in self.tiles
         ]
         guard = {} if self.threshold is None else {"threshold": self.threshold}
+        if self.retried is not None:
+            guard["retried"] = round(self.retried, 4)
         return {"tiles": tiles, "notes": self.lines, **guard}
 
 

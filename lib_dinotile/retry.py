@@ -1,27 +1,38 @@
-"""Tiles that the guard doubts: what is in doubt is painted again, and at last blended back to the source."""
+"""The guard's policy: when a pass is painted, what is in doubt is painted again, and at last blended back.
+
+Retries have a budget, a share of the sampling work without them: pixels times sampling steps, not seconds, so that the
+image does not depend on the machine. All tiles of a pass are judged first; then those most in doubt are painted again,
+as many as the budget pays for, and what is still in doubt once more. What a pass leaves of its budget the next has too.
+
+Where most tiles are in doubt another seed is no help: then none is painted again, and a note says what to change. Of
+fewer tiles than `FEW` that cannot be told; there the budget alone is the limit.
+"""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from lib_dinotile.condition.guard import BLEND, RETRY, Guard, Verdict
-from lib_dinotile.hosts.base import Interrupted
-from lib_dinotile.neighbours import Seen
+from lib_dinotile.hosts.base import Host, Interrupted
+from lib_dinotile.neighbours import HALF
+from lib_dinotile.passes import Painted, Pass
+from lib_dinotile.report import Report
+from lib_dinotile.sampling import BatchSize, chunks
 from lib_dinotile.settings import Settings
+from lib_dinotile.team import Team
 from lib_dinotile.tiling.canvas import Canvas
 from lib_dinotile.tiling.plan import Rect
 
 WEAKER = 0.7
 """Each retry with less denoise has this share of the denoising strength before."""
-
-Tile = tuple[Tensor, Tensor]
-"""Pixels (3, H, W) as they are to be painted, and latents (C, h, w)."""
+MOST, FEW = 0.5, 4
+"""With more than this share of the tiles in doubt none is painted again, unless there are fewer tiles than that."""
 
 
 @dataclass(frozen=True)
@@ -34,123 +45,294 @@ class Attempt:
     """Share of the denoising strength."""
 
 
-Repaint = Callable[[Sequence[Rect], Sequence[Seen], Attempt], list[Tile]]
-"""Paints tiles again, holding on to what they are told they have seen."""
-
-
 def attempts(settings: Settings) -> list[Attempt]:
-    """First other seeds, then other seeds with less and less denoise."""
+    """First other seeds, then other seeds with less and less denoise; none with another policy."""
+    if settings.guard != RETRY or settings.guard_budget == 0:
+        return []
     seeds, weaker = settings.guard_seeds, settings.guard_weaker
     fresh = [Attempt(1 + number, 1.0) for number in range(seeds)]
     return fresh + [Attempt(1 + seeds + number, WEAKER ** (number + 1)) for number in range(weaker)]
 
 
-class Watch:
-    """The guard and its policy, for the tiles of one canvas."""
+def reserve(settings: Settings) -> float:
+    """What retries may cost, as a share of the work without them."""
+    return min(settings.guard_budget, sum(attempt.denoise for attempt in attempts(settings)))
 
-    def __init__(
-        self, guard: Guard, canvas: Canvas, settings: Settings, factor: int, source: Callable[[Rect], Tensor]
-    ) -> None:
-        """factor: pixels per latent cell; source: gives a tile's source as latents (C, h, w)."""
-        self._guard, self._canvas, self._settings, self._factor = guard, canvas, settings, factor
-        self._source = source
 
-    def __call__(
-        self, tiles: Sequence[Rect], seen: Sequence[Seen | None], done: Sequence[Tile], repaint: Repaint
-    ) -> tuple[list[Tile], list[Verdict]]:
-        """The tiles as they are to be, and what became of each.
+@dataclass
+class Budget:
+    """What retries may cost, and have cost."""
 
-        seen: what neighbours show of them, which stays; done: the tiles as they were painted; repaint: paints some
-        again.
-        """
-        policy = self._settings.guard
-        found = self._guard.distances(tiles, torch.stack([pixels for pixels, _ in done]))
-        watched = [
-            _Watched(self._guard, tile, self._free(tile, one), *entry)
-            for tile, one, *entry in zip(tiles, seen, done, found)
-        ]
-        for attempt in attempts(self._settings) if policy == RETRY else ():
-            doubted = [one for one in watched if one.doubt.any()]
-            if not doubted:
-                break
-            try:
-                self._again(doubted, attempt, repaint)
-            except Interrupted:
-                break  # what is painted already is kept; the user's wish is heard before the next batch
-        if policy in (BLEND, RETRY):
-            for one in watched:
-                self._blend_back(one)
-        return [one.painted for one in watched], [one.verdict for one in watched]
+    share: float
+    """Of the work without them."""
+    work: int = 0
+    """Of the passes so far, without retries."""
+    spent: int = 0
+    """On retries."""
 
-    def _free(self, tile: Rect, seen: Seen | None) -> Tensor | None:
-        """(H, W) in [0, 1]: how much of each pixel the tile may change; None for all of them."""
-        mask = self._canvas.mask(tile)
-        if seen is None:
-            return None if mask is None else mask[0]
-        return (1 - seen.hold[0]) * (1 if mask is None else mask[0])
+    def pays_for(self, cost: int) -> int:
+        """How many more retries of that cost there may be."""
+        return max(0, int((self.share * self.work - self.spent) / cost + 1e-9)) if cost else 0
 
-    def _again(self, watched: Sequence[_Watched], attempt: Attempt, repaint: Repaint) -> None:
-        """One more attempt at what is in doubt of some tiles; of each patch the better one is kept."""
-        tiles = [one.tile for one in watched]
-        fresh = repaint(tiles, [self._hold(one) for one in watched], attempt)
-        found = self._guard.distances(tiles, torch.stack([pixels for pixels, _ in fresh]))
-        mixed = [
-            self._mix(one, one.doubt & (distances < one.distances), new)
-            for one, new, distances in zip(watched, fresh, found)
-        ]
-        found = self._guard.distances(tiles, torch.stack([pixels for pixels, _ in mixed]))
-        for one, new, distances in zip(watched, mixed, found):
-            one.verdict.retries += 1
-            one.verdict.seeds += (attempt.seed,)
-            one.take(new, distances)
+    def used(self, more: int = 0) -> float:
+        """The share of it that is spent, once this is spent, too."""
+        return (self.spent + more) / (self.share * self.work or 1)
 
-    def _hold(self, one: _Watched) -> Seen:
-        """What is not in doubt, as if neighbours had painted it."""
-        pixels, latents = one.painted
-        hold = 1 - self._guard.area(one.tile, one.doubt)
-        return Seen(pixels, hold, latents, F.max_pool2d(1 - hold, self._factor) < 0.5)
 
-    def _mix(self, one: _Watched, patches: Tensor, new: Tile) -> Tile:
-        """The tile with these patches of the new one."""
-        (pixels, latents), share = one.painted, self._guard.area(one.tile, patches)
-        cells = (F.avg_pool2d(share, self._factor) > 0.5).to(latents.device)
-        return torch.lerp(pixels, new[0], share), torch.where(cells, new[1].to(latents), latents)
+@dataclass(frozen=True)
+class Judged:
+    """What the guard finds in a tile."""
 
-    def _blend_back(self, one: _Watched) -> None:
-        """The source, where it is nearer to itself than what was painted."""
-        worse = one.doubt
-        if worse.any():
-            worse = worse & (one.plain() < one.distances)
-        if not worse.any():
-            return
-        source = self._canvas.source(one.tile), self._source(one.tile).cpu()
-        one.verdict.blended = float(worse.sum() / self._guard.own(one.tile, worse, one.free).sum())
-        one.painted = self._mix(one, worse, source)
-        one.judge(self._guard.distances([one.tile], one.painted[0][None])[0])
+    distances: Tensor
+    """(h, w) of its window's patches."""
+    doubt: Tensor
+    """(h, w), true for those in doubt."""
+    excess: float
+    """How far those are beyond the limit, summed up: how much the tile is in doubt."""
+
+    @property
+    def doubtful(self) -> bool:
+        """Whether any of it is in doubt."""
+        return self.excess > 0
+
+
+@dataclass(frozen=True)
+class Change:
+    """What is to become of a tile."""
+
+    judged: Judged
+    """As it will be."""
+    pixels: Tensor | None = None
+    """To be added to the canvas (3, H, W), half precision."""
+    repainted: bool = False
+    blended: float = 0.0
+    """Share of its patches that are blended back to the source."""
+
+
+@dataclass(frozen=True)
+class Shown:
+    """A tile that is painted again, as the canvas shows it."""
+
+    tile: Rect
+    pixels: Tensor
+    """(3, H, W) in [0, 1]."""
+    hold: Tensor
+    """(1, H, W) in [0, 1]: 1 for what is to stay."""
+
+
+class Painter(Protocol):
+    """Who paints the tiles of a pass."""
+
+    def repaint(self, done: Pass, shown: Sequence[Shown], attempt: Attempt) -> Painted:
+        """Tiles painted again, holding on to what is to stay."""
+
+    def keep(self, done: Pass, tiles: Sequence[Rect], painted: Painted, attempt: Attempt) -> None:
+        """They are painted, perhaps by another process."""
+
+    def tell(self, done: Pass, text: str, used: float) -> None:
+        """Say what is being done, and what share of the budget is spent once the next tiles are sampled."""
 
 
 class _Watched:
     """A tile that is watched."""
 
-    def __init__(self, guard: Guard, tile: Rect, free: Tensor | None, painted: Tile, distances: Tensor) -> None:
-        self._guard, self.tile, self.free, self.painted = guard, tile, free, painted
+    def __init__(self, guard: Guard, tile: Rect, fade: Tensor, free: Tensor | None) -> None:
+        self._guard, self.tile, self.fade, self.free = guard, tile, fade, free
         self.plain = functools.cache(lambda: guard.plain(tile))
-        self.verdict = Verdict(0.0, 0.0, 0.0, 0.0)
-        self.judge(distances)
-        self.verdict.before, self.verdict.doubt_before = self.verdict.after, self.verdict.doubt_after
+        self.verdict: Verdict | None = None
 
-    def judge(self, distances: Tensor) -> None:
-        """Of what it shows now."""
-        guard, tile, free = self._guard, self.tile, self.free
-        self.distances, self.doubt = distances, guard.doubt(tile, distances, free, self.plain)
-        own = guard.own(tile, distances, free)
-        self.verdict.after = guard.score(tile, distances, free)
-        self.verdict.doubt_after = float(self.doubt.sum() / own.sum())
+    def take(self, change: Change) -> None:
+        """It has become that."""
+        self.judged, guard = change.judged, self._guard
+        own = guard.own(self.tile, self.judged.distances, self.free)
+        score = guard.score(self.tile, self.judged.distances, self.free)
+        share = float(self.judged.doubt.sum() / own.sum())
+        if self.verdict is None:
+            self.verdict = Verdict(score, score, share, share)
+        self.verdict.after, self.verdict.doubt_after = score, share
+        self.verdict.blended = max(self.verdict.blended, change.blended)
 
-    def take(self, painted: Tile, distances: Tensor) -> None:
-        """Something else in its place, if that is less in doubt."""
-        doubt = self._guard.doubt(self.tile, distances, self.free, self.plain)
-        limit = self._guard.limit
-        if (distances[doubt] - limit).sum() < (self.distances[self.doubt] - limit).sum():
-            self.painted = painted
-            self.judge(distances)
+
+class RetryPolicy:
+    """The guard and its policy, for the canvas of a run."""
+
+    def __init__(
+        self, guard: Guard, canvas: Canvas, settings: Settings, host: Host, size: BatchSize, team: Team, report: Report
+    ) -> None:
+        self._guard, self._canvas, self._settings, self._host = guard, canvas, settings, host
+        self._size, self._team, self._report = size, team, report
+        self.budget = Budget(settings.guard_budget)
+        self._hopeless = False
+
+    def __call__(self, done: Pass, tiles: Sequence[Rect], painter: Painter, stopped: bool) -> None:
+        """Judges these tiles of a pass that is done, mends what is in doubt, and reports.
+
+        stopped: the user does not want to wait for more to be painted.
+        """
+        self.budget.work += len(tiles) * done.cost(done.steps)
+        if not tiles:
+            return
+        painter.tell(done, f"checking {counted(len(tiles), 'tile')}", self.budget.used())
+        watched = [_Watched(self._guard, tile, *self._fades(done, tile)) for tile in tiles]
+        for one, change in self._shared(watched, self._judge):
+            one.take(change)
+        try:
+            if not stopped:
+                self._retry(done, watched, painter)
+        except Interrupted:
+            pass  # what is painted already is kept; the user's wish is heard before the next batch
+        if self._settings.guard in (BLEND, RETRY):
+            for wave in _apart(done, [one for one in watched if one.judged.doubtful]):
+                for one, change in self._shared(wave, self._blend_back):
+                    self._apply(one, change)
+        self._report.judge({one.tile: one.verdict for one in watched})
+        if self._settings.guard == RETRY:
+            self._report.retried = self.budget.spent / (self.budget.work or 1)
+
+    def _fades(self, done: Pass, tile: Rect) -> tuple[Tensor, Tensor | None]:
+        """(H, W) in [0, 1]: how far the tile is mended at each pixel, less where neighbours show; and how much of each
+        it may change, None for all."""
+        fade, mask = (done.blend.weight(tile) / HALF).clamp(max=1), self._canvas.mask(tile)
+        free = fade if mask is None else fade * mask[0]
+        return fade, None if bool((free == 1).all()) else free
+
+    def _shared(
+        self, watched: Sequence[_Watched], work: Callable[[Sequence[_Watched]], list[Change]]
+    ) -> Iterator[tuple[_Watched, Change]]:
+        """`work` on tiles that do not touch, or that nothing is done to, batches of them shared out by the team."""
+        for group in chunks(chunks(watched, self._settings.batch), self._team.size):
+            for batch, found in zip(group, self._team.share(group, work)):
+                yield from zip(batch, found)
+
+    def _see(self, watched: Sequence[_Watched], pixels: Sequence[Tensor]) -> list[Judged]:
+        """The tiles with these pixels (3, H, W), judged."""
+        found: list[Judged] = []
+
+        def look(part: Sequence[tuple[_Watched, Tensor]]) -> None:
+            tiles, shown = [one.tile for one, _ in part], torch.stack([each for _, each in part])
+            for (one, _), distances in zip(part, self._guard.distances(tiles, shown)):
+                doubt = self._guard.doubt(one.tile, distances, one.free, one.plain)
+                beyond = (distances - self._guard.limit).nan_to_num(nan=2.0)
+                found.append(Judged(distances, doubt, float(beyond[doubt].sum())))
+
+        self._size.run(list(zip(watched, pixels)), look)
+        return found
+
+    def _now(self, watched: Sequence[_Watched]) -> list[tuple[Tensor, Judged]]:
+        """The tiles as the canvas shows them, judged."""
+        pixels = [self._canvas.painted(one.tile) for one in watched]
+        return list(zip(pixels, self._see(watched, pixels)))
+
+    def _judge(self, watched: Sequence[_Watched]) -> list[Change]:
+        return [Change(judged) for _, judged in self._now(watched)]
+
+    def _apply(self, one: _Watched, change: Change) -> None:
+        if change.pixels is not None:
+            self._canvas.add(one.tile, change.pixels)
+        one.take(change)
+
+    def _retry(self, done: Pass, watched: Sequence[_Watched], painter: Painter) -> None:
+        """All attempts, each for as many tiles as the budget pays for."""
+        ways, doubtful = attempts(self._settings), sum(one.judged.doubtful for one in watched)
+        if ways and not self._hopeless and len(watched) >= FEW and doubtful > MOST * len(watched):
+            self._hopeless = True
+            self._report.note(
+                f"the guard doubts most tiles ({doubtful} of {len(watched)}) and paints none of them again: use less "
+                "denoising strength, another checkpoint or a looser (higher) guard threshold"
+            )
+        if self._hopeless:
+            return
+        denoise = self._host.denoise if done.denoise is None else done.denoise
+        for number, attempt in enumerate(ways, 1):
+            cost = done.cost(self._host.steps(denoise * attempt.denoise))
+            most_first = sorted((one for one in watched if one.judged.doubtful), key=lambda one: -one.judged.excess)
+            chosen = most_first[: self.budget.pays_for(cost)]
+            text = f"repainting {counted(len(chosen), 'doubtful tile')}{f', attempt {number}' if number > 1 else ''}"
+            for wave in _apart(done, chosen):
+                for group in chunks(chunks(wave, self._settings.batch), self._team.size):
+                    if self._host.interrupted():
+                        raise Interrupted
+                    painter.tell(done, text, self.budget.used(cost * sum(map(len, group))))
+                    self._again(done, group, attempt, cost, painter)
+        left = sum(one.judged.doubtful and not one.verdict.retries for one in watched)
+        if left and ways:
+            self._report.note(
+                f"guard: {counted(left, 'doubtful tile')} not painted again: the retry budget of "
+                f"{self.budget.share:g} is used up"
+            )
+
+    def _again(
+        self, done: Pass, group: Sequence[Sequence[_Watched]], attempt: Attempt, cost: int, painter: Painter
+    ) -> None:
+        """One more attempt at what is in doubt of some batches of tiles, one batch for each of the team."""
+        found = self._team.share(group, lambda batch: self._mend(done, batch, attempt, painter))
+        for batch, (changes, painted) in zip(group, found):
+            again = [one for one, change in zip(batch, changes) if change.repainted]
+            for one, change in zip(batch, changes):
+                self._apply(one, change)
+            for one in again:
+                one.verdict.retries += 1
+                one.verdict.seeds += (attempt.seed,)
+            self.budget.spent += cost * len(again)
+            if painted is not None:
+                painter.keep(done, [one.tile for one in again], painted, attempt)
+        for _, painted in found:
+            if painted is not None and painted.error is not None:
+                raise painted.error
+
+    def _mend(
+        self, done: Pass, batch: Sequence[_Watched], attempt: Attempt, painter: Painter
+    ) -> tuple[list[Change], Painted | None]:
+        """Of each patch in doubt the better of what shows and one more attempt; nothing for tiles that neighbours have
+        mended already."""
+        now = self._now(batch)
+        changes = [Change(judged) for _, judged in now]
+        doubted = [number for number, (_, judged) in enumerate(now) if judged.doubtful]
+        if not doubted:
+            return changes, None
+        shown = [
+            Shown(batch[number].tile, now[number][0], 1 - self._guard.area(batch[number].tile, now[number][1].doubt))
+            for number in doubted
+        ]
+        painted = painter.repaint(done, shown, attempt)
+        doubted = doubted[: len(painted.tiles)]
+        ones, before = [batch[number] for number in doubted], [now[number] for number in doubted]
+        fresh = [pixels.float() for pixels, _ in painted.tiles]
+        mixed = [
+            self._mix(one, judged.doubt & (new.distances < judged.distances), pixels, other)
+            for one, (pixels, judged), new, other in zip(ones, before, self._see(ones, fresh), fresh)
+        ]
+        for number, (pixels, judged), new, other in zip(doubted, before, self._see(ones, mixed), mixed):
+            better = new.excess < judged.excess
+            changes[number] = Change(new, (other - pixels).half(), True) if better else Change(judged, None, True)
+        return changes, painted
+
+    def _mix(self, one: _Watched, patches: Tensor, pixels: Tensor, other: Tensor) -> Tensor:
+        """The tile (3, H, W) with these patches (h, w) of another."""
+        return torch.lerp(pixels, other, self._guard.area(one.tile, patches) * one.fade)
+
+    def _blend_back(self, watched: Sequence[_Watched]) -> list[Change]:
+        """The source, where it is nearer to itself than what was painted."""
+        changes, mixed = [], {}
+        for number, (one, (pixels, judged)) in enumerate(zip(watched, self._now(watched))):
+            changes.append(Change(judged))
+            worse = judged.doubt & (one.plain() < judged.distances) if judged.doubtful else judged.doubt
+            if worse.any():
+                share = float(worse.sum() / self._guard.own(one.tile, worse, one.free).sum())
+                mixed[number] = share, pixels, self._mix(one, worse, pixels, self._canvas.source(one.tile))
+        found = self._see([watched[number] for number in mixed], [other for *_, other in mixed.values()])
+        for (number, (share, pixels, other)), judged in zip(mixed.items(), found):
+            changes[number] = Change(judged, (other - pixels).half(), blended=share)
+        return changes
+
+
+def _apart(done: Pass, watched: Sequence[_Watched]) -> list[list[_Watched]]:
+    """The tiles in groups of which no two overlap."""
+    by_tile = {one.tile: one for one in watched}
+    waves = [[by_tile[tile] for tile in wave if tile in by_tile] for wave in done.plan.apart]
+    return [wave for wave in waves if wave]
+
+
+def counted(count: int, noun: str) -> str:
+    """As "1 tile" and "3 tiles"."""
+    return f"{count} {noun}{'' if count == 1 else 's'}"

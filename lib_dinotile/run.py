@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import functools
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -13,14 +11,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lib_dinotile.condition.conditioner import Conditions
-from lib_dinotile.condition.guard import OFF, Verdict
+from lib_dinotile.condition.guard import OFF
 from lib_dinotile.hosts.base import Batch, Host, Interrupted
 from lib_dinotile.journal import Journal
 from lib_dinotile.latents import SourceLatents, decode, pieces
-from lib_dinotile.neighbours import HALF, Neighbours, Seen
+from lib_dinotile.neighbours import Neighbours, Seen
+from lib_dinotile.passes import Painted, Pass
+from lib_dinotile.progress import Meter, Progress
 from lib_dinotile.prompts import TilePrompts
 from lib_dinotile.report import FLAT, PAINTED, UNMASKED, Report, TileReport
-from lib_dinotile.retry import Attempt, Watch
+from lib_dinotile.retry import Attempt, RetryPolicy, Shown, counted, reserve
 from lib_dinotile.sampling import BatchSize, Fused, Whole, chunks, in_full_precision
 from lib_dinotile.settings import Settings
 from lib_dinotile.team import Team
@@ -31,24 +31,6 @@ from lib_dinotile.tiling.flat import detail
 from lib_dinotile.tiling.noise import NoiseField, TileNoise
 from lib_dinotile.tiling.plan import Rect, TilePlan, Tiles
 from lib_dinotile.tiling.seams import seam_passes
-
-
-@dataclass
-class Painted:
-    """What became of a batch of tiles."""
-
-    tiles: list[tuple[Tensor, Tensor]]
-    """As they are to be painted (3, H, W), and as they were sampled (C, h, w), half precision; as many as were done."""
-    notes: Sequence[str] = ()
-    """What there is to say."""
-    error: BaseException | None = None
-    """What broke it off."""
-    kept: bool = False
-    """Whether the journal has them already."""
-    verdicts: Sequence[Verdict] = ()
-    """The guard's, one a tile, if there is a guard."""
-    seconds: float | None = None
-    """How long a tile took, where they were not kept."""
 
 
 class Run:
@@ -69,21 +51,30 @@ class Run:
         self._conditions, self._journal, self._team = conditions, journal, team
         self.report = Report([TileReport(number, tile) for number, tile in enumerate(plan.tiles, 1)])
         self.report.notes += conditions.notes
-        self._watch = None
-        if conditions.guard and settings.guard != OFF:
-            self.report.threshold = 1 - conditions.guard.limit
-            self._watch = Watch(conditions.guard, canvas, settings, host.factor, lambda tile: self._encoded(tile))
         self._pieces = pieces(plan, plan.padded, host.factor)
         self._size = BatchSize(settings.batch, host.free_memory, self.report.note)
+        self._guard = None
+        if conditions.guard and settings.guard != OFF:
+            self.report.threshold = 1 - conditions.guard.limit
+            self._guard = RetryPolicy(conditions.guard, canvas, settings, host, self._size, team, self.report)
         for tile in self.report.tiles:
             tile.state = self._left_out(tile.area) or tile.state
-        passes: list[tuple[Tiles, Blend, float | None]] = []
+        self._passes = [
+            Pass(number, *entry, host.steps(entry[-1])) for number, entry in enumerate(self._grids(plan, settings))
+        ]
+        self.done, self.total = 0, sum(len(each.tiles) for each in self._passes)
+        self._meter = Meter([each.work for each in self._passes], reserve(settings) if self._guard else 0.0)
+        self._ahead = 0.0
+
+    def _grids(self, plan: TilePlan, settings: Settings) -> Iterator[tuple[Tiles, Blend, list[Rect], float | None]]:
+        """What is painted, one on top of the other: grid, weights, tiles, and denoising strength."""
+        grids: list[tuple[Tiles, Blend, float | None]] = []
         if settings.order != "none":
-            passes.append((plan, Blend(plan, RIM), None))
+            grids.append((plan, Blend(plan, RIM), None))
         seams = seam_passes(plan, settings.seams, settings.seam_width)
-        passes += [(grid, blend, settings.seam_denoise) for grid, blend in seams]
-        self._passes = [(*entry, [tile for tile in entry[0].tiles if not self._left_out(tile)]) for entry in passes]
-        self.done, self.total = 0, sum(len(wanted) for *_, wanted in self._passes)
+        grids += [(grid, blend, settings.seam_denoise) for grid, blend in seams]
+        for grid, blend, denoise in grids:
+            yield grid, blend, [tile for tile in grid.tiles if not self._left_out(tile)], denoise
 
     @property
     def painted(self) -> list[Rect]:
@@ -102,26 +93,35 @@ class Run:
     def paint(self) -> None:
         """All passes, one on top of the other."""
         self._prompts = TilePrompts(self._host, self.canvas, self._plan, self._settings, self.report)
-        self._progress(())
-        for step, (tiles, blend, denoise, wanted) in enumerate(self._passes):
-            if step:
+        self._progress(0.0)
+        for now in self._passes:
+            if now.number:
                 self.canvas.flatten()
             if self._host.interrupted():
                 raise Interrupted
-            if not wanted:
+            if not now.tiles:
                 continue
             # What a tile starts from, as latents (C, h, w).
             self._encoded = SourceLatents(self._host, self.canvas, self._pieces, self.report.note).crop
-            self._neighbours = Neighbours(self.canvas, tiles, blend, self._host.factor)
             try:
-                if tiles.order == "fused":
-                    self._fuse(blend, wanted)
-                else:
-                    self._waves(step, tiles, blend, denoise, wanted)
+                self._pass(now)
             finally:  # an image of the canvas is made now, and the memory may not be there for both
-                del self._encoded, self._neighbours
+                del self._encoded
             if self._settings.colour != "none":
-                self._level(blend, wanted)
+                self._level(now.blend, now.tiles)
+        self._progress(1.0, f"painted {counted(self.done, 'tile')}")
+
+    def _pass(self, now: Pass) -> None:
+        """All of its tiles painted, and then checked; those that are painted, if the user stops it."""
+        good: list[Rect] = []
+        try:
+            (self._fuse if now.plan.order == "fused" else self._waves)(now, good)
+        except Interrupted:
+            if self._guard:
+                self._guard(now, good, self, stopped=True)
+            raise
+        if self._guard:
+            self._guard(now, good, self, stopped=False)
 
     def _level(self, blend: Blend, tiles: Sequence[Rect]) -> None:
         """Colours that are right in every tile can be wrong where tiles are blended: shift what the canvas shows of
@@ -135,71 +135,104 @@ class Run:
         for tile, shift in zip(tiles, shifts):
             canvas.add(tile, shift * blend.weight(tile))
 
-    def _progress(self, tiles: Sequence[Rect]) -> None:
-        for tile in self.report.tiles:
-            if tile.area in tiles:
-                tile.state = PAINTED
-        self.done += len(tiles)
-        self._host.progress(self.done, self.total, self.canvas)
+    def _progress(self, ahead: float, text: str = "") -> None:
+        """ahead: share of the whole run that is done once the next tiles are sampled."""
+        before, self._ahead = self._ahead, max(self._ahead, ahead)
+        text = text or f"painting tiles: {self.done} of {self.total}"
+        self._host.progress(Progress(before, self._ahead, text), self.canvas)
 
-    def _waves(self, step: int, plan: Tiles, blend: Blend, denoise: float | None, wanted: Sequence[Rect]) -> None:
-        """Tiles sampled and painted, one wave after the other."""
-        chosen = set(wanted)
-        for wave in plan.waves:
+    def tell(self, done: Pass, text: str, used: float) -> None:
+        self._progress(self._meter.repainting(done.number, used), text)
+
+    def _waves(self, now: Pass, good: list[Rect]) -> None:
+        """Tiles sampled and painted, one wave after the other; good: gets those that are painted."""
+        chosen, neighbours = set(now.tiles), Neighbours(self.canvas, now.plan, now.blend, self._host.factor)
+
+        def work(tiles: Sequence[Rect]) -> Painted:
+            seen = {tile: neighbours.seen(tile) for tile in tiles}
+            return self._batch(
+                str(now.number),
+                tiles,
+                lambda part: self._attempt(part, [seen[tile] for tile in part], now.denoise, self._noise),
+            )
+
+        for wave in now.plan.waves:
             batches = chunks([tile for tile in wave if tile in chosen], self._settings.batch)
             for group in chunks(batches, self._team.size):
                 if self._host.interrupted():
                     raise Interrupted
-                done = self._team.share(group, lambda tiles: self._batch(step, tiles, denoise))
+                share = (len(good) + sum(map(len, group))) / len(now.tiles)
+                self._progress(self._meter.painting(now.number, share))
+                done = self._team.share(group, work)
                 for batch, painted in zip(group, done):
-                    self._paint(step, blend, batch, painted)
+                    self._paint(now, batch, painted, neighbours)
+                    good += batch[: len(painted.tiles)]
                 for painted in done:
                     if painted.error is not None:
                         raise painted.error
 
-    def _paint(self, step: int, blend: Blend, tiles: Sequence[Rect], painted: Painted) -> None:
-        verdicts = dict(zip(tiles, painted.verdicts))
-        self.report.tell(tiles[: len(painted.tiles)], painted.seconds, verdicts)
+    def _paint(self, now: Pass, tiles: Sequence[Rect], painted: Painted, neighbours: Neighbours) -> None:
         for tile, (pixels, latents) in zip(tiles, painted.tiles):
-            self.canvas.paint(tile, pixels, blend.weight(tile))
-            self._neighbours.add(tile, latents)
-        for note in painted.notes:
-            self.report.note(note)
-        self._progress(tiles[: len(painted.tiles)])
+            self.canvas.paint(tile, pixels, now.blend.weight(tile))
+            neighbours.add(tile, latents)
+        self._count(tiles[: len(painted.tiles)])
+        self._keep(str(now.number), tiles, painted)
+
+    def _count(self, tiles: Sequence[Rect]) -> None:
+        """They are painted."""
+        for tile in self.report.tiles:
+            if tile.area in tiles:
+                tile.state = PAINTED
+        self.done += len(tiles)
+
+    def _keep(self, step: str, tiles: Sequence[Rect], painted: Painted) -> None:
+        """Reports tiles, and has the journal keep them."""
+        self.report.tell(tiles[: len(painted.tiles)], painted)
         if self._journal and not painted.kept:  # they are painted, also if the disk has no room for them
             for tile, (pixels, latents) in zip(tiles, painted.tiles):
-                self._journal.put(step, tile, pixels, latents, painted.notes, verdicts.get(tile))
+                self._journal.put(step, tile, pixels, latents, painted.notes)
 
-    def _batch(self, step: int, tiles: Sequence[Rect], denoise: float | None) -> Painted:
+    def _batch(
+        self, step: str, tiles: Sequence[Rect], paint: Callable[[Sequence[Rect]], list[tuple[Tensor, Tensor]]]
+    ) -> Painted:
+        """Tiles as the journal has them, or else as `paint` gives them (pixels, latents), some at a time."""
         kept = self._journal.get(step, tiles) if self._journal else None
         if kept is not None:
-            painted, notes, verdicts = kept
-            return Painted(painted, notes, kept=True, verdicts=verdicts)
+            return Painted(*kept, kept=True)
         done: list[tuple[Tensor, Tensor]] = []
-        verdicts: list[Verdict] = []
         known, error, began = len(self.report.notes), None, time.perf_counter()
 
         def work(part: Sequence[Rect]) -> None:
-            painted, found = self._work(part, denoise)
-            done.extend(painted)
-            verdicts.extend(found)
+            done.extend((pixels.half(), latents.half()) for pixels, latents in paint(part))
 
         try:
             self._size.run(tiles, work)
         except (Exception, KeyboardInterrupt) as caught:
             error = caught
         seconds = (time.perf_counter() - began) / max(1, len(done))
-        return Painted(done, self.report.notes[known:], error, verdicts=verdicts, seconds=seconds)
+        return Painted(done, self.report.notes[known:], error, seconds=seconds)
 
-    def _work(
-        self, tiles: Sequence[Rect], denoise: float | None
-    ) -> tuple[list[tuple[Tensor, Tensor]], Sequence[Verdict]]:
-        """The tiles as `Painted` has them, watched by the guard."""
-        seen = [self._neighbours.seen(tile) for tile in tiles]
-        done, verdicts = self._attempt(tiles, seen, denoise, self._noise), []
-        if self._watch:
-            done, verdicts = self._watch(tiles, seen, done, functools.partial(self._repaint, denoise))
-        return [(pixels.half(), latents.half()) for pixels, latents in done], verdicts
+    def repaint(self, done: Pass, shown: Sequence[Shown], attempt: Attempt) -> Painted:
+        """Tiles once more, for the guard."""
+        known = {one.tile: one for one in shown}
+        denoise = self._host.denoise if done.denoise is None else done.denoise
+        noise = self._noise.reseeded(attempt.seed)
+        return self._batch(
+            _step(done, attempt),
+            list(known),
+            lambda part: self._attempt(
+                part, [self._held(known[tile]) for tile in part], denoise * attempt.denoise, noise
+            ),
+        )
+
+    def keep(self, done: Pass, tiles: Sequence[Rect], painted: Painted, attempt: Attempt) -> None:
+        self._keep(_step(done, attempt), tiles, painted)
+
+    def _held(self, one: Shown) -> Seen:
+        """What is to stay of a tile, as if neighbours had painted it."""
+        latents = self._host.encode(one.pixels[None])[0]
+        latents = torch.where(latents.isfinite(), latents, self._encoded(one.tile).to(latents))
+        return Seen(one.pixels, one.hold, latents, F.max_pool2d(1 - one.hold, self._host.factor) < 0.5)
 
     def _attempt(
         self, tiles: Sequence[Rect], seen: Sequence[Seen | None], denoise: float | None, noise: NoiseField
@@ -216,13 +249,6 @@ class Run:
             done[number] = mended if finite else (self.canvas.source(tile), self._encoded(tile).cpu())
             self._not_a_number(tile, finite)
         return [(self._finish(tile, one, pixels), latents) for tile, one, (pixels, latents) in zip(tiles, seen, done)]
-
-    def _repaint(
-        self, denoise: float | None, tiles: Sequence[Rect], seen: Sequence[Seen], attempt: Attempt
-    ) -> list[tuple[Tensor, Tensor]]:
-        """The tiles once more, for the guard."""
-        denoise = self._host.denoise if denoise is None else denoise
-        return self._attempt(tiles, seen, denoise * attempt.denoise, self._noise.reseeded(attempt.seed))
 
     def _not_a_number(self, tile: Rect, mended: bool) -> None:
         numbers = [known.number for known in self.report.tiles if known.area == tile]
@@ -276,8 +302,12 @@ class Run:
         sampled = host.sample(latents, views, noise, size, denoise, self._mask(tiles, seen))
         return list(zip(host.decode(sampled), sampled.cpu()))
 
-    def _fuse(self, blend: Blend, wanted: Sequence[Rect]) -> None:
-        """The canvas sampled as a whole through its tiles; encoded and decoded in few large pieces."""
+    def _fuse(self, now: Pass, good: list[Rect]) -> None:
+        """The canvas sampled as a whole through its tiles; encoded and decoded in few large pieces.
+
+        good: gets the tiles that are painted.
+        """
+        wanted = now.tiles
         host, plan, factor = self._host, self._plan, self._host.factor
         whole = Rect(0, 0, *plan.padded)
         latents, began = self._encoded(whole)[None], time.perf_counter()
@@ -294,33 +324,17 @@ class Run:
             sampled = host.sample(latents, views, noise, (plan.width, plan.height), None, mask)
             return sampled, views.lost if sampled.isfinite().all() else set(wanted)
 
+        self._progress(self._meter.painting(now.number, 1.0), f"painting {len(wanted)} tiles together")
         sampled, lost = sample()
         if lost:
             first = [tile for tile in wanted if tile in lost]
             sampled, lost = in_full_precision(host, sample) or (sampled, lost)
             for tile in first:
                 self._not_a_number(tile, mended=tile not in lost)
-        good = [tile for tile in wanted if tile not in lost]
-        sampled = torch.where(sampled.isfinite(), sampled, latents)
-        self._decode(blend, good, sampled)
-        self._progress(wanted)  # they are painted, also if the guard fails
-        verdicts = self._watch_fused(blend, good, lambda tile: sampled[cells(tile)].cpu()) if self._watch else {}
-        self.report.tell(wanted, (time.perf_counter() - began) / len(wanted), verdicts)
-
-    def _watch_fused(
-        self, blend: Blend, tiles: Sequence[Rect], latents: Callable[[Rect], Tensor]
-    ) -> dict[Rect, Verdict]:
-        """The guard's verdicts on a canvas that was sampled as a whole. What it mends fades out as tiles do."""
-        canvas, verdicts = self.canvas, {}
-        for batch in chunks(tiles, self._size.limit):
-            if self._host.interrupted():
-                break
-            done = [(canvas.painted(tile), latents(tile)) for tile in batch]
-            mended, found = self._watch(batch, [None] * len(batch), done, functools.partial(self._repaint, None))
-            verdicts.update(zip(batch, found))
-            for tile, (before, _), (after, _) in zip(batch, done, mended):
-                canvas.add(tile, (after - before) * (blend.weight(tile) / HALF).clamp(max=1))
-        return verdicts
+        good += [tile for tile in wanted if tile not in lost]
+        self._decode(now.blend, good, torch.where(sampled.isfinite(), sampled, latents))
+        self._count(wanted)
+        self.report.tell(wanted, Painted([], seconds=(time.perf_counter() - began) / len(wanted)))
 
     def _decode(self, blend: Blend, tiles: Sequence[Rect], latents: Tensor) -> None:
         """Paint the canvas's latents, as far as they belong to these tiles."""
@@ -345,3 +359,8 @@ class Run:
                 weight[part.within(piece).slices] += blend.weight(tile)[part.within(tile).slices]
         corrected = correct(pixels.clamp(0, 1), source, self._settings.colour, weight > 0)
         return torch.lerp(source, corrected, weight.clamp(max=1))
+
+
+def _step(done: Pass, attempt: Attempt) -> str:
+    """How the journal names an attempt to paint tiles of a pass again."""
+    return f"{done.number}-retry{attempt.seed}"

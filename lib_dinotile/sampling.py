@@ -25,7 +25,7 @@ class Whole:
     def __init__(self, batch: Batch, pixels: Callable[[], Tensor]) -> None:
         """pixels: gives what the tiles start from, (k, 3, H, W)."""
         self._batch, self.pixels = batch, pixels
-        self.limit = self.count = len(batch.tiles)
+        self.limit = len(batch.tiles)
         self.tile_size = batch.tiles[0].width, batch.tiles[0].height
         self.conditioned = batch.condition is not None
         self.prompts = [prompt for prompt in batch.prompts if prompt is not None]
@@ -59,9 +59,11 @@ class Fused:
         self._factor, self._make, self._size, self._team = factor, make, size, team
         self.lost: set[Rect] = set()
         """Tiles for which the model gave what is not a number."""
-        self.limit, self.count = size.limit, len(wanted)
+        self.limit = size.limit
         self._blend = Blend(plan.shrink(factor), rim=1)
         self._batches = [make(tiles) for tiles in chunks(wanted, size.asked)]
+        self._parts: dict[tuple[Rect, ...], Batch] = {}
+        """Batches of fewer tiles, where the memory does not hold those; guidance goes on in them from step to step."""
         self.tile_size = plan.tile_size
         self.conditioned = any(batch.condition is not None for batch in self._batches)
         self.prompts = [prompt for batch in self._batches for prompt in batch.prompts if prompt is not None]
@@ -89,12 +91,15 @@ class Fused:
 
         def look(tiles: Sequence[Rect]) -> None:
             areas = [tile.shrink(self._factor) for tile in tiles]
-            part = batch if len(tiles) == len(batch.tiles) else self._make(tiles)
+            key = tuple(tiles)
+            if len(tiles) < len(batch.tiles) and key not in self._parts:
+                self._parts[key] = self._make(tiles)
+            part = self._parts.get(key, batch)
             outputs.extend(see(torch.cat([x[(..., *area.slices)] for area in areas]), part))
+            if part.condition is not None:
+                part.condition.forget()
 
         self._size.run(batch.tiles, look)
-        if batch.condition is not None:
-            batch.condition.forget()
         return [out.cpu() for out in outputs] if self._team.size > 1 else outputs
 
 

@@ -250,7 +250,7 @@ class Settings(Options):
         only_with=_adapted,
     )
     guidance: float = option(
-        0.5,
+        1.0,
         "Stay true to the source",
         "How strongly every tile is steered towards what DINO sees in the source there (guidance strength). 0 is off.",
         minimum=0.0,
@@ -269,9 +269,9 @@ class Settings(Options):
         only_with=_guided,
     )
     guidance_end: float = option(
-        0.6,
+        0.85,
         "Guidance end",
-        "Share of the steps after which guidance stops. The model itself makes a clean picture of the last.",
+        "Share of the steps after which guidance stops; the last steps run unguided.",
         minimum=0.0,
         maximum=1.0,
         step=0.05,
@@ -279,7 +279,7 @@ class Settings(Options):
         only_with=_guided,
     )
     every: int = option(
-        2,
+        1,
         "Guidance every",
         "Guides at every n-th step; more is faster.",
         minimum=1,
@@ -289,7 +289,7 @@ class Settings(Options):
         only_with=_guided,
     )
     views: int = option(
-        1,
+        2,
         "Guidance views",
         "How often the encoder looks at each of them, every time a little beside; more steers better and is slower.",
         minimum=1,
@@ -307,7 +307,7 @@ class Settings(Options):
         only_with=_guided,
     )
     layer: int = option(
-        3,
+        2,
         "Guidance layer",
         "Layer of the encoder that guidance looks at, counted from the end: 1 is the last.",
         minimum=1,
@@ -336,7 +336,7 @@ class Settings(Options):
     guard_seeds: int = option(
         2,
         "Retries with other seeds",
-        "How often what is in doubt is painted again.",
+        "How often what is in doubt is painted again, at most.",
         minimum=0,
         maximum=16,
         step=1,
@@ -351,6 +351,17 @@ class Settings(Options):
         maximum=16,
         step=1,
         infotext="DINO Tile guard weaker",
+        only_with=lambda settings: settings.guard == RETRY,
+    )
+    guard_budget: float = option(
+        0.5,
+        "Retry budget",
+        "What painting again may cost at most, as a share of the sampling work (pixels times steps, not seconds) "
+        "without it; tiles most in doubt come first. 0: nothing is painted again.",
+        minimum=0.0,
+        maximum=10.0,
+        step=0.05,
+        infotext="DINO Tile guard budget",
         only_with=lambda settings: settings.guard == RETRY,
     )
     guard_strictness: float = option(

@@ -293,3 +293,14 @@ def test_a_file_that_is_no_checkpoint_is_refused_with_one_line(tmp_path):
         ) as error:
             load_host(Generation(model=str(tmp_path / name)))
         assert "\n" not in str(error.value)
+
+
+def test_progress_goes_on_step_by_step_and_never_back():
+    told = []
+    host = load_host(Generation(steps=4, denoise=0.5), lambda share, text: told.append((share, text)))
+    settings = Settings(tile=64, overlap=0, guidance=0.0, guard="off", seams="bands", batch=1)
+    upscale(host, SOURCE, settings, NoiseField(3, host.channels))
+    shares = [share for share, _ in told]
+    assert shares == sorted(shares) and (shares[0], shares[-1]) == (0, 1) and len(set(shares)) > 2 * 6
+    count = told[0][1].removeprefix("painting tiles: 0 of ")
+    assert int(count) > 6 and told[-1][1] == f"painted {count} tiles"

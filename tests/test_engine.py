@@ -1,6 +1,7 @@
 """The flow, on a host that does what the test says."""
 
 import contextlib
+import itertools
 
 import numpy as np
 import pytest
@@ -78,8 +79,11 @@ class StubHost:
     def interrupted(self):
         return self._stop_after is not None and len(self.sampled) >= self._stop_after
 
-    def progress(self, done, total, canvas):
-        self.seen.append((done, total))
+    def steps(self, denoise=None):
+        return 8
+
+    def progress(self, progress, canvas):
+        self.seen.append(progress)
 
 
 def noisy(latents, noise):
@@ -133,7 +137,10 @@ def test_a_later_wave_sees_what_earlier_ones_painted():
 def test_progress_counts_tiles():
     host = StubHost()
     upscale(host, random_image(100, 40), Settings(tile=64, overlap=0, batch=4), NoiseField(0, 4))
-    assert host.seen[0] == (0, 8) and host.seen[-1] == (8, 8)
+    texts = [look.text for look in host.seen]
+    assert texts[0] == "painting tiles: 0 of 8" and texts[-1] == "painted 8 tiles"
+    assert [look.done for look in host.seen] == [0, 0, 0.25, 0.5, 0.75, 1]
+    assert all(look.ahead == after.done for look, after in itertools.pairwise(host.seen))
 
 
 def test_stopped_between_batches_the_painted_tiles_stay():

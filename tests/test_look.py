@@ -11,7 +11,7 @@ from PIL import Image
 
 from lib_dinotile.condition import guard as guards
 from lib_dinotile.condition.guard import Floor, Guard, rehearsal_size, rehearse
-from lib_dinotile.condition.guidance import DISTANCES, PATCHES, Guidance
+from lib_dinotile.condition.guidance import DISTANCES, PATCHES, SELF_SIMILARITY, Guidance
 from lib_dinotile.dino.encoder import load_encoder
 from lib_dinotile.dino.field import FeatureField, feature_field
 from lib_dinotile.dino.look import Look
@@ -34,6 +34,13 @@ class Colours:
 
     def several(self, pixels, wanted):
         return [self(pixels, *each) for each in wanted]
+
+
+class Blind(Colours):
+    """All features are nearly the same."""
+
+    def __call__(self, pixels, layer=-1, facet="tokens"):
+        return super().__call__(pixels, layer, facet) + 10
 
 
 def colours(image):
@@ -108,7 +115,7 @@ def latents(pixels):
 
 @pytest.mark.parametrize("inference", [False, True])
 @pytest.mark.parametrize("distance", DISTANCES)
-def test_guidance_moves_the_picture_towards_the_source_and_by_the_length_asked_for(inference, distance):
+def test_guidance_moves_x0_towards_the_source_and_by_no_more_than_asked_for(inference, distance):
     source, painted = random_image(*SIZE), random_image(*SIZE, seed=5)
     canvas, tiles = Canvas(source, PLAN), PLAN.tiles[:3]
     wrong = Canvas(painted, PLAN)
@@ -126,7 +133,57 @@ def test_guidance_moves_the_picture_towards_the_source_and_by_the_length_asked_f
         assert after > before + 0.02
     change, reference = moved - x0, x0 - start
     ratio = change.square().mean((1, 2, 3)).sqrt() / reference.square().mean((1, 2, 3)).sqrt()
-    assert torch.allclose(ratio, torch.full((3,), 0.5), rtol=1e-3)
+    if distance == PATCHES:
+        assert (ratio > 0.1).all() and (ratio < 1.001).all()
+    else:
+        assert torch.allclose(ratio, torch.ones(3), rtol=1e-3)  # twice the strength at the first step, 0 after the last
+
+
+def test_the_steps_of_guidance_shrink_as_the_noise_does():
+    source = random_image(*SIZE)
+    canvas, tiles = Canvas(source, PLAN), PLAN.tiles[:1]
+    made = guidance(source, distance=SELF_SIMILARITY)
+    x0 = latents(Canvas(random_image(*SIZE, seed=5), PLAN).source(tiles[0])[None])
+
+    def length(step):
+        guide = made.of(canvas, tiles, lambda tile: latents(canvas.source(tile)[None])[0])
+        return (guide(x0, step, 8) - x0).square().mean().sqrt()
+
+    lengths = [float(length(step) / length(0)) for step in range(8)]
+    assert lengths == pytest.approx([1 - step / 8 for step in range(8)], rel=1e-3)
+
+
+def test_guidance_moves_nothing_by_much_that_is_not_worth_it():
+    """An encoder that hardly sees any difference between the pictures: far from it a full step is not worth it."""
+    source, wrong = random_image(*SIZE), Canvas(random_image(*SIZE, seed=5), PLAN)
+    canvas, tiles = Canvas(source, PLAN), PLAN.tiles[:1]
+    x0 = latents(wrong.source(tiles[0])[None])
+
+    def moved(made):
+        guide = made.of(canvas, tiles, lambda tile: latents(canvas.source(tile)[None])[0])
+        return (guide(x0, 0, 4) - x0).square().mean().sqrt()
+
+    made = guidance(source)
+    blind = Blind()
+    field = FeatureField(feature_field(blind, to_tensor(source), SIZE, patches=24).features, SIZE)
+    assert moved(replace(made, look=replace(made.look, encoder=blind, field=field))) < 0.05 * moved(made)
+
+
+def test_what_all_steps_agree_on_adds_up():
+    """The second step goes on in the direction of the first where its own gradient is at odds with that."""
+    source = random_image(*SIZE)
+    canvas, tiles = Canvas(source, PLAN), PLAN.tiles[:1]
+    made = guidance(source, distance=SELF_SIMILARITY)
+    first, second = (latents(Canvas(random_image(*SIZE, seed=seed), PLAN).source(tiles[0])[None]) for seed in (5, 6))
+
+    def guide():
+        return made.of(canvas, tiles, lambda tile: latents(canvas.source(tile)[None])[0])
+
+    going, fresh = guide(), guide()
+    before = first - going(first, 0, 4)
+    after, alone = second - going(second, 1, 4), second - fresh(second, 1, 4)
+    along, across = (F.cosine_similarity(x.flatten(), before.flatten(), dim=0) for x in (after, alone))
+    assert along > 0.4 and across < 0.3
 
 
 def test_every_tile_is_guided_for_itself_whatever_the_batch_and_whichever_are_chosen():

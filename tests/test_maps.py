@@ -79,7 +79,7 @@ def test_analyze_writes_both_maps(tmp_path, capsys):
     compared = ["--result", str(tmp_path / "result.png")]
     assert cli.main(["analyze", str(tmp_path / "in.png"), str(out), *more, *compared]) == 0
     other = np.asarray(Image.open(tmp_path / "map-consistency.png"))[:90, 70:190].astype(int)
-    assert other.mean() < plain.mean() - 10  # another picture is darker
+    assert other.mean() < plain.mean() - 5  # another picture is darker
     assert cli.main(["analyze", str(tmp_path / "nowhere.png"), str(out)]) == 2
     assert capsys.readouterr().err.count("\n") == 1
 

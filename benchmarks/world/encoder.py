@@ -27,8 +27,8 @@ ENCODER_CONFIG: dict[str, Any] = {
 }
 """2.4 M parameters."""
 
-_MEAN = torch.tensor((0.485, 0.456, 0.406)).view(1, 3, 1, 1)
-_STD = torch.tensor((0.229, 0.224, 0.225)).view(1, 3, 1, 1)
+MEAN = torch.tensor((0.485, 0.456, 0.406)).view(1, 3, 1, 1)
+STD = torch.tensor((0.229, 0.224, 0.225)).view(1, 3, 1, 1)
 
 
 class Paintings(torch.utils.data.Dataset):
@@ -101,7 +101,7 @@ class EncoderTraining(nn.Module):
 
     def forward(self, pixels: Tensor) -> Tensor:
         """(n, 3, H, W) in 0..1 -> logits (n, L, CLASSES)."""
-        return self.classes(self.encoder((pixels - _MEAN) / _STD).last_hidden_state[:, 1:])
+        return self.classes(self.encoder((pixels - MEAN) / STD).last_hidden_state[:, 1:])
 
 
 def encoder_loss(model: nn.Module, batch: Any, generator: torch.Generator) -> tuple[Tensor, dict[str, float]]:

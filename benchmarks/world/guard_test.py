@@ -6,9 +6,10 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,12 +18,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.world.heads import LAYERS, TILE, in_windows, source_features
+from benchmarks.world.heads import LAYERS, TILE, calibrated_heads, in_windows, source_features
 from benchmarks.world.host import WEIGHTS
-from benchmarks.world.scenes import EVALUATION_ATLAS, NO_LABEL, SIDE, Scene, repainted, scene, wrong_classes
+from benchmarks.world.scenes import EVALUATION_ATLAS, FACTOR, NO_LABEL, SIDE, Scene, repainted, scene, wrong_classes
+from lib_dinotile import DinotileError
 from lib_dinotile.condition.guard import GUARD_LAYER
+from lib_dinotile.condition.heads import ByLayer, Heads
+from lib_dinotile.dino.calibration import LAYERS as CALIBRATED_LAYERS
 from lib_dinotile.dino.encoder import PatchEncoder, load_encoder
-from lib_dinotile.dino.head import RestorationHead, load_heads
+from lib_dinotile.dino.head import load_heads
+from lib_dinotile.settings import CALIBRATED
 
 CONTEXTS = (0, 1, 2, 4)
 """Patches of the blurred canvas around a tile, at least, that are seen with it."""
@@ -85,20 +90,26 @@ def scores(features: Tensor, wanted: Tensor) -> dict[str, Tensor]:
     }
 
 
+def of_world(heads: Heads, layers: Sequence[int]) -> ByLayer:
+    """The heads of some layers for the world's sources and canvases."""
+    return heads.of((SIDE // FACTOR, SIDE // FACTOR), (SIDE, SIDE), layers)
+
+
 @torch.no_grad()
-def guard_auc(encoder: PatchEncoder, heads: Mapping[int, RestorationHead], count: int, seed: int) -> float:
-    """As the guard looks: its layer, each tile in its window of the blurred canvas, through the head, cosine."""
+def guard_auc(encoder: PatchEncoder, heads: Heads, count: int, seed: int) -> float:
+    """As the guard looks by default: layer, each tile in its window of the blurred canvas, through the head, cosine."""
     good, bad = [], []
+    head = of_world(heads, [GUARD_LAYER])[GUARD_LAYER]
     for pair in pairs(count, seed):
-        wanted = heads[GUARD_LAYER](source_features(encoder, pair.true, GUARD_LAYER)[None])[0]
+        wanted = head(source_features(encoder, pair.true, GUARD_LAYER)[None])[0]
         for picture, values in ((pair.true, good), (pair.wrong, bad)):
             seen = in_windows(encoder, picture.sharp, pair.true.blurred, GUARD_LAYER)
             values.append(F.cosine_similarity(seen, wanted, dim=0).numpy()[pair.known])
     return auc(np.concatenate(good), np.concatenate(bad))
 
 
-def measure(encoder: PatchEncoder, heads: Mapping[int, RestorationHead], count: int, seed: int) -> dict[str, float]:
-    """AUC by `layer / how the result is seen / with or without head / score`.
+def measure(encoder: PatchEncoder, heads: Mapping[str, ByLayer], count: int, seed: int) -> dict[str, float]:
+    """AUC by `layer / how the result is seen / which heads / score`. heads: by what to call them; `none` goes without.
 
     `relative` scores have that of the plain upscaled picture, seen the same way, taken off.
     """
@@ -108,7 +119,8 @@ def measure(encoder: PatchEncoder, heads: Mapping[int, RestorationHead], count: 
         blurred = pair.true.blurred
         for layer in LAYERS:
             source = source_features(encoder, pair.true, layer)
-            targets = {"head": heads[layer](source[None])[0], "plain": source}
+            targets = {name: each[layer](source[None])[0] for name, each in heads.items() if layer in each}
+            targets["none"] = source
             first, second = pair.true.sharp, pair.wrong.sharp
             ways = {
                 "alone": [seen_alone(encoder, x, layer) for x in (first, second, blurred)],
@@ -135,9 +147,12 @@ def main() -> None:
     parser.add_argument("--scenes", type=int, default=20)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--weights", type=Path, default=WEIGHTS)
+    parser.add_argument("--encoder", default="encoder", help="its folder in --weights")
     args = parser.parse_args()
-    encoder = load_encoder(str(args.weights / "encoder"))
-    heads = load_heads(args.weights / "heads.safetensors", encoder.id, encoder.width)
+    encoder = load_encoder(str(args.weights / args.encoder))
+    heads = {CALIBRATED: of_world(calibrated_heads(encoder, args.weights), CALIBRATED_LAYERS)}
+    with contextlib.suppress(DinotileError):  # trained heads are for one of the encoders
+        heads["trained"] = load_heads(args.weights / "heads.safetensors", encoder.id, encoder.width)
     with torch.no_grad():
         found = measure(encoder, heads, args.scenes, args.seed)
     for name, value in sorted(found.items(), key=lambda item: -item[1]):

@@ -1,17 +1,23 @@
-"""The restoration heads of the world's encoder, and the probe that reads classes from its features."""
+"""The restoration heads of the world's encoders, and the probe that reads classes from its features."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from benchmarks.world.host import SETTINGS, WEIGHTS
 from benchmarks.world.pictures import Scenes
 from benchmarks.world.scenes import NO_LABEL, PATCH, SIDE, TRAIN_ATLAS, Scene, scene
+from lib_dinotile import DinotileError
+from lib_dinotile.condition.guard import GUARD_LAYER
+from lib_dinotile.condition.heads import Heads, heads_for
+from lib_dinotile.dino.calibrated import Store
 from lib_dinotile.dino.encoder import PatchEncoder, load_encoder
 from lib_dinotile.dino.field import FeatureField, feature_field
 from lib_dinotile.dino.head import RestorationHead, save_heads
@@ -23,8 +29,13 @@ from lib_dinotile.train.head import train_heads as fit_heads
 from lib_dinotile.train.loop import Schedule
 from lib_dinotile.train.pictures import Prepared
 
+if TYPE_CHECKING:
+    from sklearn.linear_model import LogisticRegression
+
 LAYERS = (-1, -2, -3)
+"""Of the trained heads."""
 HIDDEN = 128
+CALIBRATION_PICTURES, CALIBRATION_SEED = 48, 41
 
 TILE = 64
 """Side of what is judged at once, in px."""
@@ -71,18 +82,44 @@ def train_heads(schedule: Schedule, export: Path, scenes: int = 400, held_out: i
     fit_heads(encoder, HIDDEN, schedule, pictures, patches, TILE, save, LAYERS)
 
 
-def train_probe(export: Path, scenes: int = 150, seed: int = 11) -> None:
-    """A linear probe (logistic regression) that names a patch's class from the last layer's tokens of the source."""
+def calibrated_heads(encoder: PatchEncoder, weights: Path = WEIGHTS) -> Heads:
+    """As the product takes them by default; DinotileError if they are not there: it would calibrate on photographs."""
+    store = Store(weights / "calibrated")
+    if store.find(encoder, SETTINGS.scale, (GUARD_LAYER, -SETTINGS.layer)) is None:
+        raise DinotileError(
+            f"{encoder.id} is not calibrated: python -m benchmarks.world.train calibrated --encoder {encoder.id}"
+        )
+    return heads_for(SETTINGS, encoder, {}, None, store)
+
+
+def calibrate_heads(export: Path, encoder: str) -> None:
+    """By the product's own calibration, on the sharp pictures alone; no labels are used."""
+    scenes = Scenes(CALIBRATION_PICTURES, CALIBRATION_SEED)
+    pictures = [scenes[number].sharp for number in range(len(scenes))]
+    store = Store(export / "calibrated")
+    store.make(load_encoder(str(export / encoder)), SETTINGS.scale, (GUARD_LAYER, -SETTINGS.layer), pictures)
+    print(*store.notes, sep="\n")
+
+
+def fit_probe(tokens: Sequence[Tensor], labels: Sequence[np.ndarray]) -> LogisticRegression:
+    """Logistic regression from features (D, 16, 16) of some pictures to the classes of their labelled patches."""
     from sklearn.linear_model import LogisticRegression
 
-    encoder = load_encoder(str(export / "encoder"))
-    tokens, labels = [], []
-    for i in range(scenes):
-        made = scene(np.random.default_rng((seed, i, 12)), TRAIN_ATLAS)
-        label = made.labels.flatten()
-        tokens.append(source_features(encoder, made).flatten(1).T[label != NO_LABEL].numpy())
-        labels.append(label[label != NO_LABEL])
-    probe = LogisticRegression(max_iter=300, C=0.1).fit(np.concatenate(tokens), np.concatenate(labels))
+    known = [label != NO_LABEL for label in labels]
+    rows = [each.permute(1, 2, 0).numpy()[some] for each, some in zip(tokens, known)]
+    classes = [label[some] for label, some in zip(labels, known)]
+    return LogisticRegression(max_iter=300, C=0.1).fit(np.concatenate(rows), np.concatenate(classes))
+
+
+def probe_scenes(count: int = 150, seed: int = 11) -> Iterator[Scene]:
+    """Pictures that probes learn from."""
+    return (scene(np.random.default_rng((seed, i, 12)), TRAIN_ATLAS) for i in range(count))
+
+
+def train_probe(export: Path) -> None:
+    """A linear probe that names a patch's class from the last layer's tokens of the source."""
+    encoder, scenes = load_encoder(str(export / "encoder")), list(probe_scenes())
+    probe = fit_probe([source_features(encoder, made) for made in scenes], [made.labels for made in scenes])
     arrays = {"weight": probe.coef_, "bias": probe.intercept_}
     tensors = {name: torch.from_numpy(array).half().contiguous() for name, array in arrays.items()}
     save_file(tensors, export / "probe.safetensors")

@@ -12,7 +12,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from benchmarks.world.denoiser import CHANNELS, CROP, one_hot
-from benchmarks.world.scenes import FACTOR
+from benchmarks.world.scenes import FACTOR, PATCH, SIDE
 from benchmarks.world.textures import CLASSES
 from lib_dinotile.engine import upscale
 from lib_dinotile.hosts.base import Batch
@@ -22,9 +22,10 @@ from lib_dinotile.tiling.noise import NoiseField
 
 WEIGHTS = Path(__file__).parent / "weights"
 
-SETTINGS = Settings(scale=float(FACTOR), tile=CROP, overlap=0, batch=16, order="chess", colour="wavelet")
+SETTINGS = Settings(scale=float(FACTOR), tile=CROP, overlap=0, batch=16, patches=SIDE // PATCH)
+"""The defaults, but for the geometry that the world dictates."""
 GENERATION = Generation(steps=20, denoise=0.8, cfg=1.0)
-"""What the world's figures are measured with: 16 tiles, 16 calls of the model for each."""
+"""For the world's figures: 16 tiles, 16 calls of the model for each."""
 
 
 class _Told(nn.Module):

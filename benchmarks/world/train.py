@@ -1,7 +1,7 @@
 """Train the world's models: `python -m benchmarks.world.train PART --out DIR [--steps N] [--minutes M] [--resume]`.
 
 Every part goes to benchmarks/world/weights in half precision at each checkpoint (`--export` names another folder).
-`heads`, `probe` and `adapter` need the encoder that lies there, `adapter` also the denoiser.
+`heads`, `calibrated`, `probe` and `adapter` need the encoder that lies there, `adapter` also the denoiser.
 """
 
 from __future__ import annotations
@@ -15,19 +15,21 @@ from accelerate.utils import set_seed
 from benchmarks.world.adapters import READS, train_world_adapter
 from benchmarks.world.denoiser import train_denoiser
 from benchmarks.world.encoder import train_encoder
-from benchmarks.world.heads import train_heads, train_probe
+from benchmarks.world.heads import calibrate_heads, train_heads, train_probe
 from benchmarks.world.host import WEIGHTS
 from benchmarks.world.judge import train_judge
+from benchmarks.world.self_distillation import FOLDER, train_unlabelled_encoder
 from benchmarks.world.spectral import fit_spectral
 from benchmarks.world.windows import train_windows
 from lib_dinotile.train.loop import Schedule
 
-STEPS = {"denoiser": 8000, "encoder": 2100, "heads": 400, "judge": 450, "windows": 4000}
-BATCH = {"denoiser": 8, "encoder": 16, "heads": 16, "judge": 4, "windows": 4}
-RATE = {"denoiser": 1e-3, "encoder": 8e-4, "heads": 2e-3, "judge": 1e-3, "windows": 1e-3}
+STEPS = {"denoiser": 8000, "encoder": 2100, FOLDER: 2600, "heads": 400, "judge": 450, "windows": 4000}
+BATCH = {"denoiser": 8, "encoder": 16, FOLDER: 12, "heads": 16, "judge": 4, "windows": 4}
+RATE = {"denoiser": 1e-3, "encoder": 8e-4, FOLDER: 8e-4, "heads": 2e-3, "judge": 1e-3, "windows": 1e-3}
 LOOPED = {
     "denoiser": train_denoiser,
     "encoder": train_encoder,
+    FOLDER: train_unlabelled_encoder,
     "heads": train_heads,
     "judge": train_judge,
     "windows": train_windows,
@@ -35,7 +37,7 @@ LOOPED = {
 """Trained by `lib_dinotile.train.loop.fit`, with checkpoints."""
 AT_ONCE = {"probe": train_probe, "spectral": fit_spectral}
 """A matter of minutes."""
-PARTS = ("denoiser", "encoder", "heads", "probe", "judge", "spectral", "windows", "adapter")
+PARTS = ("denoiser", "encoder", FOLDER, "heads", "calibrated", "probe", "judge", "spectral", "windows", "adapter")
 
 
 def train(part: str, args: argparse.Namespace) -> None:
@@ -44,6 +46,8 @@ def train(part: str, args: argparse.Namespace) -> None:
         return train_world_adapter(args.out, args.export, args.seed, args.reads, args.steps, args.resume)
     if part in AT_ONCE:
         return AT_ONCE[part](args.export)
+    if part == "calibrated":
+        return calibrate_heads(args.export, args.encoder)
     schedule = Schedule(
         args.out / part if args.part == "all" else args.out,
         steps=args.steps or STEPS[part],
@@ -73,6 +77,7 @@ def main() -> None:
     parser.add_argument(
         "--reads", choices=READS, default=READS[0], help="adapter: what it reads; the last two are the truth"
     )
+    parser.add_argument("--encoder", default="encoder", help="calibrated: the encoder's folder in --export")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="stop each after this long at the latest")
     parser.add_argument("--batch", type=int)
     parser.add_argument("--rate", type=float, help="highest learning rate")

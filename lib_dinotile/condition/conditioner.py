@@ -16,7 +16,7 @@ from torch import Tensor
 from lib_dinotile import DinotileError
 from lib_dinotile.condition.adapter import Adapter, AdapterCondition
 from lib_dinotile.condition.adapter_file import check_encoder, check_fit, load_adapter, read_config
-from lib_dinotile.condition.guard import GUARD_LAYER, Guard, rehearsal_size, rehearse
+from lib_dinotile.condition.guard import GUARD_LAYER, OTHER_LAYER, Guard, rehearsal_size, rehearse
 from lib_dinotile.condition.guidance import CONTEXT as GUIDANCE_CONTEXT
 from lib_dinotile.condition.guidance import SELF_SIMILARITY, Guidance
 from lib_dinotile.condition.heads import ByLayer, FixedHeads, Heads, chosen, forget, heads_for, heads_in
@@ -218,7 +218,11 @@ class Conditioner:
             "shown": (-1, "tokens") if settings.maps in (SEMANTIC, BOTH) else None,
         }
         asked = {name: each for name, each in wanted.items() if each}
-        fields = dict.fromkeys(wanted) | dict(zip(asked, self._fields(source, size, list(asked.values()))))
+        fields: dict[str, FeatureField | None] = dict.fromkeys(wanted)
+        for compared in (False, True):  # for small canvases these differ in how fine they are
+            names = [name for name in asked if (name in ("guidance", "guard")) == compared]
+            found = self._fields(source, size, [asked[name] for name in names], compared) if names else ()
+            fields.update(zip(names, found))
         through = [name for name in ("guidance", "guard") if asked.get(name, ("", ""))[1] == "tokens"]
         heads = self._heads.of(source.size, size, [asked[name][0] for name in through]) if through else {}
         for name in through:
@@ -230,10 +234,13 @@ class Conditioner:
         return Features(**fields, heads=heads)
 
     def _fields(
-        self, source: Image.Image, size: tuple[int, int], wanted: Sequence[tuple[int, Facet]]
+        self, source: Image.Image, size: tuple[int, int], wanted: Sequence[tuple[int, Facet]], compared: bool
     ) -> list[FeatureField]:
-        settings = self._settings
-        return _features.fields(self.encoder, to_tensor(source), size, settings.patches, settings.windows, wanted)
+        """compared: with what is painted, where a patch shows no less than as many pixels of the canvas."""
+        patches, windows = self._settings.patches, self._settings.windows
+        if compared:
+            patches = max(1, min(patches, max(size) // (windows * self.encoder.patch)))
+        return _features.fields(self.encoder, to_tensor(source), size, patches, windows, wanted)
 
     @property
     def _guided(self) -> tuple[int, Facet]:
@@ -243,9 +250,8 @@ class Conditioner:
     @property
     def _guarded(self) -> int:
         """The layer that the guard looks at: another than guidance, which would please the judge otherwise."""
-        if self.encoder.depth < -GUARD_LAYER or (self._settings.guidance and self._guided[0] == GUARD_LAYER):
-            return -1
-        return GUARD_LAYER
+        steered = self._settings.guidance and self._guided[0] == GUARD_LAYER and self.encoder.depth >= -OTHER_LAYER
+        return OTHER_LAYER if steered else GUARD_LAYER
 
     def condition(self, features: Features, tiles: Sequence[Rect], latent: tuple[int, int]) -> AdapterCondition:
         """The adapter's condition of a batch of tiles with this latent (h, w)."""
@@ -282,7 +288,7 @@ class Conditioner:
         if head is not None and head.floor[1] > 0:
             return Guard(look, canvas, Floor(*head.floor.tolist()), strictness, relative=False)
         shrunk = source.resize(rehearsal_size(source.size, size), Image.Resampling.LANCZOS)
-        floor = rehearse(features.guard, self._fields(shrunk, size, [(layer, "tokens")])[0])
+        floor = rehearse(features.guard, self._fields(shrunk, size, [(layer, "tokens")], True)[0])
         return Guard(look, canvas, floor, strictness, relative=True)
 
 

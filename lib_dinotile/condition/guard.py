@@ -30,8 +30,8 @@ from lib_dinotile.tiling.plan import Rect
 OFF, REPORT, BLEND, RETRY = "off", "report", "blend back", "retry"
 POLICIES = (OFF, REPORT, BLEND, RETRY)
 
-GUARD_LAYER = -2
-"""The layer whose tokens it compares, unless guidance has steered by that."""
+GUARD_LAYER, OTHER_LAYER = -1, -2
+"""The layer whose tokens it compares, and the one where guidance has steered by that."""
 LEAST_SCALE = 1.5
 """How much the source is shrunk for the rehearsal, at least."""
 

@@ -3,11 +3,13 @@
 The gradient is taken with respect to the predicted picture x0, not through the UNet (MPGD, arXiv 2311.16424). As in
 FreeDoM (arXiv 2303.09833) the step's length is a share of another one that the sampler takes anyway; there that is
 from the negative prompt's picture to the prompt's, here it is from the source's latent to x0, which there is also
-without a negative prompt (CFG scale 1, distilled models), and in all hosts.
+without a negative prompt (CFG scale 1, distilled models), and in all hosts. It shrinks with the steps that are left,
+as the noise does: late in the sampling the model could no longer make a clean picture of a long step.
 
 A gradient through an encoder of patches is mostly a pattern on their grid that no picture has, and some patches drown
-the others. So the grid is shifted from step to step, and from view to view within one; and the gradient is made about
-as strong everywhere. The last steps are better left alone: there the model makes a clean picture of it.
+the others. So the grid is shifted from step to step, and from view to view within one; the gradient is made about as
+strong everywhere; and it has momentum (Polyak 1964) over the steps: what all shifts agree on adds up, patterns on their
+grids do not. benchmarks/world/README.md has figures with and without.
 """
 
 from __future__ import annotations
@@ -32,6 +34,10 @@ SCALE = 256.0
 """Of the distance, so that gradients in half precision do not vanish; only their direction counts."""
 CONTEXT = 0
 """Patches around a tile that are seen with it, at least: steering needs fewer than judging."""
+MOMENTUM = 0.7
+"""Share of the last step's direction that is in the next one's."""
+WORTH = 1.0
+"""How much nearer a step of full length has to bring a patch: one minus the cosine."""
 SPREAD = (0.7548776662466927, 0.5698402909980532)
 """Steps of the R2 sequence (Roberts 2018), which fills the unit square evenly: shares of a patch."""
 
@@ -83,6 +89,8 @@ class Guide:
     ) -> None:
         self._guidance, self._canvas, self._tiles, self._source = guidance, canvas, tiles, source
         self._note = note
+        self._directions: dict[Rect, Tensor] = {}
+        """By tile, of the last step, (C, h, w)."""
 
     def __call__(self, x0: Tensor, step: int, total: int, chosen: Sequence[int] | None = None) -> Tensor | None:
         """x0 (k, C, h, w), the picture predicted at a step (from 0) of so many, moved; None for steps left alone.
@@ -99,11 +107,33 @@ class Guide:
         if x.isfinite().all() and not gradient.isfinite().all():
             self._note("guidance was left out where its decoder or encoder gave what is not a number")
         with torch.no_grad():
-            gradient = _even(gradient, tiles[0].width / x.shape[3], guidance.look.cell)
             start = torch.stack([self._source(tile) for tile in tiles]).to(x0.device).float()
-            length = _rms(x0.float() - start) / _rms(gradient)
-            moved = x0.float() - guidance.strength * length * gradient
+            length = 2 * (1 - step / max(total, 1)) * guidance.strength * _rms(x0.float() - start)
+            moved = x0.float() - self._step(gradient, tiles, length)
             return torch.where(moved.isfinite(), moved, x0.float()).to(x0.dtype)
+
+    def _step(self, gradient: Tensor, tiles: Sequence[Rect], length: Tensor) -> Tensor:
+        """What x0 is moved by, (k, C, h, w); length (k, 1, 1, 1): its root mean square, where the whole is worth it.
+
+        That is where, going by the gradient, it would bring a patch nearer by `WORTH`; where it would do less, it is
+        shorter with the square of that. So what looks right already stays, and so does what the encoder is blind to.
+        (Self-similarity has no such unit.)
+        """
+        look, views = self._guidance.look, self._guidance.views
+        gradient = torch.where(gradient.isfinite(), gradient, 0.0) / (SCALE * views)
+        factor = tiles[0].width / gradient.shape[3]
+        current = _unit(_even(gradient, factor, look.cell))
+        direction = current.clone()
+        for number, tile in enumerate(tiles):
+            if tile in self._directions:
+                direction[number] += MOMENTUM * self._directions[tile].to(gradient)
+            self._directions[tile] = direction[number].clone()
+        step = _unit(direction) * length
+        if self._guidance.distance == SELF_SIMILARITY:
+            return step
+        patch = (look.cell / factor) ** 2
+        gain = patch * _around((gradient * current).sum(1, keepdim=True), factor, look.cell)
+        return step * (gain * length / WORTH).clamp(0, 1) ** 2
 
     def _distance(self, x: Tensor, tiles: Sequence[Rect], step: int) -> Tensor:
         """Summed over patches and tiles, which do not see each other: each has its own gradient."""
@@ -120,6 +150,11 @@ class Guide:
         return SCALE * total
 
 
+def _unit(values: Tensor) -> Tensor:
+    """(k, C, h, w), each of a root mean square of one, or zero."""
+    return values / _rms(values).clamp(min=torch.finfo(torch.float32).tiny)
+
+
 def _rms(values: Tensor) -> Tensor:
     """(k, 1, 1, 1)."""
     return values.square().mean((1, 2, 3), keepdim=True).sqrt()
@@ -130,10 +165,14 @@ def _even(gradient: Tensor, factor: float, cell: float) -> Tensor:
 
     factor: pixels per latent cell; cell: pixels per patch. What is weak compared to the rest stays weaker.
     """
-    width = 2 * max(1, round(cell / factor / 2)) + 1
-    power = gradient.square().mean(1, keepdim=True)
-    around = F.avg_pool2d(power, width, 1, width // 2, count_include_pad=False).sqrt()
+    around = _around(gradient.square().mean(1, keepdim=True), factor, cell).sqrt()
     return gradient / (around + around.mean((2, 3), keepdim=True)).clamp(min=torch.finfo(torch.float32).tiny)
+
+
+def _around(values: Tensor, factor: float, cell: float) -> Tensor:
+    """The mean of values (k, 1, h, w) over about a patch."""
+    width = 2 * max(1, round(cell / factor / 2)) + 1
+    return F.avg_pool2d(values, width, 1, width // 2, count_include_pad=False)
 
 
 def _patches(seen: Tensor, wanted: Tensor, share: Tensor) -> Tensor:

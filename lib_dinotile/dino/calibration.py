@@ -8,8 +8,9 @@ was not fitted to, a calibrated head is never farther from the sharp picture's t
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -22,11 +23,14 @@ from lib_dinotile.dino.degradation import degrade
 from lib_dinotile.dino.encoder import PatchEncoder
 from lib_dinotile.dino.field import FeatureField, feature_fields, patch_grid
 from lib_dinotile.dino.head import Floor, RestorationHead
+from lib_dinotile.dino.look import Look
+from lib_dinotile.tiling.canvas import Canvas
+from lib_dinotile.tiling.plan import TilePlan
 
 SCALES = (1.0, 2.0, 4.0)
 """There is one file of heads for each: how much finer the encoder would see the sharp picture than the source."""
-SEVERITIES = (0.0, 0.5)
-"""Every picture is degraded mildly and strongly, as `degrade` has it; 0 only shrinks it."""
+SEVERITIES = (0.15, 0.5)
+"""Every picture is degraded mildly and strongly, as `degrade` has it. The floor is that of the first."""
 LAYERS = (-1, -2)
 """Those that guidance and guard look at by default."""
 PATCHES = 36
@@ -95,37 +99,46 @@ class Calibration:
 
 
 @dataclass(frozen=True)
-class Pair:
-    """A degraded picture and the sharp one, both as the encoder sees them."""
+class Tokens:
+    """Of a degraded picture and of the sharp one, (D, h, w) each."""
 
-    source: Image.Image
-    sharp: Image.Image
-    patches: int
-    """Along the longer side."""
+    source: Tensor
+    sharp: Tensor
+    pictures: tuple[Image.Image, Image.Image]
+    """The two."""
 
-    @classmethod
-    def of(cls, picture: Image.Image, patch: int, scale: float, severity: float, number: int) -> Pair:
-        """From an RGB picture, which is shrunk until it is not seen enlarged; patch: pixels along one.
 
-        number: of the picture; the same picture is degraded in the same way each time.
-        """
+@dataclass(frozen=True)
+class Pairs:
+    """Degraded and sharp pictures as an encoder sees them."""
+
+    encoder: PatchEncoder
+    pictures: Sequence[Image.Image]
+    """Sharp ones, RGB."""
+    scale: float
+    severities: Sequence[float]
+    layers: Sequence[int]
+
+    def tokens(self, number: int) -> list[list[Tokens]]:
+        """Of a picture for each severity and layer. It is shrunk until it is not seen enlarged, and degraded in the
+        same way each time."""
+        picture, patch = self.pictures[number], self.encoder.patch
         patches = max(1, min(PATCHES, max(picture.size) // patch))
         rows, columns = patch_grid(*picture.size, patches)
         sharp = picture.resize((columns * patch, rows * patch), Image.Resampling.LANCZOS)
-        rng = np.random.default_rng((number, round(1000 * severity)))
-        return cls(degrade(rng, sharp, scale, severity), sharp, patches)
+        wanted = self._seen(sharp, sharp.size, patches)
+        found = []
+        for severity in self.severities:
+            rng = np.random.default_rng((number, round(1000 * severity)))
+            source = degrade(rng, sharp, self.scale, severity)
+            seen = zip(self._seen(source, sharp.size, patches), wanted)
+            found.append([Tokens(*each, (source, sharp)) for each in seen])
+        return found
 
-    def tokens(self, encoder: PatchEncoder, layers: Sequence[int]) -> list[tuple[Tensor, Tensor]]:
-        """(of the source, of the sharp picture), each (D, h, w), for each layer."""
-        seen = [_fields(encoder, image, self.sharp.size, self.patches, layers) for image in (self.source, self.sharp)]
-        return [(source.features, sharp.features) for source, sharp in zip(*seen)]
-
-
-def _fields(
-    encoder: PatchEncoder, image: Image.Image, canvas: tuple[int, int], patches: int, layers: Sequence[int]
-) -> list[FeatureField]:
-    pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1).float().div_(255).to(encoder.device)
-    return feature_fields(encoder, pixels, canvas, patches, 1, [(layer, "tokens") for layer in layers])
+    def _seen(self, image: Image.Image, size: tuple[int, int], patches: int) -> list[Tensor]:
+        pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1).float().div_(255).to(self.encoder.device)
+        wanted = [(layer, "tokens") for layer in self.layers]
+        return [field.features for field in feature_fields(self.encoder, pixels, size, patches, 1, wanted)]
 
 
 def calibrate(
@@ -143,41 +156,72 @@ def calibrate(
     """
     if len(pictures) < FOLDS:
         raise ValueError(f"{len(pictures)} pictures are too few to calibrate from, give at least {FOLDS}")
+    pairs = Pairs(encoder, pictures, scale, severities, layers)
+    held_out = range(0, len(pictures), FOLDS)
+    steps = itertools.count()
+
+    def step() -> None:
+        progress(next(steps) / (len(pictures) + len(layers) + len(held_out)))
+
     with torch.inference_mode(False), torch.no_grad():
         sums = [{layer: NormalEquations(encoder.width) for layer in layers} for _ in range(FOLDS)]
-        held_out = range(0, len(pictures), FOLDS)
-        steps, done = len(pictures) + len(layers) + len(held_out), 0
-        for number, picture in enumerate(pictures):
-            progress(done / steps)
-            for severity in severities:
-                pair = Pair.of(picture, encoder.patch, scale, severity, number)
-                for layer, tokens in zip(layers, pair.tokens(encoder, layers)):
-                    sums[number % FOLDS][layer].add(*tokens)
-            done += 1
-        heads, tested = {}, {}
+        for number in range(len(pictures)):
+            step()
+            for tokens in pairs.tokens(number):
+                for layer, each in zip(layers, tokens):
+                    sums[number % FOLDS][layer].add(each.source, each.sharp)
         made = {"pictures": str(len(pictures)), "severities": ", ".join(f"{severity:g}" for severity in severities)}
+        heads, tested = {}, {}
         for layer in layers:
-            progress(done / steps)
+            step()
             penalty, heads[layer], tested[layer] = _fit([fold.pop(layer) for fold in sums], encoder.device)
             made[f"penalty {layer}"] = f"{penalty:g}"
-            done += 1
-        seen = _Distances(encoder, tested)
+        raw, restored = ({layer: [] for layer in layers} for _ in range(2))
+        true: dict[int, list[Tensor]] = {layer: [] for layer in layers}
         for number in held_out:
-            progress(done / steps)
-            for severity in severities:
-                seen.add(Pair.of(pictures[number], encoder.patch, scale, severity, number))
-            done += 1
+            step()
+            for severity, seen in enumerate(pairs.tokens(number)):
+                for layer, tokens in zip(layers, seen):
+                    mended = tested[layer](tokens.source[None])[0]
+                    raw[layer].append(_distances(tokens.source, tokens.sharp))
+                    restored[layer].append(_distances(mended, tokens.sharp))
+                    if severity == 0:
+                        true[layer].append(true_distances(encoder, mended, layer, tokens.pictures))
         for layer, head in heads.items():
-            raw, restored = seen.means(layer)
-            worse = restored > raw
-            if worse:  # then it changes nothing
+            before, after = (float(torch.cat(found[layer]).mean()) for found in (raw, restored))
+            made[f"held out, raw {layer}"], made[f"held out, restored {layer}"] = f"{before:.5f}", f"{after:.5f}"
+            if after > before:
+                made[f"penalty {layer}"], made[f"held out, restored {layer}"] = "inf", f"{before:.5f}"
                 head.outer.weight.zero_(), head.outer.bias.zero_()
-            made[f"held out, raw {layer}"] = f"{raw:.5f}"
-            made[f"held out, restored {layer}"] = f"{raw if worse else restored:.5f}"
-            floor = seen.floor(layer, worse)
+            floor = Floor.of(torch.cat(true[layer]))
             head.floor.copy_(torch.tensor([floor.median, floor.spread]))
         progress(1.0)
     return Calibration(heads, made)
+
+
+def true_distances(
+    encoder: PatchEncoder, wanted: Tensor, layer: int, pictures: tuple[Image.Image, Image.Image], tile: int = 0
+) -> Tensor:
+    """One minus the cosine of each patch, (n,), on the CPU: how far a true result is from what is wanted, as the guard
+    sees it: tile by tile in the enlarged source.
+
+    wanted: tokens (D, h, w); pictures: the source and the sharp one (RGB); tile: its side in pixels, 0 for half of
+    `PATCHES`.
+    """
+    source, sharp = pictures
+    plan = TilePlan(*sharp.size, tile or PATCHES // 2 * encoder.patch, 0, factor=1)
+    blurred, canvas = Canvas(source.resize(sharp.size, Image.Resampling.LANCZOS), plan), Canvas(sharp, plan)
+    look = Look(encoder, FeatureField(wanted, sharp.size), plan.padded, layer)
+    found = []
+    for area in plan.tiles:
+        likeness = look.similarity(blurred.crop, [area], canvas.source(area)[None])[0]
+        found.append(1 - likeness[look.own(area)].flatten().cpu())
+    return torch.cat(found)
+
+
+def _distances(seen: Tensor, sharp: Tensor) -> Tensor:
+    """One minus the cosine of each patch, (h * w,), on the CPU."""
+    return (1 - F.cosine_similarity(seen, sharp, dim=0)).flatten().cpu()
 
 
 def _fit(folds: list[NormalEquations], device: torch.device) -> tuple[float, RestorationHead, RestorationHead]:
@@ -222,25 +266,3 @@ def _head(weights: Tensor, bias: Tensor, device: torch.device) -> RestorationHea
     head.outer.weight.copy_(weights.T.reshape(features, features, 3, 3))
     head.outer.bias.copy_(bias)
     return head.to(device).eval().requires_grad_(False)
-
-
-class _Distances:
-    """How far sharp pictures are, patch by patch, from what heads make of the degraded ones."""
-
-    def __init__(self, encoder: PatchEncoder, heads: Mapping[int, RestorationHead]) -> None:
-        self._encoder, self._heads = encoder, heads
-        self._found: dict[int, list[tuple[Tensor, Tensor]]] = {layer: [] for layer in heads}
-
-    def add(self, pair: Pair) -> None:
-        layers = list(self._heads)
-        for layer, (source, sharp) in zip(layers, pair.tokens(self._encoder, layers)):
-            restored = self._heads[layer](source[None])[0]
-            raw, mended = (1 - F.cosine_similarity(seen, sharp, dim=0) for seen in (source, restored))
-            self._found[layer].append((raw.flatten().cpu(), mended.flatten().cpu()))
-
-    def means(self, layer: int) -> tuple[float, float]:
-        """(raw, restored): one minus the cosine, mean over all patches."""
-        return tuple(float(torch.cat(values).mean()) for values in zip(*self._found[layer]))
-
-    def floor(self, layer: int, raw: bool) -> Floor:
-        return Floor.of(torch.cat([values[0 if raw else 1] for values in self._found[layer]]))

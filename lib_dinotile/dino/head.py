@@ -94,7 +94,7 @@ def save_heads(heads: Mapping[int, RestorationHead], path: Path, encoder: str, *
     """
     tensors, metadata = pack(heads)
     told = {**extra, **metadata, "format": FORMAT, "version": VERSION, "encoder": encoder}
-    part = path.with_suffix(".part")
+    part = path.with_name(f"{path.name}.part")
     try:
         part.write_bytes(save(tensors, told))  # save_file's files are readable by one user only
         os.replace(part, path)

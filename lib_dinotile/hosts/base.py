@@ -13,6 +13,7 @@ from torch import Tensor
 
 from lib_dinotile import DinotileError
 from lib_dinotile.condition.shape import UNetShape
+from lib_dinotile.progress import Progress
 from lib_dinotile.tiling.canvas import Canvas
 from lib_dinotile.tiling.noise import TileNoise
 from lib_dinotile.tiling.plan import Rect
@@ -70,8 +71,6 @@ class Views(Protocol):
     """Gives the pixels (k, 3, H, W) that the tiles of the batch start from; None for a canvas."""
     tile_size: tuple[int, int]
     """(width, height) of the tiles in pixels."""
-    count: int
-    """How many tiles there are."""
     limit: int
     """How many of them the model sees at once, at most."""
     conditioned: bool
@@ -145,6 +144,9 @@ class Host(Protocol):
         model gave that.
         """
 
+    def steps(self, denoise: float | None = None) -> int:
+        """How many sampling steps `sample` takes at a denoising strength, if not the generation's own."""
+
     def decode(self, latents: Tensor) -> Tensor:
         """Latents to pixels."""
 
@@ -164,8 +166,8 @@ class Host(Protocol):
     def interrupted(self) -> bool:
         """Whether the user wants to stop before the next batch."""
 
-    def progress(self, done: int, total: int, canvas: Canvas) -> None:
-        """Called before the first batch and after every batch, with the number of tiles done and the canvas."""
+    def progress(self, progress: Progress, canvas: Canvas) -> None:
+        """Called before every batch and at the end: how far the run is, and the canvas as it stands."""
 
 
 def check_name(kind: str, name: str, names: Sequence[str]) -> None:

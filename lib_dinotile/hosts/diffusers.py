@@ -23,6 +23,7 @@ from lib_dinotile.condition.shape import UNetShape
 from lib_dinotile.hosts.base import Batch, Views
 from lib_dinotile.hosts.layout import fast
 from lib_dinotile.hosts.overridden import in_float32, overridden
+from lib_dinotile.progress import Progress
 from lib_dinotile.settings import APPROXIMATE, AUTOMATIC, FULL_VAE, TAESD, Generation
 from lib_dinotile.tensorfile import open_tensors
 from lib_dinotile.tiling.canvas import Canvas
@@ -79,10 +80,11 @@ class DiffusersHost:
         base: str,
         generation: Generation,
         text: Callable[[str], tuple[Tensor, ...]] | None = None,
-        progress: Callable[[int, int], None] = lambda done, total: None,
+        progress: Callable[[float, str], None] = lambda done, text: None,
     ) -> None:
-        """text: gives the embeddings (1, n, D) of a prompt and of the negative one, for SDXL also the pooled (1, D)."""
-        self.unet, self._codec, self._generation, self._progress = unet, codec, generation, progress
+        """text: gives the embeddings (1, n, D) of a prompt and of the negative one, for SDXL also the pooled (1, D);
+        progress: is told the share of an image that is done, and a line."""
+        self.unet, self._codec, self._generation, self._show = unet, codec, generation, progress
         self.factor, self.channels, self.base = codec.factor, codec.channels, base
         self.shape = UNetShape.of_diffusers(unet)
         self.device, self.dtype = unet.device, unet.dtype
@@ -94,7 +96,7 @@ class DiffusersHost:
         self._guided = text is not None and generation.cfg > 1
         self._text = functools.lru_cache(maxsize=64)(text) if text else None
         self.prompt, self.denoise = generation.prompt, generation.denoise
-        self._done = self._total = 0
+        self._progress = Progress()
 
     def check_prompt(self, prompt: str | None) -> None:
         if self._text is not None:
@@ -133,7 +135,7 @@ class DiffusersHost:
         scheduler.set_timesteps(steps)
         if denoise == 0:
             return latents
-        skipped = steps - max(1, min(round(steps * denoise), steps))
+        skipped = steps - self.steps(denoise)
         timesteps = scheduler.timesteps[skipped:]
         scheduler.set_begin_index(skipped)
         start = noise.next().to(latents)
@@ -156,9 +158,12 @@ class DiffusersHost:
             if free is not None:
                 prediction = torch.lerp(known(), prediction, free)
             x = scheduler.step(prediction, timestep, x, return_dict=False)[0]
-            if not views.whole:  # all tiles advance together
-                self._progress(self._done + views.count * (number + 1) // len(timesteps), self._total)
+            self._show(self._progress.at((number + 1) / len(timesteps)), self._progress.text)
         return x if free is None else torch.lerp(latents, x, free)
+
+    def steps(self, denoise: float | None = None) -> int:
+        steps, denoise = self._generation.steps, self._generation.denoise if denoise is None else denoise
+        return max(1, min(round(steps * denoise), steps)) if denoise else 0
 
     def _prediction_for(self, x: Tensor, latents: Tensor, timestep: Tensor) -> Tensor:
         """What the UNet would have to predict at x to say that these are the latents without noise."""
@@ -248,9 +253,9 @@ class DiffusersHost:
     def interrupted(self) -> bool:
         return False
 
-    def progress(self, done: int, total: int, canvas: Canvas) -> None:
-        self._done, self._total = done, total
-        self._progress(done, total)
+    def progress(self, progress: Progress, canvas: Canvas) -> None:
+        self._progress = progress
+        self._show(progress.done, progress.text)
 
 
 def _taesd(base: str, download: bool) -> Any:
@@ -304,7 +309,7 @@ def _pretrained(name: str) -> Any:
 
 def load_host(
     generation: Generation,
-    progress: Callable[[int, int], None] = lambda done, total: None,
+    progress: Callable[[float, str], None] = lambda done, text: None,
     number: int = 0,
     dtype: torch.dtype | None = None,
 ) -> DiffusersHost:

@@ -21,8 +21,8 @@ def _checkpoint(model: Any) -> str:
     return model.sd_checkpoint_info.filename
 
 
-def learn(model: Any, seconds: float, pixels: int, steps: int) -> None:
-    """What it took to paint so many pixels in so many steps each, with all that belongs to it."""
+def learn(model: Any, seconds: float, pixels: float, steps: int) -> None:
+    """What it took to paint so many pixels in so many steps each, retries counted in, with all that belongs to it."""
     if seconds > 0 and pixels and steps:
         _known[_checkpoint(model)] = 0.0, seconds * 1e6 / (pixels * steps)
 

@@ -17,14 +17,14 @@ from typing import Any, TypeVar
 
 import numpy as np
 import torch
-from modules import extra_networks, images, masking, processing, sd_samplers, sd_samplers_common, shared
+from modules import extra_networks, images, masking, processing, sd_samplers, shared
 from PIL import Image
 from torch import Tensor
 
 from lib_dinotile import DinotileError, engine, one_line
 from lib_dinotile.condition.conditioner import Conditioner, installed_weights
 from lib_dinotile.condition.guard import OFF
-from lib_dinotile.hosts import folders, pace
+from lib_dinotile.hosts import bars, folders, pace
 from lib_dinotile.hosts.area import Area
 from lib_dinotile.hosts.base import Interrupted, check_name
 from lib_dinotile.hosts.overridden import overridden
@@ -250,13 +250,7 @@ class Takeover:
         plan = engine.make_plan(self._host, self._area.canvas, self._settings)
         check_name("upscaler", self._settings.upscaler, self._host.upscalers())
         check_prompts(self._host, plan, self._settings)
-        batches = max(1, engine.job_count(plan, self._settings)) * p.batch_size
-        state = shared.state
-        if not state.processing_has_refined_job_count:  # once: it may be one image of many, or a cell of a plot
-            state.job_count = max(state.job_count, p.n_iter) * batches
-            state.processing_has_refined_job_count = True
-        steps = sd_samplers_common.setup_img2img_steps(p)[1] + 1
-        shared.total_tqdm.updateTotal(batches * p.n_iter * steps)
+        bars.expect(p.n_iter, p.batch_size)
 
     @_in_one_line
     def sample(
@@ -277,7 +271,7 @@ class Takeover:
         for number in range(len(seeds)):
             uncond = None if unconditional_conditioning is None else unconditional_conditioning[number]
             host.bind(prompts[number], p.negative_prompts[number], conditioning.batch[number], uncond)
-            host.last = number == len(seeds) - 1
+            host.bars.begin(last=number == len(seeds) - 1)
             noise = NoiseField(seeds[number], host.channels, subseeds[number], subseed_strength)
             source = self._sources[number % len(self._sources)]
             try:
@@ -327,8 +321,9 @@ class Takeover:
                 fill=fill,
             )
         tiles, pixels = engine.workload(engine.make_plan(self._host, area.canvas, self._settings), self._settings)
-        steps = sd_samplers_common.setup_img2img_steps(self._p)[1] + 1
-        pace.learn(self._p.sd_model, time.perf_counter() - began, pixels * result.painted // max(1, tiles), steps)
+        painted = pixels * result.painted / max(1, tiles) * (1 + (result.report.retried or 0))
+        pace.learn(self._p.sd_model, time.perf_counter() - began, painted, self._host.steps())
+        self._host.bars.end()  # also if it was stopped
         return result
 
     def _keep(self, done: Sequence[Image.Image], seeds: Sequence[int], prompts: Sequence[str]) -> str:

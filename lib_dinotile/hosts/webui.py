@@ -16,10 +16,12 @@ from torch import Tensor
 from lib_dinotile import DinotileError
 from lib_dinotile.condition.shape import UNetShape
 from lib_dinotile.hosts import decoders, upscalers
+from lib_dinotile.hosts.bars import Bars
 from lib_dinotile.hosts.base import Batch, Interrupted, Views
 from lib_dinotile.hosts.interrogators import INTERROGATORS
 from lib_dinotile.hosts.layout import fast, fast_input
 from lib_dinotile.hosts.overridden import overridden
+from lib_dinotile.progress import Progress
 from lib_dinotile.tiling.canvas import Canvas
 from lib_dinotile.tiling.noise import TileNoise
 
@@ -79,8 +81,6 @@ class WebUIHost:
     """The UNet, if it is one of the ldm kind."""
     shape: UNetShape | None
     prompt = ""
-    last = True
-    """Whether the image that is painted is the last of its batch: the WebUI counts the last of its jobs itself."""
 
     def __init__(self, p: Any) -> None:
         self._p = p
@@ -90,6 +90,7 @@ class WebUIHost:
         self._negative = ""
         self._main: tuple[Any, Any] = (None, None)
         self._others: dict[tuple[str | None, tuple[int, int]], tuple[Any, Any]] = {}
+        self.bars = Bars()
 
     @property
     def denoise(self) -> float:
@@ -227,6 +228,7 @@ class WebUIHost:
             overridden(p, **values),
             overridden(p.sampler, create_noise_sampler=noise_sampler),
             overridden(denoiser, forward=forward),
+            self.bars.own(),
             self.sampling(views, canvas),
             fast_input(self.unet),
         ):
@@ -235,6 +237,11 @@ class WebUIHost:
         if shared.state.interrupted or shared.state.skipped:
             raise Interrupted
         return samples if free is None else torch.lerp(latents.to(samples), samples, free.to(samples))
+
+    def steps(self, denoise: float | None = None) -> int:
+        values = {} if denoise is None else {"denoising_strength": denoise}
+        with overridden(self._p, **values):
+            return sd_samplers_common.setup_img2img_steps(self._p)[1] + 1
 
     def _looking(self, denoiser: Any, views: Views, latents: Tensor, free: Tensor | None) -> Any:
         """In place of the `forward` of the WebUI's CFGDenoiser: it looks through the views."""
@@ -246,6 +253,7 @@ class WebUIHost:
                     f"order: the sampler {self._p.sampler_name} cannot be fused; choose another, or chess"
                 )
             step = denoiser.step
+            self.bars.advance(step / max(denoiser.total_steps, 1))
 
             def look(tiles: Tensor, batch: Batch, chosen: list[int], entries: Sequence[tuple[Any, Any]]) -> Tensor:
                 denoiser.step = step  # it counts its calls
@@ -378,17 +386,15 @@ class WebUIHost:
         state = shared.state
         return state.interrupted or state.skipped or state.stopping_generation
 
-    def progress(self, done: int, total: int, canvas: Canvas) -> None:
-        if done and not (done == total and self.last):
-            shared.state.nextjob()
-        shared.state.textinfo = f"DINO Tile: {done} of {total} tiles"
+    def progress(self, progress: Progress, canvas: Canvas) -> None:
+        self.bars.show(progress)
         if shared.opts.live_previews_enable:
             shared.state.assign_current_image(canvas.preview(PREVIEW_SIDE))
 
     def _preview(self, denoiser: Any, output: Tensor) -> None:
         """The canvas while it is sampled as a whole, made small before it is decoded cheaply."""
         state, opts = shared.state, shared.opts
-        state.textinfo = f"DINO Tile: step {denoiser.step} of {denoiser.total_steps}, all tiles"
+        self.bars.say(f", step {denoiser.step} of {denoiser.total_steps}")
         every = opts.show_progress_every_n_steps
         if (
             opts.live_previews_enable

@@ -111,11 +111,14 @@ class Tiles:
 
         `linear` is one tile a wave, row by row; `fused` has all in one, for they are never painted singly.
         """
-        rows, columns, (width, height) = self.rows, self.columns, self.tile_size
         if self.order == "linear":
             return [[tile] for tile in self.tiles]
-        if self.order == "fused":
-            return [self.tiles]
+        return [self.tiles] if self.order == "fused" else self.apart
+
+    @property
+    def apart(self) -> list[list[Rect]]:
+        """The tiles in as few groups as can be of which no two overlap."""
+        rows, columns, (width, height) = self.rows, self.columns, self.tile_size
         down, across = _colours(rows, height), _colours(columns, width)
         return [
             [Rect(x, y, width, height) for y in rows[j::down] for x in columns[i::across]]

@@ -8,17 +8,13 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from torch import Tensor, nn
 
 from lib_dinotile.condition.conditioner import to_tensor
-from lib_dinotile.condition.guard import Floor
+from lib_dinotile.dino.calibration import true_distances
 from lib_dinotile.dino.encoder import PatchEncoder
-from lib_dinotile.dino.field import FeatureField, feature_fields
-from lib_dinotile.dino.head import RestorationHead
-from lib_dinotile.dino.look import Look
-from lib_dinotile.tiling.canvas import Canvas
-from lib_dinotile.tiling.plan import TilePlan
+from lib_dinotile.dino.field import feature_fields
+from lib_dinotile.dino.head import Floor, RestorationHead
 from lib_dinotile.train.loop import Schedule, fit
 from lib_dinotile.train.pictures import Picture, Prepared
 
@@ -122,18 +118,11 @@ def measure_floor(
     distances: dict[int, list[Tensor]] = {layer: [] for layer in heads}
     for number in range(len(pictures)):
         picture = pictures.picture(number)
-        plan = TilePlan(*picture.sharp.size, tile, 0)
-        sharp = Canvas(picture.sharp, plan)
-        blurred = Canvas(picture.source.resize(picture.sharp.size, Image.Resampling.LANCZOS), plan)
-        source = to_tensor(picture.source).to(encoder.device)
-        wanted = [(layer, "tokens") for layer in heads]
+        source, wanted = to_tensor(picture.source).to(encoder.device), [(layer, "tokens") for layer in heads]
         fields = feature_fields(encoder, source, picture.sharp.size, patches, 1, wanted)
         for (layer, head), field in zip(heads.items(), fields):
-            restored = FeatureField(head(field.features[None])[0], field.canvas)
-            look = Look(encoder, restored, plan.padded, layer)
-            for area in plan.tiles:
-                likeness = look.similarity(blurred.crop, [area], sharp.source(area)[None])[0]
-                distances[layer].append(1 - likeness[look.own(area)].flatten().cpu())
+            restored, seen = head(field.features[None])[0], (picture.source, picture.sharp)
+            distances[layer].append(true_distances(encoder, restored, layer, seen, tile))
     for layer, head in heads.items():
         floor = Floor.of(torch.cat(distances[layer]))
         head.floor.copy_(torch.tensor([floor.median, floor.spread]))

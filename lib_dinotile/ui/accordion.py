@@ -40,7 +40,7 @@ GROUPS: tuple[tuple[str | None, tuple[tuple[str, ...], ...]], ...] = (
         "Staying true: steering and checking in detail",
         (
             ("guard_seeds", "guard_weaker"),
-            ("guard_strictness",),
+            ("guard_budget", "guard_strictness"),
             ("guidance_start", "guidance_end"),
             ("every", "views"),
             ("distance", "layer"),

@@ -11,6 +11,7 @@ from modules import call_queue, errors
 
 from lib_dinotile import DinotileError
 from lib_dinotile.hosts import pace
+from lib_dinotile.retry import reserve
 from lib_dinotile.settings import Settings
 from lib_dinotile.ui.prospect import Prospect, checkpoint, flat
 
@@ -148,6 +149,8 @@ def describe(prospect: Prospect, seconds: float | None) -> str:
         parts.append(f"{tiles - main} for the seam pass")
     work = " and ".join(parts) or "nothing to paint"
     time = "" if not tiles else ", time not known yet" if seconds is None else f", about {in_words(seconds)}"
+    more = reserve(prospect.settings) * (seconds or 0)
+    time += f", and up to {in_words(more)} more for tiles that the guard has painted again" if more else ""
     return f"{plan.width} x {plan.height} pixels: {work}{time}. In colours: what DINO sees; alike is what looks alike."
 
 

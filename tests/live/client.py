@@ -20,6 +20,8 @@ TIMEOUT = 900
 """Seconds that one generation may take."""
 POLL = 0.05
 """Seconds between two looks at the progress."""
+SLACK = 2e-4
+"""The WebUI does not look at its progress in one moment: so much it may seem to have fallen."""
 SCRIPT = "dino tile"
 
 Options = Mapping[str, Any]
@@ -96,7 +98,7 @@ class Progress:
     @property
     def tiles(self) -> int | None:
         """Tiles done, or None where the WebUI is not at tiles."""
-        found = re.fullmatch(r"DINO Tile: (\d+) of \d+ tiles", self.text)
+        found = re.fullmatch(r"DINO Tile: painting tiles: (\d+) of \d+", self.text)
         return int(found[1]) if self.running and found else None
 
 

@@ -143,7 +143,7 @@ def test_a_plan_is_what_a_run_does(webui: WebUI, source: Image.Image, options, i
     planned = told(webui, "plan", {**sized(source), **body})
     assert planned == told(webui, "plan", {"image": encode(source), **body})
     job = webui.start(source, options, **img2img)
-    totals = [found[1] for look in job.looks() if (found := re.search(r"of (\d+) tiles", look.text))]
+    totals = [found[1] for look in job.looks() if (found := re.search(r"painting tiles: \d+ of (\d+)", look.text))]
     reply = job.reply()
     assert reply.image.size == (planned["width"], planned["height"])
     assert planned["tiles"] == rectangles(reply.extra["DINO Tile report"][0]["tiles"])

@@ -44,7 +44,9 @@ def check_outside(image: Image.Image, source: Image.Image, inside: np.ndarray) -
 
 def totals(job: Job) -> set[int]:
     """How many tiles there are to paint, as the progress has it."""
-    found = [re.fullmatch(r"DINO Tile: \d+ of (\d+) tiles", look.text) for look in job.looks() if look.running]
+    found = [
+        re.fullmatch(r"DINO Tile: painting tiles: \d+ of (\d+)", look.text) for look in job.looks() if look.running
+    ]
     return {int(match[1]) for match in found if match}
 
 

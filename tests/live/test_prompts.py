@@ -216,7 +216,7 @@ def test_progress_goes_on_after_the_interrogator(webui: WebUI, square: Image.Ima
 @pytest.mark.parametrize("captions", ["None", "DeepBooru"])
 def test_interrupt_reaches_the_run(webui: WebUI, square: Image.Image, captioned: Reply, captions: str):
     """While the interrogator is at work, or right after it."""
-    text = "looks at tile" if captions != "None" else "of 4 tiles"
+    text = "looks at tile" if captions != "None" else "painting tiles"
     job = webui.start(square, {**FOUR, "captions": captions, "batch": 1}, steps=20)
     next(look for look in job.looks() if text in look.text)
     webui.post("interrupt")

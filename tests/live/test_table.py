@@ -48,6 +48,7 @@ FIRST: dict[str, Any] = {
     "guard": "retry",
     "guard_seeds": 1,
     "guard_weaker": 0,
+    "guard_budget": 0.3,
     "guard_strictness": 2.5,
     "encoder": "mini",
     "patches": 16,

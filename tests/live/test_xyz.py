@@ -7,7 +7,7 @@ import re
 
 import pytest
 from adapters import Adapters
-from client import WebUI, difference, fields
+from client import SLACK, WebUI, difference, fields
 from conftest import TILES
 from PIL import Image
 from plots import SCRIPT, Plot, run
@@ -46,7 +46,7 @@ def test_progress_grows_over_all_cells(webui: WebUI, plot: Plot, small: Image.Im
     job = webui.start(small, {**TILES, "batch": 1}, steps=20, script_name=SCRIPT, script_args=args)
     shares = [look.share for look in job.looks() if look.tiles is not None]
     assert len(job.reply().images) == 5
-    assert all(later >= earlier - 0.1 for earlier, later in itertools.pairwise(shares))
+    assert all(later >= earlier - SLACK for earlier, later in itertools.pairwise(shares))
     assert shares[len(shares) // 4] < 0.5 < shares[len(shares) * 3 // 4] <= 1
 
 

@@ -1,0 +1,131 @@
+"""Does guidance harm pictures that plain tiles paint well? python benchmarks/harmless.py [--json] [PHOTO ...]
+
+Each photo is halved and enlarged again with the built-in model, in plain tiles and with guidance, and held against the
+photo itself: mean squared gradient over the photo's, PSNR, and how much stronger what guidance changes is at the
+frequencies of the patch grid than around them. Without photos: the held-out photographs of lib_dinotile/train/images.py
+(`--root` says where else packages lie). All settings that are not named are the defaults.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+from skimage.metrics import peak_signal_noise_ratio
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from lib_dinotile.condition.conditioner import Conditioner
+from lib_dinotile.engine import upscale
+from lib_dinotile.hosts.diffusers import load_host
+from lib_dinotile.images import read_image
+from lib_dinotile.settings import Generation, Settings
+from lib_dinotile.tiling.noise import NoiseField
+from lib_dinotile.train.images import HELD_OUT, package_roots, read_photo
+
+PLAIN, GUIDANCE, DEFAULTS = "plain", "guidance", "guidance and guard"
+WAYS = {PLAIN: {"guidance": 0.0, "guard": "off"}, GUIDANCE: {"guard": "off"}, DEFAULTS: {}}
+FARTHER, LOSS = 0.05, 0.1
+"""The most that the share of the photo's gradients may be farther from 1 than in plain tiles, and dB of PSNR lost."""
+
+
+def painted(source: Image.Image, settings: Settings, denoise: float, seed: int = 0) -> np.ndarray:
+    """The source (RGB) enlarged with the built-in model, (H, W, 3) uint8."""
+    host = load_host(Generation(seed=seed, denoise=denoise))
+    conditioner = Conditioner.load(settings, host, {})
+    return np.asarray(upscale(host, source, settings, NoiseField(seed, host.channels), conditioner).image)
+
+
+def gradients(image: np.ndarray) -> float:
+    """Mean squared difference of neighbours, in levels of 255."""
+    values = image.astype(np.float64)
+    return float(np.square(np.diff(values, axis=0)).mean() + np.square(np.diff(values, axis=1)).mean())
+
+
+def grid_ratio(change: np.ndarray, patch: float) -> float:
+    """Amplitude of a change (H, W) at the frequencies of a grid of `patch` pixels, over the median of those around."""
+    found = []
+    for axis in (0, 1):
+        length = change.shape[axis]
+        spectrum = np.abs(np.fft.rfft(change - change.mean(), axis=axis)).mean(1 - axis)
+        for harmonic in (1, 2, 3):
+            place = round(harmonic * length / patch)
+            near = np.arange(max(1, place - 6), min(len(spectrum), place + 7))
+            if place + 1 < len(spectrum):
+                around = spectrum[near[np.abs(near - place) > 1]]
+                found.append(spectrum[place - 1 : place + 2].max() / max(np.median(around), 1e-9))
+    return float(max(found)) if found else 0.0
+
+
+def measure(photo: Image.Image, denoise: float, settings: Settings, folder: Path | None, name: str) -> dict[str, dict]:
+    """By way the figures of one photo (RGB)."""
+    source, truth = photo.resize((photo.width // 2, photo.height // 2), Image.Resampling.LANCZOS), np.asarray(photo)
+    images = {way: painted(source, replace(settings, **changes), denoise) for way, changes in WAYS.items()}
+    rows = {}
+    for way, image in images.items():
+        change = (image.astype(np.float64) - images[PLAIN]).mean(2)
+        rows[way] = {
+            "gradients": gradients(image) / gradients(truth),
+            "psnr": float(peak_signal_noise_ratio(truth, image)),
+            "grid": 0.0 if way == PLAIN else grid_ratio(change, max(photo.size) / (max(photo.size) // 14)),
+            "change": float(np.abs(change).mean()),
+        }
+        if folder:
+            Image.fromarray(image).save(folder / f"{name}-{denoise:g}-{way.replace(' ', '-')}.png")
+    return rows
+
+
+def held_out(roots: Sequence[Path]) -> dict[str, Image.Image]:
+    """The held-out photographs that are installed, by name."""
+    found = {Path(photo.path).stem: read_photo(photo, package_roots(roots)) for photo in HELD_OUT}
+    return {name: Image.fromarray(pixels) for name, pixels in found.items() if pixels is not None}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("photos", nargs="*", type=Path)
+    parser.add_argument("--json", action="store_true", help="one last line of JSON")
+    parser.add_argument("--out", type=Path, help="folder for the images")
+    parser.add_argument("--root", type=Path, action="append", default=[], help="where else unpacked packages lie")
+    parser.add_argument("--denoise", type=float, nargs="+", default=[0.35, 0.5])
+    parser.add_argument("--largest", type=int, default=448, help="the middle of a photo, of at most so many pixels")
+    parser.add_argument("--set", nargs="*", default=[], metavar="NAME=VALUE", help="options that are not the default")
+    arguments = parser.parse_args()
+    photos = {file.stem: read_image(file) for file in arguments.photos} or held_out(arguments.root)
+    given = dict(pair.split("=", 1) for pair in arguments.set)
+    settings = Settings.parse({name: Settings.option(name).parse(value) for name, value in given.items()})
+    if arguments.out:
+        arguments.out.mkdir(parents=True, exist_ok=True)
+    figures, good = [], True
+    for name, photo in photos.items():
+        width, height = (min(side, arguments.largest) // 2 * 2 for side in photo.size)
+        left, upper = (photo.width - width) // 2, (photo.height - height) // 2
+        part = photo.crop((left, upper, left + width, upper + height))
+        for denoise in arguments.denoise:
+            rows = measure(part, denoise, settings, arguments.out, name)
+            for way, row in rows.items():
+                farther = abs(row["gradients"] - 1) - abs(rows[PLAIN]["gradients"] - 1)
+                lost = rows[PLAIN]["psnr"] - row["psnr"]
+                fine = farther <= FARTHER and lost <= LOSS
+                good &= fine
+                figures.append({"photo": name, "denoise": denoise, "way": way, **row, "harmless": fine})
+                print(
+                    f"{name:14} {denoise:.2f} {way:18} gradients {row['gradients']:.3f} ({farther:+.3f} from 1)  PSNR "
+                    f"{row['psnr']:.2f} ({-lost:+.2f})  grid {row['grid']:.2f}  change {row['change']:.2f} of 255  "
+                    f"{'' if fine else 'NOT '}harmless",
+                    flush=True,
+                )
+    print(f"harmless: {sum(row['harmless'] for row in figures)} of {len(figures)}")
+    if arguments.json:
+        print(json.dumps({"settings": given if given else "defaults", "figures": figures}))
+    return 0 if good else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

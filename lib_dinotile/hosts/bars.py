@@ -1,0 +1,65 @@
+"""The WebUI's progress bars: in the page, in its API and in the console."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any
+
+from modules import shared
+
+from lib_dinotile.hosts.overridden import overridden
+from lib_dinotile.progress import Progress
+
+JOBS = 10_000
+"""To the WebUI, whose bars show what share of its jobs is done, every image is so many of them. That is far more than
+there are batches: what it adds itself for the steps of the current job is nothing to see."""
+
+
+def expect(batches: int, images: int) -> None:
+    """There will be so many batches of images; where a script has said how many, that many."""
+    state = shared.state
+    if not state.processing_has_refined_job_count:  # once: it may be one image of many, or a cell of a plot
+        state.job_count = max(state.job_count, batches) * images * JOBS
+        state.processing_has_refined_job_count = True
+    shared.total_tqdm.updateTotal(state.job_count)
+
+
+class Bars:
+    """They show how far one image after the other is, and never go back."""
+
+    def __init__(self) -> None:
+        self._progress, self._first, self._jobs = Progress(), 0, JOBS
+        self._count = shared.total_tqdm.update
+
+    def begin(self, last: bool) -> None:
+        """The next image; last: of its batch, whose last job the WebUI counts itself."""
+        self._first, self._jobs = shared.state.job_no, JOBS - last
+
+    def show(self, progress: Progress) -> None:
+        """How far the image is, before some tiles are sampled."""
+        self._progress = progress
+        self.advance(0.0)
+        self.say()
+
+    def say(self, more: str = "") -> None:
+        """What is being done, and more about that."""
+        shared.state.textinfo = f"DINO Tile: {self._progress.text}{more}"
+
+    def advance(self, share: float) -> None:
+        """That share of those tiles' sampling is done."""
+        self._move(self._progress.at(share))
+
+    def end(self) -> None:
+        """The image is done, or will not be."""
+        self._move(1.0)
+
+    def _move(self, share: float) -> None:
+        job = self._first + min(int(share * JOBS), self._jobs)
+        for _ in range(shared.state.job_no, job):
+            self._count()
+        shared.state.job_no = max(shared.state.job_no, job)
+
+    @staticmethod
+    def own() -> contextlib.AbstractContextManager[Any]:
+        """While open, the sampler does not count its steps in the console."""
+        return overridden(shared.total_tqdm, update=lambda: None)
