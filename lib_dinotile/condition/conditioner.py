@@ -219,10 +219,10 @@ class Conditioner:
         }
         asked = {name: each for name, each in wanted.items() if each}
         fields: dict[str, FeatureField | None] = dict.fromkeys(wanted)
-        for compared in (False, True):  # for small canvases these differ in how fine they are
-            names = [name for name in asked if (name in ("guidance", "guard")) == compared]
-            found = self._fields(source, size, [asked[name] for name in names], compared) if names else ()
-            fields.update(zip(names, found))
+        fine = {name: self._patches(size, compared=name in ("guidance", "guard")) for name in asked}
+        for patches in dict.fromkeys(fine.values()):  # one, but for small canvases
+            names = [name for name in asked if fine[name] == patches]
+            fields.update(zip(names, self._fields(source, size, [asked[name] for name in names], patches)))
         through = [name for name in ("guidance", "guard") if asked.get(name, ("", ""))[1] == "tokens"]
         heads = self._heads.of(source.size, size, [asked[name][0] for name in through]) if through else {}
         for name in through:
@@ -234,13 +234,16 @@ class Conditioner:
         return Features(**fields, heads=heads)
 
     def _fields(
-        self, source: Image.Image, size: tuple[int, int], wanted: Sequence[tuple[int, Facet]], compared: bool
+        self, source: Image.Image, size: tuple[int, int], wanted: Sequence[tuple[int, Facet]], patches: int
     ) -> list[FeatureField]:
-        """compared: with what is painted, where a patch shows no less than as many pixels of the canvas."""
-        patches, windows = self._settings.patches, self._settings.windows
-        if compared:
-            patches = max(1, min(patches, max(size) // (windows * self.encoder.patch)))
+        windows = self._settings.windows
         return _features.fields(self.encoder, to_tensor(source), size, patches, windows, wanted)
+
+    def _patches(self, size: tuple[int, int], compared: bool) -> int:
+        """Along the longer side of what the encoder sees; compared: with what is painted, where a patch shows no less
+        than as many pixels of the canvas of (width, height)."""
+        patches, finest = self._settings.patches, max(size) // (self._settings.windows * self.encoder.patch)
+        return max(1, min(patches, finest)) if compared else patches
 
     @property
     def _guided(self) -> tuple[int, Facet]:
@@ -288,7 +291,7 @@ class Conditioner:
         if head is not None and head.floor[1] > 0:
             return Guard(look, canvas, Floor(*head.floor.tolist()), strictness, relative=False)
         shrunk = source.resize(rehearsal_size(source.size, size), Image.Resampling.LANCZOS)
-        floor = rehearse(features.guard, self._fields(shrunk, size, [(layer, "tokens")], True)[0])
+        floor = rehearse(features.guard, self._fields(shrunk, size, [(layer, "tokens")], self._patches(size, True))[0])
         return Guard(look, canvas, floor, strictness, relative=True)
 
 
