@@ -84,7 +84,7 @@ def encode_with_info(reply: Reply) -> str:
 
 
 def test_arguments_by_position_are_those_by_name(webui: WebUI, small: Image.Image):
-    as_by_default = {"guidance": 0.5, "guard": "retry"}
+    as_by_default = {"guidance": 1.0, "guard": "retry"}
     named = webui.img2img(small, {**TILES, "order": "linear", **as_by_default})
     row = [True, "scale", 2, 2048, "Lanczos", 96, 16, 4, "linear"]
     placed = webui.img2img(small, alwayson_scripts={"DINO Tile": {"args": row}})
