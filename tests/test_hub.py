@@ -103,23 +103,20 @@ def assert_refused(folder: Path, *says: str) -> None:
     assert_nothing_is_there(folder)
 
 
-def test_what_is_missing_damaged_or_breaks_off_is_one_line(hub, folder, monkeypatch):
+def test_what_is_missing_or_damaged_is_one_line(hub, folder):
     whole = dict(hub.models[NAME])
     hub.models[NAME] = {**whole, WEIGHTS: whole[WEIGHTS][:-100]}
     assert_refused(folder, "cannot be downloaded", "is damaged or not whole")
     hub.models[NAME] = {CONFIG: whole[CONFIG]}
     assert_refused(folder, f"the Hugging Face Hub has no {NAME!r}")
     hub.models = {}
-    assert_refused(folder, "cannot be downloaded" if False else f"the Hugging Face Hub has no {NAME!r}")
+    assert_refused(folder, f"the Hugging Face Hub has no {NAME!r}")
 
 
 def test_a_broken_connection_is_one_line(hub, folder, monkeypatch):
-    from huggingface_hub import file_download
-
     monkeypatch.setattr("time.sleep", lambda seconds: None)  # between its attempts
     hub.cut = 1000
     assert_refused(folder, "cannot be downloaded")
-    assert file_download is not None
 
 
 def test_a_full_disk_is_one_line(hub, folder, monkeypatch):
