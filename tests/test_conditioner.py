@@ -10,11 +10,11 @@ import torch
 
 from lib_dinotile import DinotileError
 from lib_dinotile.condition import conditioner as module
-from lib_dinotile.condition import heads as heads_module
 from lib_dinotile.condition.adapter import AdapterCondition, AdapterConfig
 from lib_dinotile.condition.adapter_file import save_adapter
 from lib_dinotile.condition.conditioner import Conditioner, installed_weights
 from lib_dinotile.dino import cache
+from lib_dinotile.dino import head as heads_module
 from lib_dinotile.dino.head import RestorationHead
 from lib_dinotile.settings import Settings
 from lib_dinotile.tiling.canvas import Canvas
@@ -106,7 +106,7 @@ def calls(monkeypatch):
     return watched
 
 
-@pytest.mark.parametrize("adapter, files, views", [("fur", 0, 1), ("restored", 1, 2)])
+@pytest.mark.parametrize("adapter, files, views", [("fur", 1, 1), ("restored", 1, 2)])
 def test_all_runs_on_one_source_look_at_it_once(adapters, calls, adapter, files, views):
     """As the cells of a plot are, and the next seed: once at the source, and once at it shrunk, for a guard whose head
     does not say how far true patches may be."""

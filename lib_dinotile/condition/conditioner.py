@@ -19,13 +19,13 @@ from lib_dinotile.condition.adapter_file import check_encoder, check_fit, load_a
 from lib_dinotile.condition.guard import GUARD_LAYER, OTHER_LAYER, Guard, rehearsal_size, rehearse
 from lib_dinotile.condition.guidance import CONTEXT as GUIDANCE_CONTEXT
 from lib_dinotile.condition.guidance import SELF_SIMILARITY, Guidance
-from lib_dinotile.condition.heads import ByLayer, FixedHeads, Heads, chosen, forget, heads_for, heads_in
+from lib_dinotile.condition.heads import ByLayer, FixedHeads, Heads, chosen, heads_for
 from lib_dinotile.dino.cache import FeatureCache
 from lib_dinotile.dino.calibrated import Store
 from lib_dinotile.dino.checkpoint import automatic_encoder, locate
 from lib_dinotile.dino.encoder import BUILT_IN, KNOWN, Facet, PatchEncoder, installed, load_encoder
 from lib_dinotile.dino.field import FeatureField
-from lib_dinotile.dino.head import Floor, RestorationHead
+from lib_dinotile.dino.head import Floor, RestorationHead, forget_heads, heads_in
 from lib_dinotile.dino.look import Look
 from lib_dinotile.hosts.base import Host, Residuals
 from lib_dinotile.once import Progress
@@ -123,7 +123,7 @@ class Conditioner:
             _adapter.cache_clear()
         if not settings.looks:
             _encoder.cache_clear()
-            forget()
+            forget_heads()
             return None
         config, device = None, torch.device(host.device)
         if settings.adapter != NONE:

@@ -31,7 +31,7 @@ DISTANCES = (PATCHES, SELF_SIMILARITY)
 """`patches`: one minus the cosine, patch by patch. `self-similarity`: how patches resemble each other (keys of the
 attention, their cosines, as in DiffuseIT, arXiv 2209.15264), which a change of style leaves as it is."""
 SCALE = 256.0
-"""Of the distance, so that gradients in half precision do not vanish; only their direction counts."""
+"""Of the distance, so that gradients in half precision do not vanish; taken off again."""
 CONTEXT = 0
 """Patches around a tile that are seen with it, at least: steering needs fewer than judging."""
 MOMENTUM = 0.7

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
-import torch
-
 from lib_dinotile import DinotileError
 from lib_dinotile.condition.adapter_file import read_metadata
 from lib_dinotile.dino.calibrated import Store, scale_class
 from lib_dinotile.dino.encoder import PatchEncoder
-from lib_dinotile.dino.head import RestorationHead, load_heads
+from lib_dinotile.dino.head import RestorationHead, heads_in
 from lib_dinotile.settings import AUTOMATIC, CALIBRATED, NONE, Settings
 
 ByLayer = Mapping[int, RestorationHead]
@@ -87,21 +84,6 @@ def heads_for(
     if settings.head == AUTOMATIC and adapter is not None and "heads" in read_metadata(adapter):
         return FixedHeads(heads_in(adapter, encoder), AUTOMATIC)
     return CalibratedHeads(encoder, settings.patches * settings.windows * encoder.patch, store)
-
-
-def heads_in(file: Path, encoder: PatchEncoder) -> ByLayer:
-    """The heads in a file. DinotileError if they are not for this encoder."""
-    return _read(file, file.stat().st_mtime, encoder.id, encoder.width, encoder.device)
-
-
-@functools.lru_cache(maxsize=2)
-def _read(file: Path, modified: float, encoder: str, features: int, device: torch.device) -> ByLayer:
-    return load_heads(file, encoder, features, device)
-
-
-def forget() -> None:
-    """Gives up what is kept in memory."""
-    _read.cache_clear()
 
 
 def chosen(kind: str, name: str, files: Mapping[str, Path]) -> Path:

@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import torch
 from PIL import Image
 
 from lib_dinotile import DinotileError, one_line
 from lib_dinotile.dino.calibration import LAYERS, SCALES, calibrate
 from lib_dinotile.dino.encoder import PatchEncoder
-from lib_dinotile.dino.head import RestorationHead, load_heads, save_heads
+from lib_dinotile.dino.head import RestorationHead, heads_in, save_heads
 from lib_dinotile.images import endings, read_image
 from lib_dinotile.once import Progress, alone, models_folder, unseen
 
@@ -95,7 +93,7 @@ class Store:
         found = [_unsaved.get((encoder.fingerprint, scale), {})]
         for file in self._files(encoder, scale):
             with contextlib.suppress(DinotileError):  # damaged: they are made again
-                found.append(_read(file, file.stat().st_mtime, encoder.id, encoder.width, encoder.device))
+                found.append(heads_in(file, encoder))
         return next((heads for heads in found if all(layer in heads for layer in layers)), None)
 
     def kept(self, encoder: PatchEncoder, scale: float) -> Path | None:
@@ -162,10 +160,3 @@ def _name(encoder: str, fingerprint: str, scale: float) -> str:
 
 _unsaved: dict[tuple[str, float], Mapping[int, RestorationHead]] = {}
 """Heads that could not be written, by the encoder's fingerprint and the scale; those of one encoder and scale."""
-
-
-@functools.lru_cache(maxsize=2)
-def _read(
-    file: Path, modified: float, encoder: str, features: int, device: torch.device
-) -> Mapping[int, RestorationHead]:
-    return load_heads(file, encoder, features, device)

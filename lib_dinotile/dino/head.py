@@ -7,6 +7,7 @@ degradation-aware prompt extractor (arXiv 2311.16518), on one encoder's tokens. 
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 from collections.abc import Mapping
@@ -18,6 +19,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from lib_dinotile import DinotileError, one_line
+from lib_dinotile.dino.encoder import PatchEncoder
 from lib_dinotile.tensorfile import open_tensors
 
 FORMAT, VERSION = "dinotile-head", "2"
@@ -139,3 +141,20 @@ def load_heads(
         raise
     except Exception as error:  # whatever safetensors and torch raise for what is damaged
         raise DinotileError(f"head {path.name} cannot be read: {one_line(error)}") from error
+
+
+def heads_in(file: Path, encoder: PatchEncoder) -> Mapping[int, RestorationHead]:
+    """`load_heads` for an encoder, on its device; from memory if the file was read before."""
+    return _read(file, file.stat().st_mtime, encoder.id, encoder.width, encoder.device)
+
+
+def forget_heads() -> None:
+    """Gives up the heads that are kept in memory."""
+    _read.cache_clear()
+
+
+@functools.lru_cache(maxsize=2)
+def _read(
+    file: Path, modified: float, encoder: str, features: int, device: torch.device
+) -> Mapping[int, RestorationHead]:
+    return load_heads(file, encoder, features, device)

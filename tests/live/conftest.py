@@ -25,6 +25,7 @@ SETTINGS = {
     "img2img_extra_noise": 0.0,
     "img2img_fix_steps": False,
     "live_previews_enable": True,
+    "samples_save": True,
 }
 """Settings of the WebUI that tests override, with its own defaults."""
 
