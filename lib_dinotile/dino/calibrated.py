@@ -90,11 +90,13 @@ class Store:
         self, encoder: PatchEncoder, scale: float, layers: Sequence[int] = LAYERS
     ) -> Mapping[int, RestorationHead] | None:
         """The heads, if they are there: those in the folder, or those that come with the built-in encoder."""
-        found = [_unsaved.get((encoder.fingerprint, scale), {})]
-        for file in self._files(encoder, scale):
+        heads = _unsaved.get((encoder.fingerprint, scale), {})
+        for file in [None, *self._files(encoder, scale)]:
             with contextlib.suppress(DinotileError):  # damaged: they are made again
-                found.append(heads_in(file, encoder))
-        return next((heads for heads in found if all(layer in heads for layer in layers)), None)
+                heads = heads if file is None else heads_in(file, encoder)
+                if all(layer in heads for layer in layers):
+                    return heads
+        return None
 
     def kept(self, encoder: PatchEncoder, scale: float) -> Path | None:
         """The file with the heads, if there is one."""
