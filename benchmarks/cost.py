@@ -34,8 +34,7 @@ from typing import Any
 import torch
 from diffusers import UNet2DConditionModel
 from PIL import Image
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import flop_registry
+from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
@@ -122,24 +121,18 @@ def sd15(generation: Generation, folder: Path) -> tuple[DiffusersHost, PatchEnco
     return host, load_encoder(str(folder))
 
 
-class Operations(TorchDispatchMode):
+class Operations(FlopCounterMode):
     """Floating-point operations in guidance, and all of them, while it is open."""
 
     def __init__(self) -> None:
-        super().__init__()
-        self.total, self.guidance, self._call = 0, 0, Guide.__call__
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        count = flop_registry.get(func._overloadpacket)
-        self.total += count(*args, **(kwargs or {}), out_val=out) if count else 0
-        return out
+        super().__init__(display=False)
+        self.guidance, self._call = 0, Guide.__call__
 
     def __enter__(self) -> Operations:
         def counted(guide: Guide, *arguments: Any) -> Any:
-            before = self.total
+            before = self.get_total_flops()
             moved = self._call(guide, *arguments)
-            self.guidance += self.total - before
+            self.guidance += self.get_total_flops() - before
             return moved
 
         Guide.__call__ = counted
@@ -152,7 +145,7 @@ class Operations(TorchDispatchMode):
     @property
     def share(self) -> float:
         """Guidance's over those of everything else."""
-        return self.guidance / (self.total - self.guidance)
+        return self.guidance / (self.get_total_flops() - self.guidance)
 
 
 def shares(
