@@ -34,7 +34,8 @@ from typing import Any
 import torch
 from diffusers import UNet2DConditionModel
 from PIL import Image
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
@@ -121,18 +122,24 @@ def sd15(generation: Generation, folder: Path) -> tuple[DiffusersHost, PatchEnco
     return host, load_encoder(str(folder))
 
 
-class Operations(FlopCounterMode):
+class Operations(TorchDispatchMode):
     """Floating-point operations in guidance, and all of them, while it is open."""
 
     def __init__(self) -> None:
-        super().__init__(display=False)
-        self.guidance, self._call = 0, Guide.__call__
+        super().__init__()
+        self.total, self.guidance, self._call = 0, 0, Guide.__call__
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        count = flop_registry.get(func._overloadpacket)
+        self.total += count(*args, **(kwargs or {}), out_val=out) if count else 0
+        return out
 
     def __enter__(self) -> Operations:
         def counted(guide: Guide, *arguments: Any) -> Any:
-            before = self.get_total_flops()
+            before = self.total
             moved = self._call(guide, *arguments)
-            self.guidance += self.get_total_flops() - before
+            self.guidance += self.total - before
             return moved
 
         Guide.__call__ = counted
@@ -145,7 +152,7 @@ class Operations(FlopCounterMode):
     @property
     def share(self) -> float:
         """Guidance's over those of everything else."""
-        return self.guidance / (self.get_total_flops() - self.guidance)
+        return self.guidance / (self.total - self.guidance)
 
 
 def shares(
