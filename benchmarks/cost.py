@@ -35,7 +35,6 @@ import torch
 from diffusers import UNet2DConditionModel
 from PIL import Image
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import flop_registry
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
@@ -123,15 +122,18 @@ def sd15(generation: Generation, folder: Path) -> tuple[DiffusersHost, PatchEnco
 
 
 class Operations(TorchDispatchMode):
-    """Floating-point operations in guidance, and all of them, while it is open."""
+    """Floating-point operations in guidance, and all of them, while it is open; for torch 2.2 and newer."""
 
     def __init__(self) -> None:
+        from torch.utils.flop_counter import flop_registry
+
         super().__init__()
+        self._count = flop_registry
         self.total, self.guidance, self._call = 0, 0, Guide.__call__
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
-        count = flop_registry.get(func._overloadpacket)
+        count = self._count.get(func._overloadpacket)
         self.total += count(*args, **(kwargs or {}), out_val=out) if count else 0
         return out
 
