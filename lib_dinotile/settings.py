@@ -269,7 +269,7 @@ class Settings(Options):
         only_with=_guided,
     )
     guidance_end: float = option(
-        0.85,
+        0.7,
         "Guidance end",
         "Share of the steps after which guidance stops; the last steps run unguided.",
         minimum=0.0,
@@ -289,7 +289,7 @@ class Settings(Options):
         only_with=_guided,
     )
     views: int = option(
-        2,
+        1,
         "Guidance views",
         "How often the encoder looks at each of them, every time a little beside; more steers better and is slower.",
         minimum=1,
