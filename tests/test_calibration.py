@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -12,10 +13,11 @@ import torch
 from PIL import Image
 
 from lib_dinotile import __main__ as cli
-from lib_dinotile.dino import calibrated
+from lib_dinotile.dino import calibrated, calibration
 from lib_dinotile.dino.calibrated import Store
-from lib_dinotile.dino.calibration import NormalEquations, _fit
+from lib_dinotile.dino.calibration import NormalEquations, _fit, calibrate
 from lib_dinotile.dino.encoder import PatchEncoder, load_encoder
+from lib_dinotile.dino.head import RestorationHead
 from lib_dinotile.dino.state import state_of
 from tests.processes import environment
 from tests.test_encoder import write_checkpoint
@@ -95,6 +97,35 @@ def test_heads_are_made_once_and_then_read(photos, encoder, tmp_path):
     second = again.heads(encoder, 2.0)
     assert again.notes == [] and sorted(second) == sorted(first)
     assert state_of("tiny", tmp_path / "encoders", store).calibrated == [2.0]
+
+
+def test_one_more_layer_leaves_the_others_in_the_file(photos, encoder, tmp_path):
+    store = Store(tmp_path / "heads")
+    store.heads(encoder, 2.0, [-2])
+    store.heads(encoder, 2.0, [0])
+    assert sorted(Store(store.folder).find(encoder, 2.0, [-1, -2, 0])) == [-2, -1, 0]
+
+
+def test_a_head_that_is_no_gain_is_dropped_and_its_floor_is_that_of_the_plain_tokens(photos, encoder, monkeypatch):
+    pictures = calibrated.Pictures(photos)
+    assert calibrate(encoder, pictures, 2.0, [-1]).heads[-1].outer.weight.any()
+    fit = calibration._fit
+
+    def worse(*given):
+        penalty, head, tested = fit(*given)
+        tested.outer.bias += 100
+        return penalty, head, tested
+
+    monkeypatch.setattr(calibration, "_fit", worse)
+    dropped = calibrate(encoder, pictures, 2.0, [-1])
+    monkeypatch.setattr(calibration, "_fit", lambda *given: (math.inf, identity(encoder), identity(encoder)))
+    plain = calibrate(encoder, pictures, 2.0, [-1])
+    assert dropped.made["penalty -1"] == "inf" and not dropped.heads[-1].outer.weight.any()
+    assert torch.equal(dropped.heads[-1].floor, plain.heads[-1].floor)
+
+
+def identity(encoder: PatchEncoder) -> RestorationHead:
+    return RestorationHead(encoder.width, 0).eval().requires_grad_(False)
 
 
 def test_another_encoder_of_the_same_name_gets_its_own(photos, encoder, tmp_path):

@@ -11,7 +11,7 @@ from PIL import Image
 
 from lib_dinotile.condition import guard as guards
 from lib_dinotile.condition.guard import Floor, Guard, rehearsal_size, rehearse
-from lib_dinotile.condition.guidance import DISTANCES, PATCHES, SELF_SIMILARITY, Guidance
+from lib_dinotile.condition.guidance import DISTANCES, LENGTH, PATCHES, SELF_SIMILARITY, Guidance
 from lib_dinotile.dino.encoder import load_encoder
 from lib_dinotile.dino.field import FeatureField, feature_field
 from lib_dinotile.dino.look import Look
@@ -134,9 +134,9 @@ def test_guidance_moves_x0_towards_the_source_and_by_no_more_than_asked_for(infe
     change, reference = moved - x0, x0 - start
     ratio = change.square().mean((1, 2, 3)).sqrt() / reference.square().mean((1, 2, 3)).sqrt()
     if distance == PATCHES:
-        assert (ratio > 0.1).all() and (ratio < 1.001).all()
+        assert (ratio > 0.1).all() and (ratio < LENGTH / 2 * 1.001).all()
     else:
-        assert torch.allclose(ratio, torch.ones(3), rtol=1e-3)  # twice the strength at the first step, 0 after the last
+        assert torch.allclose(ratio, torch.full((3,), LENGTH / 2), rtol=1e-3)  # strength 0.5, the first step
 
 
 def test_the_steps_of_guidance_shrink_as_the_noise_does():

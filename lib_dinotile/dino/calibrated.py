@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -90,13 +90,15 @@ class Store:
         self, encoder: PatchEncoder, scale: float, layers: Sequence[int] = LAYERS
     ) -> Mapping[int, RestorationHead] | None:
         """The heads, if they are there: those in the folder, or those that come with the built-in encoder."""
-        heads = _unsaved.get((encoder.fingerprint, scale), {})
-        for file in [None, *self._files(encoder, scale)]:
-            with contextlib.suppress(DinotileError):  # damaged: they are made again
-                heads = heads if file is None else heads_in(file, encoder)
-                if all(layer in heads for layer in layers):
-                    return heads
-        return None
+        kept = self._readable(encoder, scale)
+        return next((heads for heads in kept if all(layer in heads for layer in layers)), None)
+
+    def _readable(self, encoder: PatchEncoder, scale: float) -> Iterator[Mapping[int, RestorationHead]]:
+        """All heads that there are; what is damaged is passed over, and made again."""
+        yield _unsaved.get((encoder.fingerprint, scale), {})
+        for file in self._files(encoder, scale):
+            with contextlib.suppress(DinotileError):
+                yield heads_in(file, encoder)
 
     def kept(self, encoder: PatchEncoder, scale: float) -> Path | None:
         """The file with the heads, if there is one."""
@@ -119,8 +121,9 @@ class Store:
         def progress(share: float) -> None:
             self.progress(f"getting to know {name}, once", share)
 
+        there = () if file or pictures else {layer for heads in self._readable(encoder, scale) for layer in heads}
         pictures = Pictures() if pictures is None else pictures
-        wanted = sorted({*LAYERS, *layers} if encoder.depth >= -min(LAYERS) else layers, reverse=True)
+        wanted = sorted({*(LAYERS if encoder.depth >= -min(LAYERS) else ()), *layers, *there}, reverse=True)
         found = calibrate(encoder, pictures, scale, wanted, progress)
         made = {**found.made, "scale": f"{scale:g}", "fingerprint": encoder.fingerprint}
         target = self.file(encoder, scale) if file is None else file

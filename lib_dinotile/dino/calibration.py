@@ -11,7 +11,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -193,6 +193,9 @@ def calibrate(
             if after > before:
                 made[f"penalty {layer}"], made[f"held out, restored {layer}"] = "inf", f"{before:.5f}"
                 head.outer.weight.zero_(), head.outer.bias.zero_()
+                mild = replace(pairs, severities=severities[:1], layers=[layer])
+                seen = itertools.chain.from_iterable(itertools.chain(*mild.tokens(number)) for number in held_out)
+                true[layer] = [true_distances(encoder, each.source, layer, each.pictures) for each in seen]
             floor = Floor.of(torch.cat(true[layer]))
             head.floor.copy_(torch.tensor([floor.median, floor.spread]))
         progress(1.0)
