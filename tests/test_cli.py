@@ -363,6 +363,7 @@ def test_a_mask_a_size_and_a_report(photo, tmp_path):
     told = json.loads(report.read_text())
     assert {tile["state"] for tile in told["tiles"]} == {"painted", "outside the mask"}
     assert told["image"] == str(photo) and not [note for note in told["notes"] if "number" in note]
+    assert "restoration head: calibrated" in told["notes"]
 
 
 def test_what_is_transparent_in_a_mask_is_not_painted(photo, tmp_path):

@@ -134,3 +134,15 @@ def test_what_automatic_stood_for_is_told_and_gives_the_same_again(adapters):
     # A head in the adapter's own file goes with that.
     assert used(adapter="restored").head == "Automatic"
     assert used(adapter="restored", head="None").head == "None"
+
+
+def test_without_a_head_guidance_is_off_and_the_notes_say_so(adapters):
+    def notes(**values):
+        conditioner = Conditioner.load(settings(guidance=1.0, **values), HOST, adapters)
+        conditioner.features(random_image(64, 48), (128, 96))
+        return conditioner.notes
+
+    off = [note for note in notes(head="None") if note.startswith("guidance is off")]
+    assert len(off) == 1 and "choose Restoration head Automatic" in off[0]
+    assert not any("guidance is off" in note for note in notes(head="None", distance="self-similarity"))
+    assert "restoration head: calibrated" in notes() and not any("guidance is off" in note for note in notes())
