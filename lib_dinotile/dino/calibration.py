@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -181,12 +181,13 @@ def calibrate(
         for number in held_out:
             step()
             for severity, seen in enumerate(pairs.tokens(number)):
+                mended = {layer: tested[layer](tokens.source[None])[0] for layer, tokens in zip(layers, seen)}
                 for layer, tokens in zip(layers, seen):
-                    mended = tested[layer](tokens.source[None])[0]
                     raw[layer].append(_distances(tokens.source, tokens.sharp))
-                    restored[layer].append(_distances(mended, tokens.sharp))
-                    if severity == 0:
-                        true[layer].append(true_distances(encoder, mended, layer, tokens.pictures))
+                    restored[layer].append(_distances(mended[layer], tokens.sharp))
+                if severity == 0:
+                    for layer, distances in true_distances(encoder, mended, seen[0].pictures).items():
+                        true[layer].append(distances)
         for layer, head in heads.items():
             before, after = (float(torch.cat(found[layer]).mean()) for found in (raw, restored))
             made[f"held out, raw {layer}"], made[f"held out, restored {layer}"] = f"{before:.5f}", f"{after:.5f}"
@@ -195,7 +196,7 @@ def calibrate(
                 head.outer.weight.zero_(), head.outer.bias.zero_()
                 mild = replace(pairs, severities=severities[:1], layers=[layer])
                 seen = itertools.chain.from_iterable(itertools.chain(*mild.tokens(number)) for number in held_out)
-                true[layer] = [true_distances(encoder, each.source, layer, each.pictures) for each in seen]
+                true[layer] = [true_distances(encoder, {layer: each.source}, each.pictures)[layer] for each in seen]
             floor = Floor.of(torch.cat(true[layer]))
             head.floor.copy_(torch.tensor([floor.median, floor.spread]))
         progress(1.0)
@@ -203,28 +204,32 @@ def calibrate(
 
 
 def true_distances(
-    encoder: PatchEncoder, wanted: Tensor, layer: int, pictures: tuple[Image.Image, Image.Image], tile: int = 0
-) -> Tensor:
-    """One minus the cosine of each patch, (n,), on the CPU: how far a true result is from what is wanted, as the guard
-    sees it: tile by tile in the enlarged source.
+    encoder: PatchEncoder, wanted: Mapping[int, Tensor], pictures: tuple[Image.Image, Image.Image], tile: int = 0
+) -> dict[int, Tensor]:
+    """One minus the cosine of each patch, (n,), on the CPU, by layer: how far a true result is from what is wanted, as
+    the guard sees it: tile by tile in the enlarged source.
 
-    wanted: tokens (D, h, w); pictures: the source and the sharp one (RGB); tile: its side in pixels, 0 for half of
-    `PATCHES`.
+    wanted: tokens (D, h, w) by layer; pictures: the source and the sharp one (RGB); tile: its side in pixels, 0 for
+    half of `PATCHES`.
     """
     source, sharp = pictures
     plan = TilePlan(*sharp.size, tile or PATCHES // 2 * encoder.patch, 0, factor=1)
     blurred, canvas = Canvas(source.resize(sharp.size, Image.Resampling.LANCZOS), plan), Canvas(sharp, plan)
-    look = Look(encoder, FeatureField(wanted, sharp.size), plan.padded, layer)
-    found = []
+    looks = {layer: Look(encoder, FeatureField(tokens, sharp.size), plan.padded) for layer, tokens in wanted.items()}
+    found: dict[int, list[Tensor]] = {layer: [] for layer in wanted}
     for area in plan.tiles:
-        likeness = look.similarity(blurred.crop, [area], canvas.source(area)[None])[0]
-        found.append(1 - likeness[look.own(area)].flatten().cpu())
-    return torch.cat(found)
+        look = next(iter(looks.values()))
+        windows = look.windows(blurred.crop, [area], canvas.source(area)[None].to(encoder.device))
+        patches = look.resized(windows, look.grid(look.window(area)))
+        seen = encoder.several(patches, [(layer, "tokens") for layer in looks])
+        for (layer, look), tokens in zip(looks.items(), seen):
+            found[layer].append(_distances(tokens[0], look.targets([area])[0], look.own(area)))
+    return {layer: torch.cat(distances) for layer, distances in found.items()}
 
 
-def _distances(seen: Tensor, sharp: Tensor) -> Tensor:
-    """One minus the cosine of each patch, (h * w,), on the CPU."""
-    return (1 - F.cosine_similarity(seen, sharp, dim=0)).flatten().cpu()
+def _distances(seen: Tensor, sharp: Tensor, among: tuple[slice, slice] = (slice(None), slice(None))) -> Tensor:
+    """One minus the cosine of each patch, or of those in some rows and columns, (n,), on the CPU."""
+    return (1 - F.cosine_similarity(seen, sharp, dim=0))[among].flatten().cpu()
 
 
 def _fit(folds: list[NormalEquations], device: torch.device) -> tuple[float, RestorationHead, RestorationHead]:

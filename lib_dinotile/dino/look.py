@@ -113,10 +113,14 @@ class Look:
 
     def features(self, windows: Tensor, grid: tuple[int, int]) -> Tensor:
         """(k, D, *grid) of windows (k, 3, H, W); gradients with respect to the windows work."""
+        return self.encoder(self.resized(windows, grid), self.layer, self.facet)
+
+    def resized(self, windows: Tensor, grid: Sequence[int]) -> Tensor:
+        """Windows (k, 3, H, W), as large as the encoder wants them for a grid of (rows, columns) of patches."""
         size = [cells * self.encoder.patch for cells in grid]
         if list(windows.shape[2:]) != size:
             windows = F.interpolate(windows, size, mode="bicubic", align_corners=False, antialias=True)
-        return self.encoder(windows, self.layer, self.facet)
+        return windows
 
     def targets(self, tiles: Sequence[Rect]) -> Tensor:
         """The features (k, D, h, w) that the windows of some tiles ought to have."""

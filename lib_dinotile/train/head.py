@@ -120,9 +120,9 @@ def measure_floor(
         picture = pictures.picture(number)
         source, wanted = to_tensor(picture.source).to(encoder.device), [(layer, "tokens") for layer in heads]
         fields = feature_fields(encoder, source, picture.sharp.size, patches, 1, wanted)
-        for (layer, head), field in zip(heads.items(), fields):
-            restored, seen = head(field.features[None])[0], (picture.source, picture.sharp)
-            distances[layer].append(true_distances(encoder, restored, layer, seen, tile))
+        restored = {layer: head(field.features[None])[0] for (layer, head), field in zip(heads.items(), fields)}
+        for layer, found in true_distances(encoder, restored, (picture.source, picture.sharp), tile).items():
+            distances[layer].append(found)
     for layer, head in heads.items():
         floor = Floor.of(torch.cat(distances[layer]))
         head.floor.copy_(torch.tensor([floor.median, floor.spread]))
