@@ -51,6 +51,7 @@ class NormalEquations:
         self.count, self.rr = 0, 0.0
         self.x, self.r = (torch.zeros(size, dtype=torch.float64) for size in (inputs, features))
         self.xx = torch.zeros(inputs, inputs, dtype=torch.float64)
+        """Only its upper triangle: the lower one mirrors that."""
         self.xr = torch.zeros(inputs, features, dtype=torch.float64)
 
     def add(self, source: Tensor, sharp: Tensor) -> None:
@@ -59,8 +60,11 @@ class NormalEquations:
         r = (sharp - source).flatten(1)
         self.count += x.shape[1]
         # A picture's products in float32, which GPUs are fast at; only their sums need more.
-        for total, part in ((self.x, x.sum(1)), (self.r, r.sum(1)), (self.xx, x @ x.T), (self.xr, x @ r.T)):
+        for total, part in ((self.x, x.sum(1)), (self.r, r.sum(1)), (self.xr, x @ r.T)):
             total += part.cpu()
+        for row in range(0, len(x), len(r)):
+            rows = slice(row, row + len(r))
+            self.xx[rows, row:] += (x[rows] @ x[row:].T).cpu()
         self.rr += float(r.square().sum())
 
     def merge(self, other: NormalEquations, sign: int = 1) -> NormalEquations:
@@ -79,12 +83,14 @@ class NormalEquations:
         covariance = self.xx / self.count - x[:, None] * x
         diagonal = covariance.diagonal()
         diagonal += penalty * diagonal.mean() + torch.finfo(torch.float64).tiny
-        weights = torch.cholesky_solve(self.xr / self.count - x[:, None] * r, torch.linalg.cholesky(covariance))
+        factor = torch.linalg.cholesky(covariance, upper=True)
+        weights = torch.cholesky_solve(self.xr / self.count - x[:, None] * r, factor, upper=True)
         return weights, r - x @ weights
 
     def error(self, weights: Tensor, bias: Tensor) -> float:
         """Mean squared error, summed over the features, of a solution on the tokens that were added."""
-        total = self.rr + ((self.xx @ weights) * weights).sum() - 2 * (weights * self.xr).sum()
+        total = self.rr + 2 * ((self.xx.triu(1) @ weights) * weights).sum() - 2 * (weights * self.xr).sum()
+        total += (self.xx.diagonal()[:, None] * weights.square()).sum()
         total += 2 * (self.x @ weights) @ bias - 2 * bias @ self.r + self.count * bias @ bias
         return float(total) / self.count
 
