@@ -39,7 +39,7 @@ from tests.test_tiling import random_image
 SOURCE = random_image(64, 64)
 OPTIONS: dict[str, Any] = {"scale": 2.0, "tile": 64, "overlap": 0, "batch": 1, "colour": "none", "patches": 8}
 """Four tiles that touch nowhere: what is painted first does not change any more."""
-ALL = {"adapter": "mini", "guidance": 0.5, "guidance_end": 1.0, "every": 1, "guard": "report"}
+ALL = {"adapter": "mini", "guidance": 0.5, "guidance_end": 1.0, "every": 1, "views": 2, "guard": "report"}
 ORDERS = {
     "linear": {"order": "linear"},
     "chess": {"order": "chess", "batch": 4},
