@@ -16,8 +16,7 @@ from lib_dinotile import one_line
 from lib_dinotile.once import Progress, alone
 
 STEP = 1 << 18
-"""Bytes between two reports of a download, which can be stopped there; huggingface_hub's own 10 MB take minutes on a slow
-line."""
+"""Bytes between two reports of a download, which can be stopped there: huggingface_hub's own 10 MB may take minutes."""
 PROBE = 5.0
 """Seconds that the Hub has to answer: huggingface_hub 2 itself retries for 23 s before it gives up."""
 

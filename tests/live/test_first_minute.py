@@ -1,4 +1,4 @@
-"""The first minute in a browser: from no DINOv2 to one that is installed and calibrated, without a network and with one."""
+"""The first minute in a browser: from no DINOv2 to one that is calibrated, and how far one gets without a network."""
 
 from __future__ import annotations
 
@@ -164,6 +164,7 @@ def test_a_download_can_be_stopped_and_ends_with_a_calibrated_encoder(
 ):
     before, megabytes = contents(models), round(sum(map(len, files.values())) / 1e6)
     downloading = re.compile(rf"Downloading {SHORT}, [1-9] of {megabytes} MB")
+    looks = f"Looks at your image: {SHORT}, {{}}."
     offers(tab)
     with serve(Hub({NAME: files}, pause=PAUSE), port):
         tab.control("get_ready").click()
@@ -181,7 +182,14 @@ def test_a_download_can_be_stopped_and_ends_with_a_calibrated_encoder(
             works(other, SHORT)
         works(tab, f"Getting to know {SHORT}, once")
         shot("calibrating")
-        expect(line(tab)).to_have_text(f"Looks at your image: {SHORT}, calibrated.", timeout=PATIENCE)
+        tab.control("stop").click()
+        expect(tab.control("get_ready")).to_be_visible(timeout=PATIENCE)
+        expect(tab.control("get_ready")).to_have_text("Calibrate now")
+        assert line(tab).inner_text().strip() == looks.format("not calibrated yet: done once, at the first run")
+        shot("not-calibrated")
+    tab.control("get_ready").click()
+    works(tab, f"Getting to know {SHORT}, once")
+    expect(line(tab)).to_have_text(looks.format("calibrated"), timeout=PATIENCE)
     assert not tab.shows("get_ready") and not tab.shows("stop")
     shot("done")
     check_installed(tab, webui, models, files)
