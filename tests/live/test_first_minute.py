@@ -166,7 +166,7 @@ def test_a_download_can_be_stopped_and_ends_with_a_calibrated_encoder(
     downloading = re.compile(rf"Downloading {SHORT}, [1-9] of {megabytes} MB")
     looks = f"Looks at your image: {SHORT}, {{}}."
     offers(tab)
-    with serve(Hub({NAME: files}, pause=PAUSE), port):
+    with serve(Hub({NAME: files}, pause=PAUSE), port) as hub:
         tab.control("get_ready").click()
         works(tab, downloading)
         tab.control("stop").click()
@@ -177,9 +177,12 @@ def test_a_download_can_be_stopped_and_ends_with_a_calibrated_encoder(
         tab.control("get_ready").click()
         works(tab, downloading)
         shot("downloading")
-        with open_tab(browser, address(request)) as other:
-            other.enable()
-            works(other, SHORT)
+        hub.pause = 5 * PAUSE
+        with open_tab(browser, address(request)) as second, open_tab(browser, address(request)) as third:
+            for other in (second, third):
+                other.enable()
+                works(other, f"Downloading {SHORT}")
+        hub.pause = 0
         works(tab, f"Getting to know {SHORT}, once")
         shot("calibrating")
         tab.control("stop").click()
