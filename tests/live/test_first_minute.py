@@ -177,7 +177,7 @@ def test_a_download_can_be_stopped_and_ends_with_a_calibrated_encoder(
         tab.control("get_ready").click()
         works(tab, downloading)
         shot("downloading")
-        hub.pause = 10 * PAUSE
+        hub.pause = 50 * PAUSE  # until the other pages stand, which may take a while
         with open_tab(browser, address(request)) as second, open_tab(browser, address(request)) as third:
             for other in (second, third):
                 other.enable()
