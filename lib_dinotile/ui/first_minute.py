@@ -182,7 +182,8 @@ def connect(line: Any, button: Any, stop: Any, components: Mapping[str, Any]) ->
         "outputs": [line, button, stop, components["encoder"]],
         "show_progress": False,
     }
-    if "concurrency_limit" in inspect.signature(button.click).parameters:  # gradio 4: else pages wait for each other
+    # By default gradio 4 lets one page wait for the other. (Forge hides what the events themselves take.)
+    if "default_concurrency_limit" in inspect.signature(gr.Blocks.queue).parameters:
         wiring["concurrency_limit"] = None
     button.click(fn=_shown(start), **wiring)
     stop.click(fn=_stop, inputs=[], outputs=[stop], show_progress=False)
