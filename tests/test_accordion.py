@@ -74,3 +74,12 @@ def test_lists_begin_with_what_is_always_there(accordion):
     assert accordion.head_choices() == [AUTOMATIC, NONE, CALIBRATED]
     assert accordion.encoder_choices()[:2] == [AUTOMATIC, "mini"]
     assert accordion.upscaler_choices() == ["None", "Lanczos"]
+
+
+def test_any_number_of_pages_shows_how_far_it_is(accordion):
+    """Also at once, where gradio by default lets one wait for the other."""
+    with gr.Blocks() as page:
+        accordion.build()
+    functions = page.fns.values() if isinstance(page.fns, dict) else page.fns
+    limits = [getattr(each, "concurrency_limit", None) for each in functions if each.name in ("start", "follow")]
+    assert limits == [None] * 4

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import errno
 import threading
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from lib_dinotile import DinotileError
@@ -15,7 +17,7 @@ from lib_dinotile.dino import hub as module
 from lib_dinotile.dino.checkpoint import CONFIG, KNOWN, WEIGHTS, install, installed, locate
 from lib_dinotile.dino.encoder import load_encoder
 from tests.hub import Hub, ask, serve
-from tests.test_encoder import write_checkpoint
+from tests.test_encoder import TINY, write_checkpoint
 
 NAME = KNOWN[0]
 
@@ -49,6 +51,15 @@ def test_a_download_gets_into_the_folder_of_encoders_with_progress(hub, folder):
     assert installed(folder) == ["mini", NAME] and locate(NAME, folder, download=False)[0] == NAME
     assert sorted(share for _, share in told) == [share for _, share in told] and told[-1][1] == 1
     assert all(text.startswith("downloading dinov2-small, ") and text.endswith(" MB") for text, _ in told)
+
+
+def test_a_download_is_reported_often(hub, folder, tmp_path):
+    """So that it is seen on a slow line, and soon stopped."""
+    larger = write_checkpoint(tmp_path / "larger", dataclasses.replace(TINY, image_size=2100))
+    hub.models[NAME] = {file: (larger / file).read_bytes() for file in (CONFIG, WEIGHTS)}  # 4 MB
+    told = []
+    install(NAME, folder, lambda text, share: told.append(share))
+    assert len(told) > 10 and max(np.diff(told)) < 0.1
 
 
 def test_what_is_there_is_not_downloaded_again(hub, folder):

@@ -15,6 +15,8 @@ from pathlib import Path
 from lib_dinotile import one_line
 from lib_dinotile.once import Progress, alone
 
+STEP = 1 << 18
+"""Bytes between two reports of a download, which can be stopped there: huggingface_hub's own 10 MB may take minutes."""
 PROBE = 5.0
 """Seconds that the Hub has to answer: huggingface_hub 2 itself retries for 23 s before it gives up."""
 
@@ -94,7 +96,7 @@ def _fetch(name: str, files: Sequence[str], folder: Path, progress: Progress) ->
         sizes = {file: get_hf_file_metadata(url).size for file, url in urls.items()}
         report.total = sum(size or 0 for size in sizes.values())
         for file, url in urls.items():
-            with _Watched(folder / file, report) as written, _without_bar():
+            with _Watched(folder / file, report) as written, _without_bar(), _in_small_steps():
                 http_get(url, written, headers=build_hf_headers())
             came = (folder / file).stat().st_size
             if came != (sizes[file] or came):
@@ -150,6 +152,19 @@ def _without_bar() -> Iterator[None]:
         yield
     finally:
         enable_progress_bars()
+
+
+@contextlib.contextmanager
+def _in_small_steps() -> Iterator[None]:
+    """huggingface_hub writes as often as there is to be a report."""
+    from huggingface_hub import constants
+
+    before = getattr(constants, "DOWNLOAD_CHUNK_SIZE", STEP)
+    constants.DOWNLOAD_CHUNK_SIZE = STEP
+    try:
+        yield
+    finally:
+        constants.DOWNLOAD_CHUNK_SIZE = before
 
 
 def _reachable() -> bool:

@@ -6,6 +6,7 @@ import collections
 import contextlib
 import functools
 import html
+import inspect
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -181,6 +182,9 @@ def connect(line: Any, button: Any, stop: Any, components: Mapping[str, Any]) ->
         "outputs": [line, button, stop, components["encoder"]],
         "show_progress": False,
     }
+    # By default gradio 4 lets one page wait for the other. (Forge hides what the events themselves take.)
+    if "default_concurrency_limit" in inspect.signature(gr.Blocks.queue).parameters:
+        wiring["concurrency_limit"] = None
     button.click(fn=_shown(start), **wiring)
     stop.click(fn=_stop, inputs=[], outputs=[stop], show_progress=False)
     for name in ("encoder", "adapter"):

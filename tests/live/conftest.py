@@ -36,6 +36,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("live", "tests against a running WebUI")
     group.addoption("--webui", metavar="URL", help="address of the WebUI, on this machine, with --api")
     group.addoption("--shots", metavar="FOLDER", type=Path, help="where pictures of the page are put, to be looked at")
+    group.addoption("--hub", metavar="PORT", type=int, help="where it looks for the Hugging Face Hub")
     group.addoption("--api-auth", metavar="USER:PASSWORD", help="its own --api-auth, if it was started with one")
     group.addoption("--models", metavar="FOLDER", type=Path, help="its models/dinotile folder; adapters are lent to it")
     group.addoption("--unet-channels", default="320,640,1280,1280", help="of the loaded checkpoint, level by level")

@@ -19,7 +19,7 @@ from urllib.parse import urlparse
 import pytest
 import requests
 from adapters import ENCODER, FEATURES, Adapters
-from client import WebUI, correlation, decode, difference, encode
+from client import SCRIPT, WebUI, correlation, decode, difference, encode
 from conftest import TILES
 from PIL import Image
 
@@ -112,6 +112,22 @@ def test_encoders_are_those_that_the_option_takes(webui: WebUI, small: Image.Ima
     assert found[ENCODER] is True and "facebook/dinov2-small" in found and AUTOMATIC not in found
     line = webui.refusal(small, {**TILES, "guard": "report", "encoder": "nope"})
     assert line.endswith("give one of " + ", ".join([AUTOMATIC, *found]))
+
+
+def test_the_built_in_encoder_comes_calibrated(webui: WebUI):
+    found = {entry["name"]: entry for entry in told(webui, "encoders")}
+    assert found[ENCODER]["installed"] and found[ENCODER]["calibrated"] == [1.0, 2.0, 4.0]
+
+
+def test_by_default_a_calibrated_encoder_looks(webui: WebUI, small: Image.Image):
+    body = webui.body(small, None, alwayson_scripts={SCRIPT: {"args": [{"enabled": True}]}})
+    reply = webui.reply(webui.post("img2img", body))
+    automatic = [entry for entry in told(webui, "encoders") if entry["automatic"]]
+    assert len(automatic) == 1 and automatic[0]["installed"] and 2.0 in automatic[0]["calibrated"]
+    assert reply.fields["DINO Tile encoder"] == automatic[0]["name"]
+    assert reply.fields["DINO Tile head"] == "calibrated"
+    for notes in (reply.extra["DINO Tile report"][0]["notes"], reply.fields["DINO Tile notes"]):
+        assert "restoration head: calibrated" in notes
 
 
 # The plan --------------------------------------------------------------------------------------------------------
