@@ -150,7 +150,7 @@ def describe(prospect: Prospect, seconds: float | None) -> str:
     work = " and ".join(parts) or "nothing to paint"
     time = "" if not tiles else ", time not known yet" if seconds is None else f", about {in_words(seconds)}"
     more = reserve(prospect.settings) * (seconds or 0)
-    time += f", and up to {in_words(more)} more for tiles that the guard has painted again" if more else ""
+    time += f", and up to {in_words(more)} more for tiles that the guard paints again" if more else ""
     return f"{plan.width} x {plan.height} pixels: {work}{time}. In colours: what DINO sees; alike is what looks alike."
 
 
