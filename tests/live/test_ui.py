@@ -119,7 +119,7 @@ def test_every_control_says_what_it_does(tab: Tab):
 def test_a_preview_shows_tiles_map_and_time_before_anything_is_run(tab: Tab, picture: Image.Image, shots: Path):
     plan = TilePlan(300, 200, 128, 32)
     line = tab.preview()
-    more = r"(, and up to \d+ (s|min) more for tiles that the guard has painted again)?"
+    more = r"(, and up to \d+ (s|min) more for tiles that the guard paints again)?"
     found = re.match(rf"300 x 200 pixels: (\d+) tiles of 128 x 128, about \d+ (s|min){more}\. ", line)
     assert found and int(found[1]) == len(plan), line
     shown = tab.page.locator("#dinotile_preview_image img")
