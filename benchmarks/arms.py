@@ -16,8 +16,8 @@ from lib_dinotile.condition.heads import Heads
 from lib_dinotile.dino.encoder import PatchEncoder
 from lib_dinotile.dino.field import FeatureField
 from lib_dinotile.dino.head import RestorationHead
-from lib_dinotile.engine import Result, upscale
-from lib_dinotile.hosts.base import Host
+from lib_dinotile.engine.flow import Result, upscale
+from lib_dinotile.engine.host import Host
 from lib_dinotile.settings import Settings
 from lib_dinotile.tiling.noise import NoiseField
 

@@ -48,9 +48,9 @@ from lib_dinotile.condition.heads import FixedHeads
 from lib_dinotile.dino.calibration import LAYERS
 from lib_dinotile.dino.encoder import PatchEncoder, load_encoder
 from lib_dinotile.dino.head import RestorationHead
-from lib_dinotile.engine import upscale
+from lib_dinotile.engine.flow import upscale
+from lib_dinotile.engine.run import Run
 from lib_dinotile.hosts.diffusers import DiffusersHost, VaeCodec, load_host
-from lib_dinotile.run import Run
 from lib_dinotile.settings import Generation, Settings
 from lib_dinotile.tiling.noise import NoiseField
 

@@ -26,8 +26,8 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from lib_dinotile.condition.conditioner import MINI, Conditioner, Conditions
-from lib_dinotile.engine import upscale
-from lib_dinotile.hosts.base import Views
+from lib_dinotile.engine.flow import upscale
+from lib_dinotile.engine.host import Views
 from lib_dinotile.hosts.diffusers import DiffusersHost, load_host
 from lib_dinotile.settings import Generation, Settings
 from lib_dinotile.tiling.noise import NoiseField, TileNoise

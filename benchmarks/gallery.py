@@ -2,7 +2,7 @@
 
 For each photo, twice and four times as large: enlarged by Lanczos, painted in plain tiles, and by dinotile as it is by
 default. Writes the pictures, and for each scale a sheet of parts of them side by side. Without photos: the held-out
-photographs of lib_dinotile/train/images.py, as far as they are installed (`--root` says where else packages lie).
+photographs of tools/mini/images.py, as far as they are installed (`--root` says where else packages lie).
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from PIL import Image
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from lib_dinotile.condition.conditioner import MINI, Conditioner
-from lib_dinotile.engine import upscale
+from lib_dinotile.engine.flow import upscale
 from lib_dinotile.hosts.diffusers import load_host
 from lib_dinotile.images import read_image
 from lib_dinotile.settings import Generation, Settings
 from lib_dinotile.tiling.noise import NoiseField
-from lib_dinotile.train.evaluate import sharpness
-from lib_dinotile.train.images import HELD_OUT, package_roots, read_photo
+from tools.mini.evaluate import sharpness
+from tools.mini.images import HELD_OUT, package_roots, read_photo
 
 PART = 104
 """Side of what a sheet shows of a photo, in its own pixels at twice its size; at four times half as many."""

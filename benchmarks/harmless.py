@@ -2,7 +2,7 @@
 
 Each photo is halved and enlarged again with the built-in model, in plain tiles and with guidance, and held against the
 photo itself: mean squared gradient over the photo's, PSNR, and how much stronger what guidance changes is at the
-frequencies of the patch grid than around them. Without photos: the held-out photographs of lib_dinotile/train/images.py
+frequencies of the patch grid than around them. Without photos: the held-out photographs of tools/mini/images.py
 (`--root` says where else packages lie). All settings that are not named are the defaults.
 """
 
@@ -22,12 +22,12 @@ from skimage.metrics import peak_signal_noise_ratio
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from lib_dinotile.condition.conditioner import Conditioner
-from lib_dinotile.engine import upscale
+from lib_dinotile.engine.flow import upscale
 from lib_dinotile.hosts.diffusers import load_host
 from lib_dinotile.images import read_image
 from lib_dinotile.settings import Generation, Settings
 from lib_dinotile.tiling.noise import NoiseField
-from lib_dinotile.train.images import HELD_OUT, package_roots, read_photo
+from tools.mini.images import HELD_OUT, package_roots, read_photo
 
 PLAIN, GUIDANCE, DEFAULTS = "plain", "guidance", "guidance and guard"
 WAYS = {PLAIN: {"guidance": 0.0, "guard": "off"}, GUIDANCE: {"guard": "off"}, DEFAULTS: {}}

@@ -47,7 +47,7 @@ from webui import DINOTILE, TILED, ULTIMATE, WebUI
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from lib_dinotile.engine import upscale
+from lib_dinotile.engine.flow import upscale
 from lib_dinotile.hosts.diffusers import load_host
 from lib_dinotile.settings import Generation, Settings
 from lib_dinotile.tiling.noise import NoiseField

@@ -14,7 +14,6 @@ import numpy as np
 from PIL import ExifTags, Image, ImageCms, PngImagePlugin, UnidentifiedImageError
 
 from lib_dinotile import DinotileError, one_line
-from lib_dinotile.memory import enough_memory
 from lib_dinotile.settings import MAX_SIDE
 
 LARGEST = {
@@ -216,3 +215,15 @@ def _umask() -> int:
     mask = os.umask(0)
     os.umask(mask)
     return mask
+
+
+def enough_memory(count: int) -> bool:
+    """Whether so many bytes can be taken; True where that is not known.
+
+    Linux promises more than it has, and ends a program that takes it at its word.
+    """
+    try:
+        import psutil  # the WebUIs have it, and accelerate
+    except ImportError:
+        return True
+    return psutil.virtual_memory().available + psutil.swap_memory().free >= count

@@ -1,45 +1,62 @@
-"""What a file of dinotile's weights says of itself, read from its header alone."""
+"""safetensors files. What such a file says of its own size is held against the file before it is read."""
 
 from __future__ import annotations
 
-import contextlib
-import json
-import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import nn
 
 from lib_dinotile import DinotileError
-from lib_dinotile.condition import adapter_file
-from lib_dinotile.condition.adapter import Adapter
-from lib_dinotile.dino import head
-from lib_dinotile.tensorfile import DAMAGED, open_tensors
 
-PRECISIONS = {"F64": "double", "F32": "single", "F16": "half", "BF16": "bfloat16"}
-ADAPTER_KEYS = {
-    "format",
-    "version",
-    "base",
-    "encoder",
-    "features",
-    "layer",
-    "slots",
-    "hyperparameters",
-    "heads",
-    "restored",
-}
-HEAD_KEYS = {"format", "version", "encoder", "features", "heads"}
-HEADS = "restoration heads"
-"""The kind of a file of them."""
-PREFIX = "heads."
-"""How the names of tensors begin that are restoration heads."""
-MEASURED = ".floor"
-"""How they end where they are no parameters but what was measured."""
+Shapes = dict[str, tuple[int, ...]]
+"""Shapes of tensors, by name."""
+
+MAX_HEADER = 8 << 20
+"""Bytes. A whole SDXL checkpoint's header has under one million; safetensors itself reads up to a hundred."""
+
+DAMAGED = (AttributeError, KeyError, TypeError, ValueError, OverflowError, RecursionError)
+"""What comes of reading numbers and JSON out of metadata that is damaged, or made to do harm."""
+
+
+def open_tensors(path: Path) -> Any:
+    """safetensors' `safe_open` of a file, for the CPU. OSError or SafetensorError if it is none or not whole."""
+    from safetensors import SafetensorError, safe_open
+
+    with path.open("rb") as file:
+        length, there = int.from_bytes(file.read(8), "little"), path.stat().st_size - 8
+    if not 0 < length <= min(there, MAX_HEADER):
+        raise SafetensorError(f"a header of {length} bytes, in a file with {max(there, 0)} for it and its tensors")
+    return safe_open(str(path), framework="pt", device="cpu")
+
+
+def check_out(out: Path) -> None:
+    """DinotileError, before any work is done, if no such file can be written."""
+    if out.suffix != ".safetensors":
+        raise DinotileError(f"out: {out} has to end with .safetensors")
+    if not out.parent.is_dir():
+        raise DinotileError(f"out: there is no folder {out.parent}")
+    if not os.access(out.parent, os.W_OK):
+        raise DinotileError(f"out: the folder {out.parent} is not writable")
+
+
+def shapes_of(build: Callable[[], nn.Module], file: str) -> Shapes:
+    """Shapes of a module's tensors, without making it. DinotileError if what `file` says of itself cannot be built."""
+    try:
+        with torch.device("meta"):
+            return {name: tuple(tensor.shape) for name, tensor in build().state_dict().items()}
+    except (RuntimeError, TypeError, ValueError, OverflowError) as error:  # torch's, for absurd sizes
+        raise DinotileError(f"{file} is damaged: its metadata describes nothing that can be built") from error
+
+
+def check_shapes(found: Mapping[str, tuple[int, ...]], wanted: Mapping[str, tuple[int, ...]], file: str) -> None:
+    """DinotileError if a file's tensors are not those that its metadata tells of."""
+    odd = sorted(name for name in found.keys() | wanted.keys() if found.get(name) != wanted.get(name))
+    if odd:
+        raise DinotileError(f"{file} is damaged: tensor {odd[0]} does not fit its metadata")
 
 
 def stamp(name: str) -> Any:
@@ -47,145 +64,3 @@ def stamp(name: str) -> Any:
     path = Path(name)
     files = sorted(path.rglob("*")) if os.path.isdir(path) else [path]
     return [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files if os.path.isfile(file)] or None
-
-
-def describe(path: Path) -> dict[str, Any]:
-    """What there is to say of an adapter or of restoration heads: plain values, in the order to show them.
-
-    `made` has the metadata that dinotile itself has no use for, sorted. DinotileError, one line, for any other file.
-    """
-    header = _header(path)
-    metadata = header.pop("__metadata__", {})
-    shapes = {name: tuple(tensor["shape"]) for name, tensor in header.items()}
-    if metadata.get("format") == adapter_file.FORMAT:
-        told, known = _adapter(path, metadata, shapes), ADAPTER_KEYS
-    elif metadata.get("format") == head.FORMAT:
-        told, known = _heads(path, metadata, shapes), HEAD_KEYS
-    else:
-        raise DinotileError(
-            f"{path.name} holds no weights of dinotile: its metadata names no format {adapter_file.FORMAT!r} or "
-            f"{head.FORMAT!r}"
-        )
-    found = sorted({tensor["dtype"] for tensor in header.values()})
-    precision = ", ".join(f"{PRECISIONS[name]} ({name})" if name in PRECISIONS else name for name in found)
-    size = round(path.stat().st_size / 1e6, 3)
-    made = {key: metadata[key] for key in sorted(metadata.keys() - known)}
-    return {**told, "precision": precision, "megabytes": size, "made": made}
-
-
-def lines(told: dict[str, Any]) -> list[str]:
-    """What `describe` gave, one line for each."""
-    pairs = [*((name, value) for name, value in told.items() if name != "made"), *told["made"].items()]
-    width = max(len(name) for name, _ in pairs) + 1
-    return [f"{_printable(name + ':'):{width}} {_printable(_text(value))}" for name, value in pairs]
-
-
-def _text(value: Any) -> str:
-    if isinstance(value, dict):
-        return "; ".join(f"{name} {_text(part)}" for name, part in value.items())
-    if isinstance(value, int):
-        return f"{value:,}"
-    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
-
-
-def _printable(text: str) -> str:
-    """Whatever is in a file, a line stays a line."""
-    return text if text.isprintable() else json.dumps(text)
-
-
-def _header(path: Path) -> dict[str, Any]:
-    """The header of a safetensors file whose sizes add up.
-
-    Read by hand once safetensors has checked it: its oldest versions tell no tensor's type.
-    """
-    if not os.path.exists(path):
-        raise DinotileError(f"{path} is not there")
-    if not os.path.isfile(path):
-        raise DinotileError(f"{path} is no file")
-    try:
-        with open_tensors(path):
-            pass
-        with path.open("rb") as file:
-            return json.loads(file.read(int.from_bytes(file.read(8), "little")))
-    except (OSError, SafetensorError, ValueError) as error:
-        told = str(error).splitlines() or [type(error).__name__]
-        raise DinotileError(f"{path.name} cannot be read as a safetensors file: {told[0]}") from error
-
-
-def _adapter(path: Path, metadata: dict[str, str], shapes: dict[str, tuple[int, ...]]) -> dict[str, Any]:
-    config = adapter_file.read_config(path)
-    inside = PREFIX if "heads" in metadata else None
-    own = {name: shape for name, shape in shapes.items() if not (inside and name.startswith(inside))}
-    _check(path, own, _shapes(path, lambda: Adapter(config)))
-    told = {
-        "kind": "adapter",
-        "base": config.base,
-        "encoder": config.encoder,
-        "features": config.features,
-        "layer": config.layer,
-        "width": config.width,
-        "blocks": config.blocks,
-        "grid": config.grid,
-        "unet": str(config.shape),
-        "parameters": _count(own),
-    }
-    if inside:
-        heads = {name: shape for name, shape in shapes.items() if name not in own}
-        told["heads"] = _layers(path, metadata["heads"], config.features, heads)
-        told["reads through a head"] = "yes" if config.restored else "no"
-    return told
-
-
-def _heads(path: Path, metadata: dict[str, str], shapes: dict[str, tuple[int, ...]]) -> dict[str, Any]:
-    if metadata.get("version") != head.VERSION:
-        raise DinotileError(
-            f"{path.name} has head format version {metadata.get('version')}, but this dinotile reads {head.VERSION}: "
-            "update dinotile"
-        )
-    try:
-        features, encoder, written = int(metadata["features"]), metadata["encoder"], metadata["heads"]
-    except DAMAGED as error:
-        raise DinotileError(f"{path.name} is damaged: bad head metadata ({error!r})") from error
-    told = _layers(path, written, features, shapes)
-    gain = _gain(metadata, told["layers"])
-    return {"kind": HEADS, "encoder": encoder, "features": features, **told, **({"gain": gain} if gain else {})}
-
-
-def _gain(metadata: dict[str, str], layers: list[int]) -> dict[str, str]:
-    """By layer: how much nearer calibrated heads come to sharp pictures that they were not fitted to."""
-    found = {}
-    for layer in sorted(layers, reverse=True):
-        with contextlib.suppress(*DAMAGED, ZeroDivisionError):
-            raw, restored = (float(metadata[f"held out, {which} {layer}"]) for which in ("raw", "restored"))
-            found[str(layer)] = f"{1 - restored / raw:.0%}"
-    return found
-
-
-def _layers(path: Path, written: str, features: int, shapes: dict[str, tuple[int, ...]]) -> dict[str, Any]:
-    """Layers, width within and number of parameters of restoration heads; written: their part of the metadata."""
-    try:
-        layers, hidden = head.read_layers(written)
-    except DAMAGED as error:
-        raise DinotileError(f"{path.name} is damaged: bad head metadata ({error!r})") from error
-    one = _shapes(path, lambda: head.RestorationHead(features, hidden))
-    _check(path, shapes, {f"{PREFIX}{layer}.{name}": shape for layer in layers for name, shape in one.items()})
-    return {"layers": layers, "hidden": hidden, "parameters": _count(shapes)}
-
-
-def _shapes(path: Path, build: Callable[[], nn.Module]) -> dict[str, tuple[int, ...]]:
-    """Of the tensors of a module, by name, without making it."""
-    try:
-        with torch.device("meta"):
-            return {name: tuple(tensor.shape) for name, tensor in build().state_dict().items()}
-    except (RuntimeError, TypeError, ValueError, OverflowError) as error:  # torch's, for absurd sizes
-        raise DinotileError(f"{path.name} is damaged: its metadata describes nothing that can be built") from error
-
-
-def _check(path: Path, found: dict[str, tuple[int, ...]], wanted: dict[str, tuple[int, ...]]) -> None:
-    odd = sorted(name for name in found.keys() | wanted.keys() if found.get(name) != wanted.get(name))
-    if odd:
-        raise DinotileError(f"{path.name} is damaged: tensor {odd[0]} does not fit its metadata")
-
-
-def _count(shapes: dict[str, tuple[int, ...]]) -> int:
-    return sum(math.prod(shape) for name, shape in shapes.items() if not name.endswith(MEASURED))

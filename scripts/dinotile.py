@@ -2,8 +2,8 @@
 
 from modules import script_callbacks, scripts
 
-from lib_dinotile.hosts.takeover import Takeover, refuse
-from lib_dinotile.ui import accordion, api, xyz
+from lib_dinotile.webui import accordion, api, xyz
+from lib_dinotile.webui.takeover import Takeover, refuse
 
 
 class Script(scripts.Script):

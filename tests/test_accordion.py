@@ -35,9 +35,9 @@ def accordion(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[types
         paths.models_path = str(tmp_path)
         ui_common.create_refresh_button = lambda *_: gr.Button("refresh")
         ui_components.InputAccordion = input_accordion
-        yield importlib.import_module("lib_dinotile.ui.accordion")
-        for name in [name for name in sys.modules if name.startswith(("lib_dinotile.ui", "lib_dinotile.hosts"))]:
-            if "modules" in vars(sys.modules[name]) or name.startswith("lib_dinotile.ui"):
+        yield importlib.import_module("lib_dinotile.webui.accordion")
+        for name in [name for name in sys.modules if name.startswith(("lib_dinotile.webui", "lib_dinotile.hosts"))]:
+            if "modules" in vars(sys.modules[name]) or name.startswith("lib_dinotile.webui"):
                 monkeypatch.delitem(sys.modules, name)
 
 

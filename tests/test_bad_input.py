@@ -26,7 +26,8 @@ from PIL import Image
 
 from lib_dinotile import DinotileError
 from lib_dinotile import __main__ as cli
-from lib_dinotile.engine import canvas_size
+from lib_dinotile.cli import upscale as upscale_command
+from lib_dinotile.engine.flow import canvas_size
 from lib_dinotile.hosts import diffusers
 from lib_dinotile.images import FORMATS, MAX_PIXELS, endings, read_image, read_mask
 from lib_dinotile.settings import Generation, Settings
@@ -308,6 +309,7 @@ import re, resource
 from pathlib import Path
 from types import SimpleNamespace
 from lib_dinotile import DinotileError, __main__ as cli
+from lib_dinotile.cli.common import silenced
 from lib_dinotile.images import read_image, read_mask
 has = int(re.search(r"VmSize:\\s+(\\d+)", open("/proc/self/status").read())[1]) * 1024
 resource.setrlimit(resource.RLIMIT_AS, (has + 700 * 2**20,) * 2)
@@ -315,7 +317,7 @@ codes, files = [], sorted(Path({str(tmp_path)!r}).iterdir())
 for file in files:
     codes.append(cli.main(["analyze", str(file), str(file.with_suffix(".out.png"))]))
     for read in (read_image, read_mask):
-        with file.open("rb") as opened, cli._one_voice():
+        with file.open("rb") as opened, silenced():
             try:
                 read(opened, file.name)
             except DinotileError as error:
@@ -563,7 +565,7 @@ def test_what_may_not_be_read_is_one_line():
             with pytest.raises(DinotileError, match=r"^in cannot be read as an image: .*Permission denied"):
                 read_image(file, "in")
             with pytest.raises(DinotileError, match=r"folder cannot be read: Permission denied$"):
-                cli._jobs(folder, Path(name) / "out")
+                upscale_command._jobs(folder, Path(name) / "out")
         finally:
             os.seteuid(before)
             folder.chmod(0o755)

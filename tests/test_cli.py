@@ -14,6 +14,8 @@ from PIL import Image, ImageCms
 
 from lib_dinotile import DinotileError
 from lib_dinotile import __main__ as cli
+from lib_dinotile.cli import upscale as upscale_command
+from lib_dinotile.cli.common import parse_options
 from lib_dinotile.hosts.diffusers import DiffusersHost
 from lib_dinotile.images import read_image
 from lib_dinotile.settings import Generation, Settings
@@ -226,7 +228,7 @@ def test_what_has_no_room_on_the_disk_is_said_with_where_the_tiles_are(photo, tm
     def full(*arguments):
         raise DinotileError("out.png cannot be written: No space left on device", 500)
 
-    monkeypatch.setattr(cli, "write_image", full)
+    monkeypatch.setattr(upscale_command, "write_image", full)
     assert run(photo, tmp_path / "out.png", *QUICK) == 1
     kept = re.escape(f"(painted tiles are kept in {tmp_path / 'out.png.tiles'}; --resume goes on with them)")
     assert re.fullmatch(rf"dinotile: out.png cannot .* left on device {kept}\n", capsys.readouterr().err)
@@ -392,7 +394,8 @@ def two(tmp_path):
     """The command line in two processes that `accelerate launch` starts; they speak over gloo."""
     script = tmp_path / "two.py"
     script.write_text(
-        "import sys; from lib_dinotile import __main__, team; assert team.make_team().size == 2; "
+        "import sys; from lib_dinotile import __main__; from lib_dinotile.engine import team; "
+        "assert team.make_team().size == 2; "
         "sys.exit(__main__.main(sys.argv[1:]))"
     )
     return lambda *arguments: run_two(script, "upscale", *arguments)
@@ -446,7 +449,7 @@ def test_every_flag_sets_its_option(monkeypatch, table):
     values = {option.name: another(option) for option in table.table() if option.name != "enabled"}
     flags = [f"--{option.flag or option.name.replace('_', '-')}" for option in table.table() if option.name in values]
     assert cli.main(["upscale", "in.png", "out.png", *itertools.chain(*zip(flags, map(str, values.values())))]) == 0
-    assert cli._options(table, given[0]) == table(**values)
+    assert parse_options(table, given[0]) == table(**values)
 
 
 def test_images_of_every_kind_are_read_as_rgb(tmp_path):

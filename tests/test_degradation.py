@@ -8,7 +8,7 @@ from PIL import Image
 from scipy import ndimage
 
 from lib_dinotile.dino.degradation import clean_shrink, convolve, degrade, gaussian_kernel, sinc_kernel
-from lib_dinotile.train.textures import TEXTURES
+from tools.mini.textures import TEXTURES
 
 
 @pytest.fixture(scope="module")

@@ -19,7 +19,7 @@ from lib_dinotile import DinotileError
 from lib_dinotile.condition.adapter import AdapterCondition, AdapterConfig
 from lib_dinotile.condition.conditioner import Conditions
 from lib_dinotile.condition.shape import UNetShape
-from lib_dinotile.engine import upscale
+from lib_dinotile.engine.flow import upscale
 from lib_dinotile.hosts.diffusers import load_host
 from lib_dinotile.settings import Generation, Settings
 from lib_dinotile.tiling.noise import NoiseField

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from lib_dinotile import DinotileError
-from lib_dinotile.engine import UnfinishedError, canvas_size, upscale
-from lib_dinotile.hosts.base import Interrupted
+from lib_dinotile.engine.flow import UnfinishedError, canvas_size, upscale
+from lib_dinotile.engine.host import Interrupted
 from lib_dinotile.settings import Settings
 from lib_dinotile.tiling.noise import NoiseField
 from lib_dinotile.tiling.plan import Rect

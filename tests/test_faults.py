@@ -18,19 +18,21 @@ import pytest
 import torch
 from PIL import Image
 
-import lib_dinotile.journal
-from lib_dinotile import DinotileError, engine
+import lib_dinotile.engine.journal
+from lib_dinotile import DinotileError
 from lib_dinotile import __main__ as cli
+from lib_dinotile.cli import upscale as upscale_command
 from lib_dinotile.condition import conditioner as conditioning
 from lib_dinotile.condition.adapter import Adapter
 from lib_dinotile.condition.conditioner import MINI, Conditioner
 from lib_dinotile.condition.guard import Guard
 from lib_dinotile.condition.guidance import Guide
 from lib_dinotile.dino.encoder import PatchEncoder
-from lib_dinotile.engine import Result, UnfinishedError, upscale
+from lib_dinotile.engine import flow
+from lib_dinotile.engine.flow import Result, UnfinishedError, upscale
+from lib_dinotile.engine.journal import Journal
+from lib_dinotile.engine.prompts import TilePrompts
 from lib_dinotile.hosts.diffusers import DiffusersHost, load_host
-from lib_dinotile.journal import Journal
-from lib_dinotile.prompts import TilePrompts
 from lib_dinotile.settings import Generation, Settings
 from lib_dinotile.tiling.noise import NoiseField
 from tests.test_engine import StubHost
@@ -59,8 +61,8 @@ STAGES: dict[str, tuple[Any, str]] = {
     "guard": (Guard, "distances"),
     "adapter": (Adapter, "forward"),
     "progress": (DiffusersHost, "progress"),
-    "journal": (lib_dinotile.journal, "save_file"),
-    "maps": (engine, "draw_maps"),
+    "journal": (lib_dinotile.engine.journal, "save_file"),
+    "maps": (flow, "draw_maps"),
 }
 FAULTS: dict[str, Callable[[], BaseException]] = {
     "error": lambda: RuntimeError("the fault\nand what a second line says"),
@@ -199,7 +201,7 @@ def later(host, stage: str, order: str, folder) -> int:
     counted = Fault(stage)
     with counted.armed():
         paint(host, order, folder)
-    lib_dinotile.journal.shutil.rmtree(folder, ignore_errors=True)
+    lib_dinotile.engine.journal.shutil.rmtree(folder, ignore_errors=True)
     assert counted.calls > 1, counted
     return (counted.calls + 1) // 2
 
@@ -429,7 +431,7 @@ def test_half_a_line_of_a_report_is_taken_back(photo, tmp_path):
 
 
 def test_a_map_that_has_no_room_is_made_by_resuming(photo, tmp_path, monkeypatch, capsys):
-    write = cli.write_image
+    write = upscale_command.write_image
 
     def full(image, path, texts):
         if path.name == "out-consistency.png":
@@ -438,7 +440,7 @@ def test_a_map_that_has_no_room_is_made_by_resuming(photo, tmp_path, monkeypatch
 
     arguments = ["upscale", str(photo), str(tmp_path / "out.png"), *QUICK, "--maps", "both"]
     with monkeypatch.context() as patch:
-        patch.setattr(cli, "write_image", full)
+        patch.setattr(upscale_command, "write_image", full)
         assert cli.main(arguments) == 1
     assert "--resume goes on with them" in capsys.readouterr().err and not (tmp_path / "out.png").exists()
     assert cli.main([*arguments, "--resume"]) == 0

@@ -7,9 +7,9 @@ import pytest
 import torch
 from PIL import ImageChops
 
-from lib_dinotile import engine
-from lib_dinotile import latents as module
-from lib_dinotile.latents import SourceLatents, pieces
+from lib_dinotile.engine import flow
+from lib_dinotile.engine import latents as module
+from lib_dinotile.engine.latents import SourceLatents, pieces
 from lib_dinotile.settings import Settings
 from lib_dinotile.tiling.canvas import Canvas
 from lib_dinotile.tiling.noise import NoiseField
@@ -118,7 +118,7 @@ def test_pieces_that_do_not_fit_into_memory_go_in_parts(order):
 
 def test_a_canvas_is_gone_with_its_run(monkeypatch):
     canvases = []
-    monkeypatch.setattr(engine, "Canvas", lambda *given: canvases.append(weakref.ref(one := Canvas(*given))) or one)
+    monkeypatch.setattr(flow, "Canvas", lambda *given: canvases.append(weakref.ref(one := Canvas(*given))) or one)
     gc.disable()
     try:
         upscale(StubHost(noisy), random_image(60, 60), Settings(tile=64, overlap=16), NoiseField(5, 4))

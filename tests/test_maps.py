@@ -10,7 +10,7 @@ from lib_dinotile import DinotileError
 from lib_dinotile import __main__ as cli
 from lib_dinotile.dino.field import FeatureField
 from lib_dinotile.dino.head import RestorationHead, load_heads, save_heads
-from lib_dinotile.maps import consistency_map, principal_colours, semantic_map
+from lib_dinotile.engine.maps import consistency_map, principal_colours, semantic_map
 from lib_dinotile.tiling.plan import TilePlan
 from tests.test_tiling import random_image
 

@@ -15,12 +15,12 @@ from lib_dinotile.condition.conditioner import Conditions
 from lib_dinotile.condition.guard import Floor, Guard
 from lib_dinotile.dino.field import FeatureField, feature_field
 from lib_dinotile.dino.look import Look
-from lib_dinotile.engine import UnfinishedError, upscale
-from lib_dinotile.hosts.base import Interrupted
-from lib_dinotile.journal import Journal
-from lib_dinotile.retry import reserve
+from lib_dinotile.engine.flow import UnfinishedError, upscale
+from lib_dinotile.engine.host import Interrupted
+from lib_dinotile.engine.journal import Journal
+from lib_dinotile.engine.retry import reserve
+from lib_dinotile.engine.team import Team
 from lib_dinotile.settings import Settings
-from lib_dinotile.team import Team
 from lib_dinotile.tiling.noise import NoiseField
 from tests.test_engine import StubHost
 from tests.test_look import Colours, to_tensor

@@ -24,9 +24,9 @@ from lib_dinotile.condition.conditioner import Conditioner, installed_weights
 from lib_dinotile.dino.checkpoint import read_checkpoint
 from lib_dinotile.dino.encoder import BUILT_IN, KNOWN, installed, load_encoder
 from lib_dinotile.dino.head import RestorationHead, load_heads, save_heads
-from lib_dinotile.hosts.base import check_name
+from lib_dinotile.engine.host import check_name
 from lib_dinotile.settings import Settings
-from lib_dinotile.tensorfile import MAX_HEADER
+from lib_dinotile.weights import MAX_HEADER
 from tests.test_adapter import SMALL
 from tests.test_encoder import backend, timm, transformers, write_checkpoint  # noqa: F401
 
@@ -223,7 +223,7 @@ from lib_dinotile import DinotileError
 from lib_dinotile.condition.adapter_file import load_adapter
 from lib_dinotile.dino.checkpoint import read_checkpoint
 from lib_dinotile.dino.head import load_heads
-from lib_dinotile.weights import describe
+from lib_dinotile.cli.description import describe
 
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 for path in map(Path, sys.argv[1:]):
@@ -508,7 +508,7 @@ def test_what_could_run_code_is_seen(source):
 
 
 def test_sources_are_found():
-    assert {"install.py", "preload.py", "dinotile.py", "engine.py", "takeover.py"} <= {path.name for path in SOURCES}
+    assert {"install.py", "preload.py", "dinotile.py", "flow.py", "takeover.py"} <= {path.name for path in SOURCES}
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))

@@ -13,13 +13,12 @@ pytest.importorskip("transformers.models.dinov2", reason="the built-in encoder's
 pytest.importorskip("skimage")
 pytest.importorskip("sklearn")
 
-from lib_dinotile.train import images, mini
-from lib_dinotile.train.encoder import NO_LABEL, mosaic
-from lib_dinotile.train.images import HELD_OUT, PHOTOS, Pool, RestorePairs, degrade, package_roots, read_photo
-from lib_dinotile.train.objective import alphas_cumprod, restoration_inputs, restoration_loss
-from lib_dinotile.train.textures import TEXTURES, texture_atlas
-
-MINI = Path(images.__file__).parents[1] / "mini"
+from lib_dinotile.condition.conditioner import MINI
+from tools.mini import mini
+from tools.mini.encoder import NO_LABEL, mosaic
+from tools.mini.images import HELD_OUT, PHOTOS, Pool, RestorePairs, degrade, package_roots, read_photo
+from tools.mini.objective import alphas_cumprod, restoration_inputs, restoration_loss
+from tools.mini.textures import TEXTURES, texture_atlas
 
 
 @pytest.fixture(scope="module")

@@ -29,17 +29,17 @@ from lib_dinotile.condition.conditioner import MINI, Conditioner, to_tensor
 from lib_dinotile.dino.encoder import load_encoder
 from lib_dinotile.dino.field import feature_field
 from lib_dinotile.dino.head import load_heads
+from lib_dinotile.engine.team import Team
 from lib_dinotile.hosts.diffusers import load_host
 from lib_dinotile.settings import Generation, Settings
-from lib_dinotile.team import Team
 from lib_dinotile.train import loop, pictures
 from lib_dinotile.train.adapter import AdapterLoss, AdapterTraining, Tiles, fitting, new_adapter, prepared_tiles
 from lib_dinotile.train.loop import _put, last_checkpoint
 from lib_dinotile.train.options import Training
 from lib_dinotile.train.pictures import Photos, Prepared, find_photos
-from lib_dinotile.train.textures import TEXTURES
 from tests.processes import environment, run_two
 from tests.test_diffusers import sd15, sdxl  # noqa: F401
+from tools.mini.textures import TEXTURES
 
 _FEW = {"dino": "mini", "tile": 64, "patches": 8, "width": 16, "variants": 1, "held-out": 2, "precision": "no"}
 _SHORT = {"steps": 4, "batch": 2, "accumulate": 2, "warmup": 1, "report-every": 99}

@@ -3,8 +3,11 @@
 import pytest
 from PIL import Image
 
-from lib_dinotile.hosts.upscaled import Upscaled, is_resampled
+from tests.stand_in import stand_in
 from tests.test_tiling import random_image
+
+with stand_in("modules"):
+    from lib_dinotile.hosts.upscalers import Upscaled, is_resampled
 
 SOURCE, LARGE, SIZE = random_image(12, 8), random_image(24, 16), (24, 16)
 RECIPE = ("ESRGAN", [["model.pth", 10, 1]], ("ESRGAN_tile", "192"))

@@ -8,7 +8,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from lib_dinotile import __main__ as cli
-from lib_dinotile import weights
+from lib_dinotile.cli import description
 from lib_dinotile.condition import adapter_file
 from lib_dinotile.condition.adapter import Adapter, AdapterConfig
 from lib_dinotile.condition.adapter_file import save_adapter
@@ -111,7 +111,7 @@ def test_no_tensor_is_read(adapter, heads, both, capsys, monkeypatch):
         def __exit__(self, *_):
             pass
 
-    for module in (weights, adapter_file):
+    for module in (description, adapter_file):
         monkeypatch.setattr(module, "open_tensors", HeaderOnly)
     for path in (adapter, heads, both):
         told(capsys, path)

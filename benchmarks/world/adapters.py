@@ -25,7 +25,7 @@ from lib_dinotile.condition.adapter import Adapter
 from lib_dinotile.condition.adapter_file import save_adapter
 from lib_dinotile.condition.conditioner import to_tensor
 from lib_dinotile.dino.encoder import PatchEncoder, load_encoder
-from lib_dinotile.team import Team
+from lib_dinotile.engine.team import Team
 from lib_dinotile.train.adapter import make_schedule, prepared_tiles, train_adapter
 from lib_dinotile.train.options import Training
 from lib_dinotile.train.pictures import Picture, Prepared

@@ -22,7 +22,7 @@ from lib_dinotile.dino.encoder import PatchEncoder, load_encoder
 from lib_dinotile.dino.field import FeatureField, feature_field
 from lib_dinotile.dino.head import RestorationHead, save_heads
 from lib_dinotile.dino.look import CONTEXT, Look
-from lib_dinotile.team import Team
+from lib_dinotile.engine.team import Team
 from lib_dinotile.tiling.plan import Rect
 from lib_dinotile.train.head import prepared_pairs
 from lib_dinotile.train.head import train_heads as fit_heads

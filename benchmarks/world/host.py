@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from benchmarks.world.denoiser import CHANNELS, CROP, one_hot
 from benchmarks.world.scenes import FACTOR, PATCH, SIDE
 from benchmarks.world.textures import CLASSES
-from lib_dinotile.engine import upscale
-from lib_dinotile.hosts.base import Batch
+from lib_dinotile.engine.flow import upscale
+from lib_dinotile.engine.host import Batch
 from lib_dinotile.hosts.diffusers import DiffusersHost, PixelCodec
 from lib_dinotile.settings import Generation, Settings
 from lib_dinotile.tiling.noise import NoiseField

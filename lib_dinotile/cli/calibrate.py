@@ -6,15 +6,15 @@ import argparse
 from pathlib import Path
 
 from lib_dinotile import DinotileError
-from lib_dinotile.cli import quiet_transformers
+from lib_dinotile.cli.common import quiet_transformers
+from lib_dinotile.cli.description import HEADS, describe, lines
 from lib_dinotile.dino.calibrated import Pictures, Store
 from lib_dinotile.dino.calibration import FOLDS, SCALES
 from lib_dinotile.dino.checkpoint import automatic_encoder
 from lib_dinotile.dino.encoder import load_encoder
-from lib_dinotile.once import models_folder
+from lib_dinotile.dino.once import models_folder
 from lib_dinotile.settings import AUTOMATIC
-from lib_dinotile.tensorfile import check_out
-from lib_dinotile.weights import HEADS, describe, lines
+from lib_dinotile.weights import check_out
 
 
 def add_arguments(command: argparse.ArgumentParser) -> None:

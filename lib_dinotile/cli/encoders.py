@@ -7,8 +7,8 @@ import dataclasses
 import json
 
 from lib_dinotile.dino.calibrated import Store
+from lib_dinotile.dino.once import models_folder
 from lib_dinotile.dino.state import states
-from lib_dinotile.once import models_folder
 
 
 def add_arguments(command: argparse.ArgumentParser) -> None:

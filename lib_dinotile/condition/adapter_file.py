@@ -14,7 +14,7 @@ from lib_dinotile import DinotileError
 from lib_dinotile.condition.adapter import Adapter, AdapterConfig
 from lib_dinotile.condition.shape import UNetShape
 from lib_dinotile.dino.head import RestorationHead, pack
-from lib_dinotile.tensorfile import DAMAGED, open_tensors
+from lib_dinotile.weights import DAMAGED, check_shapes, open_tensors, shapes_of
 
 FORMAT = "dinotile-adapter"
 VERSION = 1
@@ -93,15 +93,11 @@ def read_config(path: Path) -> AdapterConfig:
 def load_adapter(path: Path, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> Adapter:
     """The adapter in `path`, ready to run. DinotileError if the file is damaged or no adapter."""
     config = read_config(path)
-    with torch.device("meta"):
-        wanted = {name: tuple(tensor.shape) for name, tensor in Adapter(config).state_dict().items()}
+    wanted = shapes_of(lambda: Adapter(config), path.name)
     try:
         with open_tensors(path) as file:
             names = [name for name in file.keys() if not name.startswith("heads.")]  # noqa: SIM118
-            found = {name: tuple(file.get_slice(name).get_shape()) for name in names}
-            if found != wanted:
-                odd = sorted(name for name in found.keys() | wanted.keys() if found.get(name) != wanted.get(name))
-                raise DinotileError(f"{path.name} is damaged: tensor {odd[0]} does not fit its metadata")
+            check_shapes({name: tuple(file.get_slice(name).get_shape()) for name in names}, wanted, path.name)
             tensors = {name: file.get_tensor(name) for name in wanted}
     except DinotileError:
         raise

@@ -7,6 +7,7 @@ import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -20,6 +21,7 @@ from lib_dinotile.condition.guard import GUARD_LAYER, OTHER_LAYER, Guard, rehear
 from lib_dinotile.condition.guidance import CONTEXT as GUIDANCE_CONTEXT
 from lib_dinotile.condition.guidance import SELF_SIMILARITY, Guidance
 from lib_dinotile.condition.heads import ByLayer, FixedHeads, Heads, chosen, heads_for
+from lib_dinotile.condition.shape import UNetShape
 from lib_dinotile.dino.cache import FeatureCache
 from lib_dinotile.dino.calibrated import Store
 from lib_dinotile.dino.checkpoint import automatic_encoder, locate
@@ -27,14 +29,24 @@ from lib_dinotile.dino.encoder import BUILT_IN, KNOWN, Facet, PatchEncoder, inst
 from lib_dinotile.dino.field import FeatureField
 from lib_dinotile.dino.head import Floor, RestorationHead, forget_heads, heads_in
 from lib_dinotile.dino.look import Look
-from lib_dinotile.hosts.base import Host, Residuals
-from lib_dinotile.once import Progress
+from lib_dinotile.dino.once import Progress
 from lib_dinotile.settings import AUTOMATIC, BOTH, DECODERS, NONE, SEMANTIC, Settings
 from lib_dinotile.tiling.canvas import Canvas
 from lib_dinotile.tiling.plan import Rect, TilePlan
 
 MINI = Path(__file__).parents[1] / "mini"
 """The built-in model's folder."""
+
+
+class Model(Protocol):
+    """What conditioning needs to know of a diffusion model; see `Host`."""
+
+    base: str
+    shape: UNetShape | None
+    device: torch.device
+    dtype: torch.dtype
+
+    def guidance_decoder(self, choice: str) -> tuple[str, Callable[[Tensor], Tensor]]: ...
 
 
 def installed_weights(folder: Path) -> dict[str, Path]:
@@ -73,7 +85,7 @@ class Features:
 class Conditions:
     """What there is for the tiles of one canvas."""
 
-    adapted: Callable[[Sequence[Rect], tuple[int, int]], Residuals] | None = None
+    adapted: Callable[[Sequence[Rect], tuple[int, int]], AdapterCondition] | None = None
     """Gives some tiles with this latent (h, w) their residuals."""
     guidance: Guidance | None = None
     guard: Guard | None = None
@@ -106,7 +118,7 @@ class Conditioner:
     def load(
         cls,
         settings: Settings,
-        host: Host,
+        host: Model,
         adapters: Mapping[str, Path],
         encoders: Path | None = None,
         heads: Mapping[str, Path] | None = None,

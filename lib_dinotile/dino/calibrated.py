@@ -15,8 +15,8 @@ from lib_dinotile import DinotileError, one_line
 from lib_dinotile.dino.calibration import LAYERS, SCALES, calibrate
 from lib_dinotile.dino.encoder import PatchEncoder
 from lib_dinotile.dino.head import RestorationHead, heads_in, save_heads
+from lib_dinotile.dino.once import Progress, alone, models_folder, unseen
 from lib_dinotile.images import endings, read_image
-from lib_dinotile.once import Progress, alone, models_folder, unseen
 
 PHOTOS = Path(__file__).resolve().parents[1] / "photos"
 """The photographs that come with the extension."""

@@ -17,8 +17,8 @@ import torch
 
 from lib_dinotile import DinotileError, one_line
 from lib_dinotile.dino import hub
-from lib_dinotile.once import Progress, models_folder, unseen
-from lib_dinotile.tensorfile import DAMAGED, open_tensors
+from lib_dinotile.dino.once import Progress, models_folder, unseen
+from lib_dinotile.weights import DAMAGED, open_tensors
 
 KNOWN = (
     "facebook/dinov2-small",

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from lib_dinotile import DinotileError
 from lib_dinotile.dino.backends import keys, load_blocks
 from lib_dinotile.dino.checkpoint import BUILT_IN, KNOWN, Checkpoint, installed, locate, read_checkpoint
-from lib_dinotile.once import Progress, unseen
+from lib_dinotile.dino.once import Progress, unseen
 
 __all__ = ["BUILT_IN", "KNOWN", "Facet", "PatchEncoder", "installed", "interpolate_positions", "load_encoder"]
 

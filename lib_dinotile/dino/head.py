@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from lib_dinotile import DinotileError, one_line
 from lib_dinotile.dino.encoder import PatchEncoder
-from lib_dinotile.tensorfile import open_tensors
+from lib_dinotile.weights import check_shapes, open_tensors, shapes_of
 
 FORMAT, VERSION = "dinotile-head", "2"
 
@@ -124,11 +124,10 @@ def load_heads(
                     "or no head"
                 )
             layers, hidden = read_layers(metadata["heads"])
-            with torch.device("meta"):
-                wanted = {name: tuple(t.shape) for name, t in RestorationHead(features, hidden).state_dict().items()}
-            for name, shape in ((f"heads.{layer}.{name}", wanted[name]) for layer in layers for name in wanted):
-                if tuple(file.get_slice(name).get_shape()) != shape:  # before anything of that size is made
-                    raise DinotileError(f"{path.name} is damaged: tensor {name} does not fit its metadata")
+            wanted = shapes_of(lambda: RestorationHead(features, hidden), path.name)
+            all_wanted = {f"heads.{layer}.{name}": shape for layer in layers for name, shape in wanted.items()}
+            # Before anything of that size is made.
+            check_shapes({name: tuple(file.get_slice(name).get_shape()) for name in all_wanted}, all_wanted, path.name)
             heads = {}
             # Made outside of inference mode, and without drawing from the next generation's random numbers.
             with torch.inference_mode(False), torch.random.fork_rng(devices=[]):

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from lib_dinotile import one_line
-from lib_dinotile.once import Progress, alone
+from lib_dinotile.dino.once import Progress, alone
 
 STEP = 1 << 18
 """Bytes between two reports of a download, which can be stopped there: huggingface_hub's own 10 MB may take minutes."""

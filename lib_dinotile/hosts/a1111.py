@@ -14,10 +14,10 @@ from torch import Tensor
 
 from lib_dinotile import DinotileError
 from lib_dinotile.condition.shape import UNetShape
-from lib_dinotile.hosts.base import Batch, Views
+from lib_dinotile.engine.host import Batch, Views
 from lib_dinotile.hosts.hints import crop_hint, is_spatial
 from lib_dinotile.hosts.ldm import LdmResiduals, cfg_rows
-from lib_dinotile.hosts.overridden import in_float32, overridden
+from lib_dinotile.hosts.patched import in_float32, overridden
 from lib_dinotile.hosts.webui import WebUIHost, noise_for, picture_for
 
 

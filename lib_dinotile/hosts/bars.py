@@ -7,8 +7,8 @@ from typing import Any
 
 from modules import shared
 
-from lib_dinotile.hosts.overridden import overridden
-from lib_dinotile.progress import Progress
+from lib_dinotile.engine.progress import Progress
+from lib_dinotile.hosts.patched import overridden
 
 JOBS = 10_000
 """To the WebUI, whose bars show what share of its jobs is done, every image is so many of them. That is far more than

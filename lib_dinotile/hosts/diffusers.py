@@ -20,14 +20,14 @@ from torch import Tensor, nn
 from lib_dinotile import DinotileError, one_line
 from lib_dinotile.condition.conditioner import MINI
 from lib_dinotile.condition.shape import UNetShape
-from lib_dinotile.hosts.base import Batch, Views
-from lib_dinotile.hosts.layout import fast
-from lib_dinotile.hosts.overridden import in_float32, overridden
-from lib_dinotile.progress import Progress
+from lib_dinotile.engine.host import Batch, Views
+from lib_dinotile.engine.progress import Progress
+from lib_dinotile.hosts.memory_format import fast
+from lib_dinotile.hosts.patched import in_float32, overridden
 from lib_dinotile.settings import APPROXIMATE, AUTOMATIC, FULL_VAE, TAESD, Generation
-from lib_dinotile.tensorfile import open_tensors
 from lib_dinotile.tiling.canvas import Canvas
 from lib_dinotile.tiling.noise import TileNoise
+from lib_dinotile.weights import open_tensors
 
 FAMILIES = {768: "sd15", 1024: "sd2", 2048: "sdxl"}
 """Width of the text conditioning -> family, for UNets with 4 latent channels."""

@@ -13,10 +13,10 @@ from modules import devices, processing, sd_samplers_kdiffusion, sd_samplers_tim
 from torch import Tensor
 
 from lib_dinotile.condition.shape import UNetShape
-from lib_dinotile.hosts.base import Batch, Views
+from lib_dinotile.engine.host import Batch, Views
 from lib_dinotile.hosts.decoders import own_copy
 from lib_dinotile.hosts.hints import crop_hint, is_spatial
-from lib_dinotile.hosts.overridden import in_float32, overridden
+from lib_dinotile.hosts.patched import in_float32, overridden
 from lib_dinotile.hosts.webui import WebUIHost
 
 

@@ -8,8 +8,8 @@ from modules import deepbooru, shared
 from PIL import Image
 
 from lib_dinotile import DinotileError, one_line
-from lib_dinotile.hosts.base import Interrupted
-from lib_dinotile.hosts.overridden import overridden
+from lib_dinotile.engine.host import Interrupted
+from lib_dinotile.hosts.patched import overridden
 
 
 def _each(name: str, images: Sequence[Image.Image], ask: Callable[[Image.Image], str]) -> list[str]:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from lib_dinotile import DinotileError
-from lib_dinotile.hosts.base import Residuals
+from lib_dinotile.engine.host import Residuals
 
 
 def cfg_rows(parts: Sequence[int], rows: int) -> list[int]:

@@ -15,13 +15,13 @@ from torch import Tensor
 
 from lib_dinotile import DinotileError
 from lib_dinotile.condition.shape import UNetShape
+from lib_dinotile.engine.host import Batch, Interrupted, Views
+from lib_dinotile.engine.progress import Progress
 from lib_dinotile.hosts import decoders, upscalers
 from lib_dinotile.hosts.bars import Bars
-from lib_dinotile.hosts.base import Batch, Interrupted, Views
 from lib_dinotile.hosts.interrogators import INTERROGATORS
-from lib_dinotile.hosts.layout import fast, fast_input
-from lib_dinotile.hosts.overridden import overridden
-from lib_dinotile.progress import Progress
+from lib_dinotile.hosts.memory_format import fast, fast_input
+from lib_dinotile.hosts.patched import overridden
 from lib_dinotile.tiling.canvas import Canvas
 from lib_dinotile.tiling.noise import TileNoise
 

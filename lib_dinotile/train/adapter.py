@@ -24,9 +24,9 @@ from lib_dinotile.condition.conditioner import Conditioner, to_tensor
 from lib_dinotile.dino.encoder import PatchEncoder, without_autocast
 from lib_dinotile.dino.field import FeatureField, feature_field
 from lib_dinotile.dino.head import RestorationHead
-from lib_dinotile.engine import upscale
+from lib_dinotile.engine.flow import upscale
+from lib_dinotile.engine.latents import SourceLatents, pieces
 from lib_dinotile.hosts.diffusers import DiffusersHost
-from lib_dinotile.latents import SourceLatents, pieces
 from lib_dinotile.settings import Settings
 from lib_dinotile.tiling.canvas import Canvas
 from lib_dinotile.tiling.noise import NoiseField

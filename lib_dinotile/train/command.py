@@ -20,17 +20,16 @@ from lib_dinotile.condition.adapter_file import FORMAT, read_metadata, save_adap
 from lib_dinotile.dino.encoder import PatchEncoder, load_encoder
 from lib_dinotile.dino.head import FORMAT as HEAD_FORMAT
 from lib_dinotile.dino.head import RestorationHead, load_heads, save_heads
+from lib_dinotile.engine.sampling import is_out_of_memory
+from lib_dinotile.engine.team import Team, make_team
 from lib_dinotile.hosts.diffusers import DiffusersHost, load_host
-from lib_dinotile.sampling import is_out_of_memory
 from lib_dinotile.settings import Generation
-from lib_dinotile.team import Team, make_team
-from lib_dinotile.tensorfile import check_out
 from lib_dinotile.train.adapter import make_schedule, prepared_tiles, tile_size, train_adapter
 from lib_dinotile.train.head import LAYERS, prepared_pairs, train_heads
 from lib_dinotile.train.loop import CheckpointError, Schedule, check_resume, last_checkpoint
 from lib_dinotile.train.options import Training
 from lib_dinotile.train.pictures import Photos, Prepared, find_photos, say_left_out
-from lib_dinotile.weights import stamp
+from lib_dinotile.weights import check_out, stamp
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "no": torch.float32}
 KINDS = {FORMAT: "an adapter", HEAD_FORMAT: "a restoration head"}

@@ -24,7 +24,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from lib_dinotile.team import GRACE
+from lib_dinotile.engine.team import GRACE
 
 Loss = Callable[[nn.Module, Any, torch.Generator], tuple[Tensor, dict[str, float]]]
 """(model, batch, generator of this step) -> loss to descend, figures to log."""

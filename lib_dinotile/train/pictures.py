@@ -22,8 +22,8 @@ from tqdm import tqdm
 
 from lib_dinotile import DinotileError
 from lib_dinotile.dino.degradation import degrade
+from lib_dinotile.engine.team import Team
 from lib_dinotile.images import read_image
-from lib_dinotile.team import Team
 from lib_dinotile.train.options import Training
 
 CELL = 8

@@ -23,7 +23,8 @@ from client import SCRIPT, WebUI, correlation, decode, difference, encode
 from conftest import TILES
 from PIL import Image
 
-from lib_dinotile import __version__, engine
+from lib_dinotile import __version__
+from lib_dinotile.engine import flow
 from lib_dinotile.settings import AUTOMATIC, NONE, Settings
 from lib_dinotile.tiling.plan import TilePlan
 
@@ -182,7 +183,7 @@ def test_a_plan_is_the_engines(webui: WebUI):
             "scale": round(draw.uniform(1, 4), 2),
         }
         settings, size = Settings.parse(options), (draw.randint(1, 700), draw.randint(1, 700))
-        width, height = engine.canvas_size(size, settings)
+        width, height = flow.canvas_size(size, settings)
         plan = TilePlan(width, height, tile, settings.overlap, 8, settings.order)
         tiles = plan.tiles
         planned = told(webui, "plan", {"width": size[0], "height": size[1], "options": options})
@@ -190,7 +191,7 @@ def test_a_plan_is_the_engines(webui: WebUI):
         rects = [(tile["x"], tile["y"], tile["width"], tile["height"]) for tile in planned["tiles"]]
         assert rects == [(tile.x, tile.y, tile.width, tile.height) for tile in tiles]
         assert [[tiles[number - 1] for number in wave] for wave in planned["waves"]] == plan.waves
-        assert planned["painted"] == engine.workload(plan, settings)[0]
+        assert planned["painted"] == flow.workload(plan, settings)[0]
         assert planned["options"] == {**{row.name: row.default for row in Settings.table()}, **options}
 
 

@@ -55,7 +55,7 @@ STAGES: dict[str, tuple[Callable[[], Any], str]] = {
     "decoder": (_place("lib_dinotile.hosts.decoders"), "_is_there"),
     "guard": (_place("lib_dinotile.condition.guard", "Guard"), "distances"),
     "adapter": (_place("lib_dinotile.condition.adapter", "Adapter"), "forward"),
-    "maps": (_place("lib_dinotile.engine"), "draw_maps"),
+    "maps": (_place("lib_dinotile.engine.flow"), "draw_maps"),
     "save": (lambda: Image.Image, "save"),
 }
 """Where it can fail: the object, and which of its functions."""

@@ -9,7 +9,8 @@ import numpy as np
 from modules import masking, processing
 from PIL import Image, ImageOps
 
-from lib_dinotile import DinotileError, engine
+from lib_dinotile import DinotileError
+from lib_dinotile.engine import flow
 from lib_dinotile.images import MAX_PIXELS
 from lib_dinotile.settings import Settings
 
@@ -47,10 +48,10 @@ class Area:
                 box = masking.expand_crop_region(box, *given, *size)
             self._box, self._overlay = box, self.mask
             self.mask = self.mask.crop(box).point(lambda level: 255 if level else 0)  # it fades when it is put back
-            self.canvas = engine.canvas_size((box[2] - box[0], box[3] - box[1]), settings, given)
+            self.canvas = flow.canvas_size((box[2] - box[0], box[3] - box[1]), settings, given)
             self.finished = size
             return
-        self.canvas = self.finished = engine.canvas_size(size, settings, given)
+        self.canvas = self.finished = flow.canvas_size(size, settings, given)
         if settings.target == "img2img size":
             self._resize = p.resize_mode
             wide, high = self._part(size)

@@ -1,4 +1,4 @@
-"""Look at the mini on photographs it never saw: `python -m lib_dinotile.train.evaluate --out DIR`.
+"""Look at the mini on photographs it never saw: `python -m tools.mini.evaluate --out DIR`.
 
 Two tasks. "known": a held-out photograph is shrunk by 2 and restored; figures against the original (PSNR in dB, SSIM,
 sharpness = mean gradient over the original's). "photo": the photograph itself, twice as large; there is no truth, only
@@ -18,10 +18,9 @@ from diffusers import DDIMScheduler, UNet2DConditionModel
 from PIL import Image
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
-from lib_dinotile.train.images import HELD_OUT, package_roots, read_photo, to_tensor
-from lib_dinotile.train.objective import unshuffle
-
-MINI = Path(__file__).parents[1] / "mini"
+from lib_dinotile.condition.conditioner import MINI
+from tools.mini.images import HELD_OUT, package_roots, read_photo, to_tensor
+from tools.mini.objective import unshuffle
 
 
 @torch.no_grad()
@@ -57,7 +56,7 @@ def figures(image: np.ndarray, truth: np.ndarray) -> dict[str, float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m lib_dinotile.train.evaluate", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m tools.mini.evaluate", description=__doc__)
     parser.add_argument("--mini", type=Path, default=MINI)
     parser.add_argument("--out", type=Path, required=True, help="folder for the pictures")
     parser.add_argument("--root", type=Path, action="append", default=[], help="where else unpacked packages lie")

@@ -22,10 +22,10 @@ from lib_dinotile.condition.adapter_file import read_config
 from lib_dinotile.condition.conditioner import installed_weights
 from lib_dinotile.dino.checkpoint import BUILT_IN, automatic_encoder, encoders, install, installed
 from lib_dinotile.dino.encoder import load_encoder
+from lib_dinotile.dino.once import Progress
 from lib_dinotile.dino.state import FIRST, EncoderState, megabytes, state_of
-from lib_dinotile.hosts import folders
-from lib_dinotile.once import Progress
 from lib_dinotile.settings import AUTOMATIC, NONE
+from lib_dinotile.webui import folders
 
 SCALE = 2.0
 """That is calibrated for: the default option's."""

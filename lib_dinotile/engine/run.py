@@ -12,18 +12,18 @@ from torch import Tensor
 
 from lib_dinotile.condition.conditioner import Conditions
 from lib_dinotile.condition.guard import OFF
-from lib_dinotile.hosts.base import Batch, Host, Interrupted
-from lib_dinotile.journal import Journal
-from lib_dinotile.latents import SourceLatents, decode, pieces
-from lib_dinotile.neighbours import Neighbours, Seen
-from lib_dinotile.passes import Painted, Pass
-from lib_dinotile.progress import Meter, Progress
-from lib_dinotile.prompts import TilePrompts
-from lib_dinotile.report import FLAT, PAINTED, UNMASKED, Report, TileReport
-from lib_dinotile.retry import Attempt, RetryPolicy, Shown, counted, reserve
-from lib_dinotile.sampling import BatchSize, Fused, Whole, chunks, in_full_precision
+from lib_dinotile.engine.host import Batch, Host, Interrupted
+from lib_dinotile.engine.journal import Journal
+from lib_dinotile.engine.latents import SourceLatents, decode, pieces
+from lib_dinotile.engine.neighbours import Neighbours, Seen
+from lib_dinotile.engine.passes import Painted, Pass
+from lib_dinotile.engine.progress import Meter, Progress
+from lib_dinotile.engine.prompts import TilePrompts
+from lib_dinotile.engine.report import FLAT, PAINTED, UNMASKED, Report, TileReport
+from lib_dinotile.engine.retry import Attempt, RetryPolicy, Shown, counted, reserve
+from lib_dinotile.engine.sampling import BatchSize, Fused, Whole, chunks, in_full_precision
+from lib_dinotile.engine.team import Team
 from lib_dinotile.settings import Settings
-from lib_dinotile.team import Team
 from lib_dinotile.tiling.blend import RIM, Blend
 from lib_dinotile.tiling.canvas import Canvas
 from lib_dinotile.tiling.colour import correct

@@ -23,7 +23,7 @@ def unseen(text: str, share: float) -> None:
 def models_folder(kind: str) -> Path:
     """Where models of a kind (`encoders`, `heads`) are kept where no WebUI says so: among the models of the WebUI that
     this is an extension of; else in the user's cache."""
-    extensions = Path(__file__).parents[2]
+    extensions = Path(__file__).parents[3]
     if extensions.name == "extensions" and (extensions.parent / "models").is_dir():
         return extensions.parent / "models" / "dinotile" / kind
     cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from lib_dinotile.condition.guard import Verdict
-from lib_dinotile.passes import Painted
+from lib_dinotile.engine.passes import Painted
 from lib_dinotile.tiling.plan import Rect
 
 PAINTED, WAITING = "painted", "not reached"

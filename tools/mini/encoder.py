@@ -20,8 +20,9 @@ from PIL import Image
 from torch import Tensor, nn
 from transformers import Dinov2Config, Dinov2Model
 
-from lib_dinotile.train.images import Pool, degrade, jitter, to_tensor
-from lib_dinotile.train.textures import TEXTURES, texture_atlas
+from lib_dinotile.condition.conditioner import MINI
+from tools.mini.images import Pool, degrade, jitter, to_tensor
+from tools.mini.textures import TEXTURES, texture_atlas
 
 PATCH = 14
 SIDE = 224
@@ -186,8 +187,8 @@ def probe(encoder: Dinov2Model, images: int = 60, factor: float = 3.0) -> dict[s
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m lib_dinotile.train.encoder", description=probe.__doc__)
-    parser.add_argument("--encoder", type=Path, default=Path(__file__).parents[1] / "mini" / "encoder")
+    parser = argparse.ArgumentParser(prog="python -m tools.mini.encoder", description=probe.__doc__)
+    parser.add_argument("--encoder", type=Path, default=MINI / "encoder")
     encoder = Dinov2Model.from_pretrained(parser.parse_args().encoder, use_safetensors=True).float().eval()
     print(json.dumps(probe(encoder)))
 

@@ -15,9 +15,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from lib_dinotile import DinotileError, one_line
-from lib_dinotile.team import Team
-from lib_dinotile.tensorfile import open_tensors
+from lib_dinotile.engine.team import Team
 from lib_dinotile.tiling.plan import Rect
+from lib_dinotile.weights import open_tensors
 
 RECIPE = "recipe.json"
 

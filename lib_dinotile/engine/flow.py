@@ -12,15 +12,15 @@ from PIL import Image
 
 from lib_dinotile import DinotileError, one_line
 from lib_dinotile.condition.conditioner import Conditioner, Conditions
-from lib_dinotile.hosts.base import Host, Interrupted, check_name
-from lib_dinotile.journal import Journal
-from lib_dinotile.memory import enough_memory
-from lib_dinotile.prompts import check_prompts
-from lib_dinotile.report import Report
-from lib_dinotile.run import Run
-from lib_dinotile.sampling import OutOfMemoryError, is_out_of_memory
+from lib_dinotile.engine.host import Host, Interrupted, check_name
+from lib_dinotile.engine.journal import Journal
+from lib_dinotile.engine.prompts import check_prompts
+from lib_dinotile.engine.report import Report
+from lib_dinotile.engine.run import Run
+from lib_dinotile.engine.sampling import OutOfMemoryError, is_out_of_memory
+from lib_dinotile.engine.team import Team
+from lib_dinotile.images import enough_memory
 from lib_dinotile.settings import BOTH, CONSISTENCY, MAX_SIDE, SEMANTIC, Settings
-from lib_dinotile.team import Team
 from lib_dinotile.tiling.canvas import Canvas
 from lib_dinotile.tiling.noise import NoiseField
 from lib_dinotile.tiling.plan import Rect, TilePlan, Tiles
@@ -169,7 +169,7 @@ def draw_maps(
     settings: Settings, conditions: Conditions, canvas: Canvas, plan: TilePlan, tiles: Sequence[Rect]
 ) -> dict[str, Image.Image]:
     """The maps that `settings` ask for, by name; consistency where these tiles are painted."""
-    from lib_dinotile import maps  # matplotlib takes long to load
+    from lib_dinotile.engine import maps  # matplotlib takes long to load
 
     found, image = {}, canvas.preview(maps.SIDE)
     if conditions.shown:
@@ -208,7 +208,7 @@ def _canvas(
 
 def preview(conditioner: Conditioner, source: Image.Image, plan: TilePlan) -> Image.Image:
     """The semantic map of a source (RGB) with the tiles of a plan, before anything is painted."""
-    from lib_dinotile import maps  # matplotlib takes long to load
+    from lib_dinotile.engine import maps  # matplotlib takes long to load
 
     size = plan.width, plan.height
     with torch.no_grad():

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lib_dinotile import DinotileError
 from lib_dinotile.condition.shape import UNetShape
-from lib_dinotile.progress import Progress
+from lib_dinotile.engine.progress import Progress
 from lib_dinotile.tiling.canvas import Canvas
 from lib_dinotile.tiling.noise import TileNoise
 from lib_dinotile.tiling.plan import Rect

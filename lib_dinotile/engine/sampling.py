@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from lib_dinotile import DinotileError
-from lib_dinotile.hosts.base import Batch, Host, See
-from lib_dinotile.team import Team
+from lib_dinotile.engine.host import Batch, Host, See
+from lib_dinotile.engine.team import Team
 from lib_dinotile.tiling.blend import Blend
 from lib_dinotile.tiling.plan import Rect, Tiles
 

@@ -15,13 +15,12 @@ from modules.ui_components import InputAccordion
 from lib_dinotile import DinotileError
 from lib_dinotile.condition.conditioner import installed_weights
 from lib_dinotile.dino.checkpoint import encoders
-from lib_dinotile.hosts import folders
 from lib_dinotile.hosts.interrogators import INTERROGATORS
-from lib_dinotile.hosts.takeover import last_prompts
 from lib_dinotile.options import Option
 from lib_dinotile.settings import AUTOMATIC, CALIBRATED, NONE, Settings
-from lib_dinotile.ui import first_minute
-from lib_dinotile.ui.preview import Img2Img
+from lib_dinotile.webui import first_minute, folders
+from lib_dinotile.webui.preview import Img2Img
+from lib_dinotile.webui.takeover import last_prompts
 
 TITLE = "DINO Tile"
 img2img = Img2Img()

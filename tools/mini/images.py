@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from lib_dinotile.train.textures import texture_atlas
+from tools.mini.textures import texture_atlas
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Train the built-in model: `python -m lib_dinotile.train.mini {unet,encoder} --out DIR --steps N`.
+"""Train the built-in model: `python -m tools.mini.mini {unet,encoder} --out DIR --steps N`.
 
 Each part goes to lib_dinotile/mini in half precision at every checkpoint (`--export` names another folder). `photos`
 writes the photographs as files into DIR, for `python -m lib_dinotile train`, which makes the adapter.
@@ -18,10 +18,11 @@ from diffusers import DDIMScheduler, UNet2DConditionModel
 from PIL import Image
 from torch import Tensor, nn
 
-from lib_dinotile.train.encoder import EncoderImages, EncoderTraining, encoder_loss, export_encoder
-from lib_dinotile.train.images import PHOTOS, Pool, RestorePairs, package_roots, read_photo
+from lib_dinotile.condition.conditioner import MINI
 from lib_dinotile.train.loop import CheckpointError, Schedule, fit
-from lib_dinotile.train.objective import (
+from tools.mini.encoder import EncoderImages, EncoderTraining, encoder_loss, export_encoder
+from tools.mini.images import PHOTOS, Pool, RestorePairs, package_roots, read_photo
+from tools.mini.objective import (
     SCHEDULER_CONFIG,
     alphas_cumprod,
     flip,
@@ -29,8 +30,6 @@ from lib_dinotile.train.objective import (
     restoration_loss,
     unshuffle,
 )
-
-MINI = Path(__file__).parents[1] / "mini"
 
 UNET_CONFIG: dict[str, Any] = {
     "sample_size": 32,
@@ -93,7 +92,7 @@ def write_photos(folder: Path, roots: Sequence[Path]) -> None:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m lib_dinotile.train.mini", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m tools.mini.mini", description=__doc__)
     parser.add_argument("part", choices=("unet", "encoder", "photos"))
     parser.add_argument(
         "--out", type=Path, required=True, help="folder for checkpoints and the log, or for the photographs"

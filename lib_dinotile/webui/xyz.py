@@ -12,11 +12,11 @@ from modules import scripts
 from lib_dinotile import DinotileError
 from lib_dinotile.condition.adapter_file import check_encoder, read_config
 from lib_dinotile.condition.conditioner import installed_weights
-from lib_dinotile.hosts import folders
-from lib_dinotile.hosts.takeover import Takeover
 from lib_dinotile.options import Option
 from lib_dinotile.settings import AUTOMATIC, Settings
-from lib_dinotile.ui.accordion import CHOICES, TITLE, settings_from
+from lib_dinotile.webui import folders
+from lib_dinotile.webui.accordion import CHOICES, TITLE, settings_from
+from lib_dinotile.webui.takeover import Takeover
 
 ATTRIBUTE = "dinotile_axes"
 """Where the values of a plot's cell wait on its processing object."""

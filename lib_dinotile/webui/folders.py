@@ -8,7 +8,7 @@ from modules import paths, shared
 
 from lib_dinotile.condition.conditioner import installed_weights
 from lib_dinotile.dino.calibrated import FOLDER, Store
-from lib_dinotile.once import Progress, unseen
+from lib_dinotile.dino.once import Progress, unseen
 
 
 def _folder(option: str, name: str) -> Path:

@@ -1,19 +1,29 @@
-"""The Preview button: the tiles, what DINO sees and how long it will take, before anything is painted."""
+"""The Preview button: an image's tiles, what DINO sees in it and how long it will take, before anything is painted."""
 
 from __future__ import annotations
 
+import dataclasses
 import html
-from collections.abc import Mapping
+import time
+from collections.abc import Mapping, Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import gradio as gr
-from modules import call_queue, errors
+import torch
+from modules import call_queue, devices, errors, images, processing, sd_models, shared
+from PIL import Image, ImageOps
 
 from lib_dinotile import DinotileError
-from lib_dinotile.hosts import pace
-from lib_dinotile.retry import reserve
-from lib_dinotile.settings import Settings
-from lib_dinotile.ui.prospect import Prospect, checkpoint, flat
+from lib_dinotile.condition.conditioner import Conditioner, installed_weights
+from lib_dinotile.engine import flow
+from lib_dinotile.engine.host import check_name
+from lib_dinotile.engine.retry import reserve
+from lib_dinotile.hosts.webui import base_of
+from lib_dinotile.settings import OFF, SEMANTIC, Settings
+from lib_dinotile.tiling.plan import TilePlan
+from lib_dinotile.webui import folders
+from lib_dinotile.webui.area import Area
 
 IMAGES = ("img2img_image", "img2img_sketch", "img2maskimg", "inpaint_sketch", "img_inpaint_base")
 """The places for a source, in the order of img2img's tabs."""
@@ -32,6 +42,141 @@ NUMBERS = {
 """img2img's own controls that a preview depends on."""
 LAST = "img2img_gallery"
 """By the time that this is there, all of them are."""
+
+SLOW = 5.0
+"""Seconds of a first trial above which there is no other."""
+STEPS = 1, 4
+"""Of the other trials."""
+
+_speed: dict[str, tuple[float, float]] = {}
+"""By checkpoint: seconds for a megapixel, and for each step of it."""
+
+
+def loaded() -> Any:
+    """The WebUI's model if it is loaded now, else None."""
+    data = sd_models.model_data
+    if hasattr(data, "forge_loading_parameters") and data.forge_hash != str(data.forge_loading_parameters):
+        return None  # another one is chosen, Forge loads it when it is first used
+    return data.sd_model
+
+
+def checkpoint() -> Any:
+    """The WebUI's model, loaded if it is not yet. DinotileError if there is none."""
+    if not hasattr(sd_models, "forge_model_reload"):
+        model = shared.sd_model
+    elif sd_models.model_data.forge_loading_parameters.get("checkpoint_info"):
+        model = sd_models.forge_model_reload()[0]
+    else:
+        model = None
+    if model is None:
+        raise DinotileError("no checkpoint is loaded: choose one")
+    return model
+
+
+def flat(image: Image.Image) -> Image.Image:
+    """As img2img takes it: turned as its EXIF says, RGB, on the WebUI's own background."""
+    return images.flatten(ImageOps.exif_transpose(image), shared.opts.img2img_background_color)
+
+
+class Prospect:
+    """An image as it would be upscaled with these settings, and img2img's own size and resize mode."""
+
+    settings: Settings
+    """With the tile size that belongs to the checkpoint, where it is automatic."""
+    plan: TilePlan
+
+    def __init__(
+        self, size: tuple[int, int], settings: Settings, model: Any, given: tuple[int, int] = (0, 0), resize: int = 0
+    ) -> None:
+        """size, given: (width, height) of the image and of img2img's `Resize to`. DinotileError as in a run."""
+        self.settings = settings = settings.for_base(base_of(model))
+        check_name("upscaler", settings.upscaler, [upscaler.name for upscaler in shared.sd_upscalers])
+        img2img = SimpleNamespace(width=given[0], height=given[1], resize_mode=resize, image_mask=None)
+        self._area = Area(img2img, settings, size)
+        self.plan = TilePlan(*self._area.canvas, settings.tile, settings.overlap, processing.opt_f, settings.order)
+
+    @property
+    def workload(self) -> tuple[int, int]:
+        """(tiles, pixels of all of them)."""
+        return flow.workload(self.plan, self.settings)
+
+    def semantic_map(self, image: Image.Image) -> Image.Image:
+        """What DINO sees in the image (RGB), with the tiles. DinotileError if an encoder or adapter is not there."""
+        device = torch.device(devices.device)
+        conditioner = Conditioner.without_model(
+            dataclasses.replace(self.settings, maps=SEMANTIC, guard=OFF),
+            folders.trained_heads(),
+            device,
+            devices.dtype if device.type == "cuda" else torch.float32,
+            installed_weights(folders.adapters()),
+            folders.encoders(),
+            trusted=False,
+        )
+        return flow.preview(conditioner, self._area.cut(image), self.plan)
+
+
+def waves(plan: TilePlan) -> Sequence[Sequence[int]]:
+    """The numbers of the tiles, counted from 1 row by row, in their order; those of a wave together."""
+    numbers = {tile: number for number, tile in enumerate(plan.tiles, 1)}
+    return [] if plan.order == "none" else [[numbers[tile] for tile in wave] for wave in plan.waves]
+
+
+def _checkpoint(model: Any) -> str:
+    return model.sd_checkpoint_info.filename
+
+
+def learn_speed(model: Any, seconds: float, pixels: float, steps: int) -> None:
+    """What it took to paint so many pixels in so many steps each, retries counted in, with all that belongs to it."""
+    if seconds > 0 and pixels and steps:
+        _speed[_checkpoint(model)] = 0.0, seconds * 1e6 / (pixels * steps)
+
+
+def known_seconds(model: Any, pixels: int, steps: int) -> float | None:
+    """Seconds that it will take, if anything was painted with this checkpoint before."""
+    known = _speed.get(_checkpoint(model))
+    return None if known is None else (known[0] + known[1] * steps) * pixels / 1e6
+
+
+def _try_out(model: Any, tile: tuple[int, int]) -> None:
+    """Learns from one tile of that (width, height), painted by the WebUI itself; nothing of it is kept.
+
+    The first trial may have to load weights, so it counts only where it is so slow that more would keep the user
+    waiting.
+    """
+    seconds = _seconds(model, tile, 1)
+    if seconds > SLOW:
+        learn_speed(model, seconds, tile[0] * tile[1], 1)
+        return
+    few, many = (_seconds(model, tile, steps) for steps in STEPS)
+    step = max(0.0, many - few) / (STEPS[1] - STEPS[0])
+    megapixels = tile[0] * tile[1] / 1e6
+    _speed[_checkpoint(model)] = max(0.0, few - step * STEPS[0]) / megapixels, step / megapixels
+
+
+def _seconds(model: Any, tile: tuple[int, int], steps: int) -> float:
+    """Seconds of one img2img."""
+    p = processing.StableDiffusionProcessingImg2Img(
+        sd_model=model,
+        init_images=[Image.new("RGB", tile, "grey")],
+        width=tile[0],
+        height=tile[1],
+        steps=steps,
+        denoising_strength=1.0,
+        sampler_name="Euler",
+        scheduler="Automatic",
+        seed=0,
+        do_not_save_samples=True,
+        do_not_save_grid=True,
+    )
+    shared.state.begin(job="dinotile preview")
+    began = time.perf_counter()
+    try:
+        processing.process_images(p)
+    finally:
+        p.close()
+        shared.state.end()
+        shared.total_tqdm.clear()
+    return time.perf_counter() - began
 
 
 class Img2Img:
@@ -130,13 +275,13 @@ def look(
 def guess(prospect: Prospect, model: Any, steps: int) -> float | None:
     """Seconds that it will take, or None if that cannot be said."""
     _, pixels = prospect.workload
-    known = pace.guess(model, pixels, steps)
+    known = known_seconds(model, pixels, steps)
     if known is None and pixels:
         try:
-            pace.try_out(model, prospect.plan.tile_size)
+            _try_out(model, prospect.plan.tile_size)
         except Exception:
             errors.report("DINO Tile: a tile could not be tried out", exc_info=True)
-        known = pace.guess(model, pixels, steps)
+        known = known_seconds(model, pixels, steps)
     return known
 
 

@@ -19,13 +19,13 @@ import torch
 from torch import Tensor
 
 from lib_dinotile.condition.guard import BLEND, RETRY, Guard, Verdict
-from lib_dinotile.hosts.base import Host, Interrupted
-from lib_dinotile.neighbours import HALF
-from lib_dinotile.passes import Painted, Pass
-from lib_dinotile.report import Report
-from lib_dinotile.sampling import BatchSize, chunks
+from lib_dinotile.engine.host import Host, Interrupted
+from lib_dinotile.engine.neighbours import HALF
+from lib_dinotile.engine.passes import Painted, Pass
+from lib_dinotile.engine.report import Report
+from lib_dinotile.engine.sampling import BatchSize, chunks
+from lib_dinotile.engine.team import Team
 from lib_dinotile.settings import Settings
-from lib_dinotile.team import Team
 from lib_dinotile.tiling.canvas import Canvas
 from lib_dinotile.tiling.plan import Rect
 

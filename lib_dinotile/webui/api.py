@@ -19,13 +19,13 @@ from pydantic import VERSION, BaseModel, Field
 from lib_dinotile import DinotileError, __version__, printable, weights
 from lib_dinotile.condition.conditioner import installed_weights
 from lib_dinotile.dino.state import states
-from lib_dinotile.hosts import folders
+from lib_dinotile.engine.sampling import is_out_of_memory
 from lib_dinotile.images import read_image
 from lib_dinotile.options import Option
-from lib_dinotile.sampling import is_out_of_memory
 from lib_dinotile.settings import MAX_SIDE, Settings
-from lib_dinotile.ui.accordion import TITLE
-from lib_dinotile.ui.prospect import Prospect, checkpoint, loaded, waves
+from lib_dinotile.webui import folders
+from lib_dinotile.webui.accordion import TITLE
+from lib_dinotile.webui.preview import Prospect, checkpoint, loaded, waves
 
 PREFIX = "/dinotile/v1"
 LIKE = "/sdapi/v1/img2img"

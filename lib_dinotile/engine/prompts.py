@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from lib_dinotile import DinotileError
-from lib_dinotile.hosts.base import Host, check_name
-from lib_dinotile.report import UNMASKED, Report
+from lib_dinotile.engine.host import Host, check_name
+from lib_dinotile.engine.report import UNMASKED, Report
 from lib_dinotile.settings import NONE, Settings, parse_lines
 from lib_dinotile.tiling.canvas import Canvas
 from lib_dinotile.tiling.plan import Rect, TilePlan

@@ -21,17 +21,20 @@ from modules import extra_networks, images, masking, processing, sd_samplers, sh
 from PIL import Image
 from torch import Tensor
 
-from lib_dinotile import DinotileError, engine, one_line
+from lib_dinotile import DinotileError, one_line
 from lib_dinotile.condition.conditioner import Conditioner, installed_weights
 from lib_dinotile.condition.guard import OFF
-from lib_dinotile.hosts import bars, folders, pace
-from lib_dinotile.hosts.area import Area
-from lib_dinotile.hosts.base import Interrupted, check_name
-from lib_dinotile.hosts.overridden import overridden
+from lib_dinotile.engine import flow
+from lib_dinotile.engine.host import Interrupted, check_name
+from lib_dinotile.engine.prompts import check_prompts
+from lib_dinotile.hosts import bars
+from lib_dinotile.hosts.patched import overridden
 from lib_dinotile.hosts.webui import LATENT_NOISE, LATENT_NOTHING, ORIGINAL, WebUIHost
-from lib_dinotile.prompts import check_prompts
 from lib_dinotile.settings import NONE, Settings
 from lib_dinotile.tiling.noise import NoiseField
+from lib_dinotile.webui import folders
+from lib_dinotile.webui.area import Area
+from lib_dinotile.webui.preview import learn_speed
 
 T = TypeVar("T")
 
@@ -247,7 +250,7 @@ class Takeover:
         p.extra_generation_params.update(used.infotext)
         if self._settings.adapter != NONE:
             self._host.check_residuals()
-        plan = engine.make_plan(self._host, self._area.canvas, self._settings)
+        plan = flow.make_plan(self._host, self._area.canvas, self._settings)
         check_name("upscaler", self._settings.upscaler, self._host.upscalers())
         check_prompts(self._host, plan, self._settings)
         bars.expect(p.n_iter, p.batch_size)
@@ -276,13 +279,13 @@ class Takeover:
             source = self._sources[number % len(self._sources)]
             try:
                 result = self._upscale(source, noise)
-            except engine.UnfinishedError as error:
+            except flow.UnfinishedError as error:
                 if isinstance(error.__cause__, DinotileError) and not results and not error.result.painted:
                     raise error.__cause__ from None  # there is nothing to tell but what stands against it
                 # What is done of the batch is kept, too.
                 done = results + ([self._area.finish(error.result.image, source)] if error.result.painted else [])
                 where = self._keep(done, seeds, prompts)
-                raise engine.UnfinishedError(error.__cause__, error.result, where) from error.__cause__
+                raise flow.UnfinishedError(error.__cause__, error.result, where) from error.__cause__
             global _last_prompts
             _last_prompts = result.report.prompts
             p.__dict__[FOUND].append((result.report, result.maps))
@@ -300,7 +303,7 @@ class Takeover:
         samples.extend(to_sample(image) for image in results)
         return samples
 
-    def _upscale(self, source: Image.Image, noise: NoiseField) -> engine.Result:
+    def _upscale(self, source: Image.Image, noise: NoiseField) -> flow.Result:
         area = self._area
         fill = masking.fill if area.mask is not None and self._p.inpainting_fill == 0 else None
         width, height = area.canvas
@@ -310,7 +313,7 @@ class Takeover:
             overridden(shared.state, do_set_current_image=lambda: None, current_latent=None),
             overridden(self._p, width=width, height=height),
         ):
-            result = engine.upscale(
+            result = flow.upscale(
                 self._host,
                 area.cut(source),
                 self._settings,
@@ -320,9 +323,9 @@ class Takeover:
                 mask=area.mask,
                 fill=fill,
             )
-        tiles, pixels = engine.workload(engine.make_plan(self._host, area.canvas, self._settings), self._settings)
+        tiles, pixels = flow.workload(flow.make_plan(self._host, area.canvas, self._settings), self._settings)
         painted = pixels * result.painted / max(1, tiles) * (1 + (result.report.retried or 0))
-        pace.learn(self._p.sd_model, time.perf_counter() - began, painted, self._host.steps())
+        learn_speed(self._p.sd_model, time.perf_counter() - began, painted, self._host.steps())
         self._host.bars.end()  # also if it was stopped
         return result
 

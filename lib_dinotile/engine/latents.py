@@ -9,8 +9,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from lib_dinotile.hosts.base import Host, Interrupted
-from lib_dinotile.sampling import in_full_precision, is_out_of_memory
+from lib_dinotile.engine.host import Host, Interrupted
+from lib_dinotile.engine.sampling import in_full_precision, is_out_of_memory
 from lib_dinotile.tiling.blend import RIM, Blend
 from lib_dinotile.tiling.canvas import Canvas
 from lib_dinotile.tiling.plan import Grid, Rect, Tiles, fewest

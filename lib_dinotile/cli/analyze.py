@@ -1,0 +1,47 @@
+"""python -m lib_dinotile analyze IN OUT"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from pathlib import Path
+
+from lib_dinotile.cli.common import add_options, head_files, parse_options, quiet_transformers, silenced
+from lib_dinotile.condition.conditioner import Conditioner
+from lib_dinotile.dino.once import models_folder
+from lib_dinotile.engine.flow import analyze, canvas_size
+from lib_dinotile.images import check_writable, read_image, write_image
+from lib_dinotile.settings import BOTH, NONE, SEMANTIC, Settings
+
+OPTIONS = ("scale", "tile", "overlap", "encoder", "patches", "windows", "head", "guard_strictness")
+"""Those that maps of an image depend on."""
+
+
+def add_arguments(command: argparse.ArgumentParser) -> None:
+    """What the command takes."""
+    command.add_argument("IN", help="the source image")
+    command.add_argument(
+        "OUT", help="the semantic map to write; the consistency map goes beside it, with -consistency in its name"
+    )
+    command.add_argument(
+        "--result", metavar="FILE", help="the upscaled image to compare; without it the plain enlarged source is"
+    )
+    add_options(command, Settings, OPTIONS)
+    command.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Maps of one image, without a diffusion model."""
+    quiet_transformers()
+    settings = dataclasses.replace(parse_options(Settings, arguments), maps=BOTH, adapter=NONE)
+    target = Path(arguments.OUT)
+    check_writable(target)
+    with silenced():
+        source = read_image(Path(arguments.IN))
+        result = read_image(Path(arguments.result)) if arguments.result else None
+    size = canvas_size(source.size, settings) if result is None else result.size
+    conditioner = Conditioner.without_model(settings, head_files(settings), encoders=models_folder("encoders"))
+    for name, picture in analyze(conditioner, source, settings, size, result).items():
+        file = target if name == SEMANTIC else target.with_name(f"{target.stem}-{name}{target.suffix}")
+        write_image(picture, file, {})
+        print(f"{file}: {name} map")

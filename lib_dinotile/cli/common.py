@@ -1,0 +1,65 @@
+"""What the commands share."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from lib_dinotile import DinotileError
+from lib_dinotile.options import Options
+from lib_dinotile.settings import AUTOMATIC, CALIBRATED, NONE, Settings
+
+
+def quiet_transformers() -> None:
+    """transformers warns of what is optional, and shows bars of its own."""
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+
+
+def add_options(parser: argparse.ArgumentParser, table: type[Options], names: Sequence[str] | None = None) -> None:
+    for option in table.table():
+        if option.name == "enabled" or (names is not None and option.name not in names):
+            continue
+        default = f" (default: {option.default})" if option.default != "" else ""
+        flags = [f"--{option.flag or option.name.replace('_', '-')}"]
+        allowed = f" {option.allowed[0].upper()}{option.allowed[1:]}" if option.allowed != "text" else ""
+        text = f"{option.help}{allowed}{default}".replace("%", "%%")
+        parser.add_argument(*flags, dest=option.name, metavar=option.type.__name__.upper(), help=text)
+
+
+def parse_options(table: type[Options], arguments: argparse.Namespace) -> Any:
+    given = {option.name: getattr(arguments, option.name, None) for option in table.table()}
+    return table.parse({name: table.option(name).parse(text) for name, text in given.items() if text is not None})
+
+
+@contextlib.contextmanager
+def silenced() -> Iterator[None]:
+    """What C libraries write of damaged files to the process's stderr goes nowhere: one line of ours says it."""
+    if sys.stderr is None:
+        yield
+        return
+    sys.stderr.flush()
+    kept = os.dup(2)
+    try:
+        with open(os.devnull, "wb") as nowhere:
+            os.dup2(nowhere.fileno(), 2)
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+
+
+def head_files(settings: Settings) -> dict[str, Path]:
+    """The restoration head: on the command line its name is that of its file."""
+    if settings.head in (NONE, AUTOMATIC, CALIBRATED):
+        return {}
+    if not os.path.isfile(settings.head):
+        raise DinotileError(f"head: there is no file {settings.head}")
+    return {settings.head: Path(settings.head)}

@@ -1,0 +1,43 @@
+"""python -m lib_dinotile train --images FOLDER --out FILE"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from lib_dinotile import DinotileError
+from lib_dinotile.cli.common import add_options, parse_options, quiet_transformers
+from lib_dinotile.train.options import Training
+
+
+def add_arguments(command: argparse.ArgumentParser) -> None:
+    """What the command takes."""
+    command.add_argument(
+        "--images", required=True, metavar="FOLDER", help="photos, with captions in .txt files or none"
+    )
+    command.add_argument("--out", required=True, metavar="FILE", help="the .safetensors file to write")
+    command.add_argument(
+        "--head",
+        action="store_true",
+        help="train only the restoration head; an adapter trained into FILE reads through it",
+    )
+    command.add_argument("--resume", action="store_true", help="go on from the checkpoint beside FILE")
+    add_options(command, Training)
+    command.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Trains an adapter, or restoration heads."""
+    try:
+        from lib_dinotile.train.command import train
+    except ModuleNotFoundError as error:
+        raise DinotileError(f"training needs {error.name}: pip install '.[train]'") from error
+
+    quiet_transformers()
+    train(
+        parse_options(Training, arguments),
+        Path(arguments.images),
+        Path(arguments.out),
+        arguments.head,
+        arguments.resume,
+    )

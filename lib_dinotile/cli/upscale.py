@@ -1,0 +1,262 @@
+"""python -m lib_dinotile upscale IN OUT"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import hashlib
+import json
+import os
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from PIL import Image, PngImagePlugin
+
+from lib_dinotile import DinotileError, __version__
+from lib_dinotile.cli.common import add_options, head_files, parse_options, quiet_transformers, silenced
+from lib_dinotile.condition.conditioner import MINI, Conditioner
+from lib_dinotile.dino.calibrated import Store
+from lib_dinotile.dino.once import models_folder
+from lib_dinotile.engine.flow import UnfinishedError, canvas_size, upscale
+from lib_dinotile.engine.journal import open_journal
+from lib_dinotile.engine.team import Team, make_team
+from lib_dinotile.images import check_writable, endings, read_image, read_mask, write_image
+from lib_dinotile.settings import NONE, Generation, Settings
+from lib_dinotile.tiling.noise import NoiseField
+from lib_dinotile.weights import stamp
+
+RECIPE = "dinotile recipe"
+"""Key in a PNG for what tells whether an image is the one that is asked for."""
+
+
+def add_arguments(command: argparse.ArgumentParser) -> None:
+    """What the command takes."""
+    command.add_argument("IN", help="an image, or a folder of images")
+    command.add_argument("OUT", help="the file to write, or a folder")
+    command.add_argument("--quiet", action="store_true", help="say nothing but what goes wrong")
+    command.add_argument("--resume", action="store_true", help="go on with what an earlier run has painted")
+    command.add_argument(
+        "--report", metavar="FILE", help="add what became of every tile to this file, as a line of JSON"
+    )
+    add_options(command, Settings)
+    add_options(command, Generation)
+    command.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Upscales an image, or all images of a folder."""
+    from tqdm import tqdm
+
+    from lib_dinotile.hosts.diffusers import load_host
+
+    quiet_transformers()
+    if arguments.model in (None, "mini") and arguments.adapter is None:
+        arguments.adapter = "mini"
+    settings, generation = parse_options(Settings, arguments), parse_options(Generation, arguments)
+    jobs = _jobs(Path(arguments.IN), Path(arguments.OUT))
+    adapters = {"mini": MINI / "adapter.safetensors"}
+    if settings.adapter not in (NONE, *adapters):
+        adapters[settings.adapter] = Path(settings.adapter)
+    if settings.adapter in adapters and not os.path.isfile(adapters[settings.adapter]):
+        raise DinotileError(f"adapter: there is no file {adapters[settings.adapter]}")
+    if arguments.report:
+        _add_line(Path(arguments.report), "")
+
+    team = make_team()
+    folder = os.path.isdir(arguments.IN)  # then every process has images of its own
+    mine, sharing = (jobs[team.rank :: team.size], Team()) if folder else (jobs, team)
+    quiet = arguments.quiet or (team.rank > 0 and not folder)
+    bar = tqdm(
+        total=1.0,
+        bar_format="{desc}: {percentage:3.0f}%|{bar}| {elapsed}<{remaining}{postfix}",
+        smoothing=0,  # a tile takes long: its speed alone says little of the rest
+        disable=None if not quiet else True,
+        position=team.rank,
+    )
+
+    def say(*lines: str) -> None:
+        for line in lines if not quiet else ():
+            bar.write(line)
+
+    def progress(done: float, text: str) -> None:
+        bar.set_postfix_str(text, refresh=False)
+        bar.n = max(bar.n, done)  # a batch that ran out of memory begins again
+        bar.refresh()
+
+    host = load_host(generation, progress, team.rank)
+    settings = settings.for_base(host.base)
+
+    def getting_ready(text: str, share: float) -> None:
+        bar.set_description(f"{text} ({share:.0%})")
+
+    conditioner = Conditioner.load(
+        settings, host, adapters, models_folder("encoders"), head_files(settings), store=Store(progress=getting_ready)
+    )
+    used = conditioner.used if conditioner else settings
+
+    def make(source: Path, target: Path) -> None:
+        told: list[str] = []
+        with silenced():
+            image = read_image(source, tell=told.append)
+        say(*(f"{source.name} {line}" for line in told))
+        size = canvas_size(image.size, settings, (generation.width, generation.height))
+        check_writable(target, size)
+        recipe = _recipe(used, generation, source)
+        if arguments.resume and _is_done(target, recipe):
+            with contextlib.suppress(DinotileError):  # tiles of another recipe are not this image's
+                open_journal(target, recipe, True, sharing).close()
+            say(f"{target}: is there already")
+            return
+        mask = _read_mask(generation.mask, image.size)
+        journal = open_journal(target, recipe, arguments.resume, sharing)
+        noise = NoiseField(generation.seed, host.channels)
+        try:
+            result = upscale(
+                host, image, settings, noise, conditioner, size=size, mask=mask, journal=journal, team=sharing
+            )
+        except UnfinishedError as error:
+            say(*(f"{source.name}: {line}" for line in error.result.report.lines))
+            if not error.result.painted or sharing.rank > 0:
+                raise
+            where, kept = journal.kept, target.with_stem(target.stem + "-unfinished")
+            with contextlib.suppress(DinotileError):  # for want of space, say, and that is told already
+                parameters = _parameters(used, generation, size, error.result.report.lines)
+                write_image(error.result.image, kept, {"parameters": parameters})
+                where = f" (kept in {kept}; --resume goes on with it)"
+            raise UnfinishedError(error.__cause__, error.result, where) from error.__cause__
+        if sharing.rank == 0:
+            try:  # the image last: once it is there --resume makes nothing any more
+                for name, picture in result.maps.items():
+                    write_image(picture, target.with_name(f"{target.stem}-{name}.png"), {})
+                parameters = _parameters(used, generation, size, result.report.lines)
+                write_image(result.image, target, {"parameters": parameters, RECIPE: _digest(recipe)})
+            except DinotileError as error:
+                raise DinotileError(f"{error}{journal.kept}", error.status_code) from error
+        journal.close()
+        if arguments.report and sharing.rank == 0:
+            line = json.dumps({"image": str(source), **result.report.json()})
+            _add_line(Path(arguments.report), line + "\n")
+        say(*(f"{source.name}: {line}" for line in result.report.lines))
+        say(f"{target}: {result.image.width}x{result.image.height}, tiles: {result.painted}")
+
+    failures: list[tuple[str, int]] = []
+    for source, target in mine:
+        bar.reset()
+        bar.set_description(source.name)
+        try:
+            make(source, target)
+        except DinotileError as error:
+            if not folder or isinstance(error.__cause__, KeyboardInterrupt):
+                raise
+            failures.append((f"{source.name}: {error}", error.status_code))
+    bar.close()
+    # Before all are done none may end with an error: launchers stop the others then.
+    failures = [failure for each in team.gather(failures) for failure in each]
+    team.close()
+    if failures and team.rank == 0:
+        lines, codes = zip(*failures)
+        raise DinotileError(f"{len(lines)} of {len(jobs)} images were left out: " + "; ".join(lines), max(codes))
+
+
+def _jobs(source: Path, target: Path) -> list[tuple[Path, Path]]:
+    """Pairs of files to read and to write: one, or one for every image in a folder."""
+    if not os.path.isdir(source):
+        if not os.path.isfile(source):
+            raise DinotileError(f"{source} is no file" if os.path.lexists(source) else f"{source} is not there")
+        check_writable(target)
+        return [(source, target)]
+    kinds = endings()
+    try:
+        files = sorted(file for file in source.iterdir() if file.suffix.lower() in kinds and not file.is_dir())
+    except OSError as error:
+        raise DinotileError(f"the folder {source} cannot be read: {error.strerror}") from error
+    if not files:
+        raise DinotileError(f"the folder {source} has no images")
+    try:
+        target.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise DinotileError(f"{target} cannot be made a folder of images: {error.strerror}") from error
+    if target.samefile(source):
+        raise DinotileError(f"{target} is where the images come from; give another folder")
+    if not os.access(target, os.W_OK):
+        raise DinotileError(f"the folder {target} is not writable")
+    stems = Counter(file.stem.casefold() for file in files)
+    names = [file.stem if stems[file.stem.casefold()] == 1 else file.name for file in files]
+    if len({name.casefold() for name in names}) < len(names):
+        names = [file.name for file in files]
+    return [(file, target / f"{name}.png") for file, name in zip(files, names)]
+
+
+def _parameters(settings: Settings, generation: Generation, size: tuple[int, int], notes: Sequence[str]) -> str:
+    """What the WebUIs write into a PNG, in their form; notes: what there is to say of the tiles."""
+    values = {
+        "Steps": generation.steps,
+        "Sampler": "DPM++ 2M",
+        "CFG scale": generation.cfg,
+        "Seed": generation.seed,
+        "Size": f"{size[0]}x{size[1]}",
+        "Model": generation.model,
+        "Denoising strength": generation.denoise,
+        **settings.infotext,
+        **({"DINO Tile notes": "; ".join(notes)} if notes else {}),
+    }
+    quoted = {key: json.dumps(str(v)) if any(c in str(v) for c in ",:\n") else v for key, v in values.items()}
+    listed = ", ".join(f"{key}: {value}" for key, value in quoted.items())
+    return f"{generation.prompt}\nNegative prompt: {generation.negative}\n{listed}"
+
+
+def _recipe(settings: Settings, generation: Generation, source: Path) -> dict[str, Any]:
+    """Everything that an image depends on."""
+    options = {**dataclasses.asdict(settings), **dataclasses.asdict(generation)}
+    del options["enabled"], options["batch"], options["maps"]
+    names = {
+        "source": str(source),
+        **{key: options[key] for key in ("mask", "model", "config", "adapter", "encoder", "head")},
+    }
+    stamps = {f"{key}'s files": stamp(name) for key, name in names.items() if name}
+    return {"version": __version__, **options, **stamps}
+
+
+def _digest(recipe: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(recipe).encode()).hexdigest()
+
+
+def _is_done(target: Path, recipe: Mapping[str, Any]) -> bool:
+    """Whether the image is there, made by this recipe."""
+    if not os.path.isfile(target):  # a pipe would be waited for
+        return False
+    try:
+        with PngImagePlugin.PngImageFile(target) as file:  # Image.open refuses large ones, but we have made it
+            return file.info.get(RECIPE) == _digest(recipe)
+    except Exception:  # decoders of damaged files raise whatever they like
+        return False
+
+
+def _read_mask(name: str, size: tuple[int, int]) -> Image.Image | None:
+    if not name:
+        return None
+    with silenced():
+        mask = read_mask(Path(name))
+    if mask.size != size:
+        raise DinotileError(f"mask: {name} is {mask.width}x{mask.height}, the image is {size[0]}x{size[1]}")
+    if mask.getbbox() is None:
+        raise DinotileError(f"mask: {name} is all black, nothing would change")
+    return mask
+
+
+def _add_line(path: Path, line: str) -> None:
+    """Add to the file of reports: one line of JSON for every image."""
+    try:
+        size = path.stat().st_size if path.exists() else 0
+        try:
+            with path.open("a", encoding="utf-8") as file:
+                file.write(line)
+        except OSError:
+            with contextlib.suppress(OSError):  # half a line is no JSON
+                os.truncate(path, size)
+            raise
+    except OSError as error:
+        raise DinotileError(f"report: {path} cannot be written: {error}", 500) from error
