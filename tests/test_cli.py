@@ -445,7 +445,7 @@ def test_every_option_is_a_flag(capsys):
 @pytest.mark.parametrize("table", [Settings, Generation])
 def test_every_flag_sets_its_option(monkeypatch, table):
     given = []
-    monkeypatch.setattr(cli, "_upscale", given.append)
+    monkeypatch.setattr(upscale_command, "run", given.append)
     values = {option.name: another(option) for option in table.table() if option.name != "enabled"}
     flags = [f"--{option.flag or option.name.replace('_', '-')}" for option in table.table() if option.name in values]
     assert cli.main(["upscale", "in.png", "out.png", *itertools.chain(*zip(flags, map(str, values.values())))]) == 0
