@@ -118,7 +118,7 @@ class DiffusersHost:
         return self._codec.encode(fast((pixels * 2).sub_(1).to(self.device, self.dtype))).to(self.dtype)
 
     def decode(self, latents: Tensor) -> Tensor:
-        return (self._codec.decode(fast(latents)).float().cpu() + 1) / 2
+        return (self._codec.decode(fast(latents)).float() + 1) / 2
 
     def sample(
         self,

@@ -177,13 +177,13 @@ class WebUIHost:
 
     def _decode(self, latent: Tensor) -> Tensor:
         size = [side * self.factor for side in latent.shape[-2:]]
-        broken = torch.full((1, 3, *size), torch.nan)
+        broken = torch.full((1, 3, *size), torch.nan, device=self.device)
         if not latent.isfinite().all():
             return broken
         with devices.without_autocast():
             try:
                 decoded = processing.decode_latent_batch(
-                    self._p.sd_model, fast(latent), target_device=devices.cpu, check_for_nans=True
+                    self._p.sd_model, fast(latent), target_device=self.device, check_for_nans=True
                 )
             except devices.NansException:
                 return broken

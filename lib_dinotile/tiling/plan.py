@@ -6,8 +6,18 @@ import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
+
+from torch import Tensor
 
 ORDERS = ("chess", "linear", "fused", "none")
+
+
+class Size(NamedTuple):
+    """Of an image or a tile, in pixels."""
+
+    width: int
+    height: int
 
 
 @dataclass(frozen=True)
@@ -31,6 +41,10 @@ class Rect:
     def slices(self) -> tuple[slice, slice]:
         """(rows, columns), to index the last two dimensions of an array."""
         return slice(self.y, self.bottom), slice(self.x, self.right)
+
+    def of(self, field: Tensor) -> Tensor:
+        """This part (..., height, width) of a field (..., H, W): a view, to be read or written."""
+        return field[(..., *self.slices)]
 
     def shrink(self, factor: int) -> Rect:
         """The same rectangle on a grid of `factor` pixels per cell; ValueError if it does not lie on that grid."""
@@ -93,8 +107,7 @@ class Tiles:
     """Left edges of the tiles."""
     rows: Sequence[int]
     """Upper edges of the tiles."""
-    tile_size: tuple[int, int]
-    """(width, height) of every tile."""
+    tile_size: Size
     order: str
 
     @property
@@ -135,7 +148,7 @@ class Tiles:
         """The same tiles on a grid of `factor` pixels per cell, which they must lie on."""
         width, height = self.tile_size
         columns, rows = ([start // factor for start in starts] for starts in (self.columns, self.rows))
-        return Grid(columns, rows, (width // factor, height // factor), self.order)
+        return Grid(columns, rows, Size(width // factor, height // factor), self.order)
 
 
 @dataclass(frozen=True)
@@ -144,7 +157,7 @@ class Grid(Tiles):
 
     columns: Sequence[int]
     rows: Sequence[int]
-    tile_size: tuple[int, int]
+    tile_size: Size
     order: str = "chess"
 
 
@@ -184,15 +197,24 @@ class TilePlan(Tiles):
             raise ValueError(f"order {self.order!r} is none of {', '.join(ORDERS)}")
 
     @property
-    def padded(self) -> tuple[int, int]:
-        """(width, height) of the canvas rounded up to the latent grid."""
-        return ceil_to(self.width, self.factor), ceil_to(self.height, self.factor)
+    def size(self) -> Size:
+        """The canvas's."""
+        return Size(self.width, self.height)
 
     @property
-    def tile_size(self) -> tuple[int, int]:
-        """(width, height) of every tile."""
+    def padded(self) -> Size:
+        """The canvas's, rounded up to the latent grid."""
+        return Size(ceil_to(self.width, self.factor), ceil_to(self.height, self.factor))
+
+    @property
+    def whole(self) -> Rect:
+        """All of the padded canvas."""
+        return Rect(0, 0, *self.padded)
+
+    @property
+    def tile_size(self) -> Size:
         side = self.tile // self.factor * self.factor
-        return min(side, self.padded[0]), min(side, self.padded[1])
+        return Size(min(side, self.padded.width), min(side, self.padded.height))
 
     @property
     def columns(self) -> list[int]:

@@ -19,7 +19,7 @@ from pydantic import VERSION, BaseModel, Field
 from lib_dinotile import DinotileError, __version__, printable, weights
 from lib_dinotile.condition.conditioner import installed_weights
 from lib_dinotile.dino.state import states
-from lib_dinotile.engine.sampling import is_out_of_memory
+from lib_dinotile.engine.memory import is_out_of_memory
 from lib_dinotile.images import read_image
 from lib_dinotile.options import Option
 from lib_dinotile.settings import MAX_SIDE, Settings
