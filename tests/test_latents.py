@@ -7,9 +7,8 @@ import pytest
 import torch
 from PIL import ImageChops
 
-from lib_dinotile.engine import flow
+from lib_dinotile.engine import flow, memory
 from lib_dinotile.engine import latents as module
-from lib_dinotile.engine import memory
 from lib_dinotile.engine.latents import SourceLatents
 from lib_dinotile.engine.memory import PieceSize
 from lib_dinotile.settings import Settings

@@ -119,7 +119,8 @@ class Guard:
         return self._look.to_pixels(tile, values, mode)
 
     def area(self, tile: Rect, patches: Tensor) -> Tensor:
-        """(1, H, W) in [0, 1], on the canvas's device: 1 for the pixels of these patches (h, w) of the window, fading out over half of one."""
+        """(1, H, W) in [0, 1], on the canvas's device: 1 for the pixels of these patches (h, w) of the window, fading
+        out over half of one."""
         return self._look.to_pixels(tile, patches.to(self._canvas.device))[None].clamp(max=0.25) * 4
 
 

@@ -67,7 +67,7 @@ class Journal:
         return self._folder / f"pass{step}-x{tile.x}-y{tile.y}.safetensors"
 
     def get(self, step: str, tiles: Sequence[Rect]) -> tuple[list[tuple[Tensor, Tensor]], list[str]] | None:
-        """The tiles (pixels, latents) as they were painted in that step of the run, and the notes; None if not all are
+        """The tiles (change, latents) as they were painted in that step of the run, and the notes; None if not all are
         there."""
         if not self._begun:
             return None
@@ -75,14 +75,14 @@ class Journal:
         try:
             for tile in tiles:
                 with open_tensors(self._file(step, tile)) as file:
-                    painted.append((file.get_tensor("pixels").clone(), file.get_tensor("latents").clone()))
+                    painted.append((file.get_tensor("change").clone(), file.get_tensor("latents").clone()))
                     notes.update(dict.fromkeys(json.loads(file.metadata()["notes"])))
         except (OSError, SafetensorError, TypeError, KeyError):  # not there, cut off, or of an older kind
             return None
         return painted, list(notes)
 
-    def put(self, step: str, tile: Rect, pixels: Tensor, latents: Tensor, notes: Sequence[str]) -> None:
-        """Keep a painted tile (3, H, W), sampled as these latents (C, h, w), and what there was to say then.
+    def put(self, step: str, tile: Rect, change: Tensor, latents: Tensor, notes: Sequence[str]) -> None:
+        """Keep a painted tile: its change (3, H, W), its latents (C, h, w), and what there was to say then.
 
         DinotileError if the disk is full.
         """
@@ -97,7 +97,7 @@ class Journal:
                 recipe.with_suffix(".part").write_text(json.dumps(self._recipe, indent=1), encoding="utf-8")
                 os.replace(recipe.with_suffix(".part"), recipe)
                 self._begun = True
-            tensors = {"pixels": pixels.contiguous(), "latents": latents.contiguous()}
+            tensors = {"change": change.contiguous(), "latents": latents.contiguous()}
             save_file(tensors, file.with_suffix(".part"), {"notes": json.dumps(list(notes))})
             os.replace(file.with_suffix(".part"), file)
         except (OSError, SafetensorError) as error:

@@ -20,8 +20,8 @@ HALF, TRACE = 0.5, 0.02
 class Seen:
     """What neighbours show of one tile."""
 
-    pixels: Tensor
-    """(3, H, W) in [0, 1]: what they have painted, as if with full weight."""
+    change: Tensor
+    """(3, H, W): what they add to the source's pixels, as if with full weight."""
     hold: Tensor
     """(1, H, W) in [0, 1]: 1 for what is theirs, fading out to where they show nothing."""
     latents: Tensor
@@ -73,4 +73,4 @@ class Neighbours:
         known = share > TRACE
         hold = (share / HALF).clamp_(max=1).mul_(known)
         change = self._canvas.change(tile).mul_(known / share.clamp_(min=TRACE))
-        return Seen(change.add_(self._canvas.source(tile)).clamp_(0, 1), hold, latents, held)
+        return Seen(change, hold, latents, held)

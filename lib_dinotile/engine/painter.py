@@ -32,14 +32,14 @@ class NotFiniteError(Exception):
 class PaintedTile:
     """A tile as it is to be painted, and as it was sampled."""
 
-    pixels: Tensor
-    """(3, H, W) in [0, 1], half precision."""
+    change: Tensor
+    """(3, H, W), half precision: what it adds to the source's pixels."""
     latents: Tensor
     """(C, h, w), half precision."""
 
     def cpu(self) -> PaintedTile:
         """The same in the machine's own memory."""
-        return PaintedTile(self.pixels.cpu(), self.latents.cpu())
+        return PaintedTile(self.change.cpu(), self.latents.cpu())
 
 
 @dataclass
@@ -131,7 +131,7 @@ class TilePainter:
         done = []
         for tile, one, image, latents, good in zip(tiles, seen, pixels, sampled, sums.isfinite().all(0).tolist()):
             if good:
-                done.append(PaintedTile(self._finish(tile, one, image).half(), latents.half()))
+                done.append(PaintedTile(self._finish(tile, one, image), latents.half()))
             elif attempt.precise:
                 raise NotFiniteError
             else:
@@ -149,7 +149,7 @@ class TilePainter:
             raise again.error
         self._host.free_memory()
         self.tell_nan(tile, mended=False)
-        return PaintedTile(self._finish(tile, seen, self._canvas.source(tile)).half(), self.source(tile).half())
+        return PaintedTile(self._finish(tile, seen, self._canvas.source(tile)), self.source(tile).half())
 
     def tell_nan(self, tile: Rect, mended: bool) -> None:
         """Notes that the model returned NaN for a tile, or a part of the picture."""
@@ -178,8 +178,7 @@ class TilePainter:
         found = []
         for tile, one in zip(tiles, seen):
             pixels = self._canvas.source(tile)
-            pixels = pixels if one is None else torch.lerp(pixels, one.pixels, one.hold)
-            found.append(self._canvas.crop(tile, pixels))
+            found.append(self._canvas.crop(tile, pixels if one is None else pixels + one.change * one.hold))
         return torch.stack(found)
 
     def mask(self, tiles: Sequence[Rect], seen: Sequence[Seen | None]) -> Tensor | None:
@@ -199,10 +198,13 @@ class TilePainter:
         return torch.stack([cells if one is None else cells * ~one.held for cells, one in zip(free, seen)])
 
     def _finish(self, tile: Rect, seen: Seen | None, pixels: Tensor) -> Tensor:
-        """Pixels (3, H, W) to be painted, in the source's colours; what was painted already comes as it is."""
-        own = None if seen is None else seen.hold[0] < 1
-        corrected = correct(pixels.clamp(0, 1), self._canvas.source(tile), self._settings.colour, own)
-        return corrected if seen is None else torch.lerp(corrected, seen.pixels, seen.hold)
+        """The change (3, H, W), half precision, from the source to pixels in the source's colours.
+
+        What was painted already comes as it is.
+        """
+        source, own = self._canvas.source(tile), None if seen is None else seen.hold[0] < 1
+        change = correct(pixels.clamp(0, 1), source, self._settings.colour, own).sub_(source)
+        return (change if seen is None else torch.lerp(change, seen.change, seen.hold)).half()
 
     def holding(self, tile: Rect, pixels: Tensor, hold: Tensor) -> Seen:
         """What is to stay of a tile that shows these pixels (3, H, W), as if neighbours had painted it.
@@ -211,7 +213,7 @@ class TilePainter:
         """
         latents = self._host.encode(pixels[None])[0]
         latents = torch.where(latents.isfinite(), latents, self.source(tile).to(latents))
-        return Seen(pixels, hold, latents, F.max_pool2d(1 - hold, self._host.factor) < 0.5)
+        return Seen(pixels - self._canvas.source(tile), hold, latents, F.max_pool2d(1 - hold, self._host.factor) < 0.5)
 
 
 def raise_first(painted: Sequence[Painted]) -> None:

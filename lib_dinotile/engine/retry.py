@@ -317,7 +317,10 @@ class RetryPolicy:
             painted = self._painter.paint(tiles, attempt)
         doubted = doubted[: len(painted.tiles)]
         ones, before = [batch[number] for number in doubted], [now[number] for number in doubted]
-        fresh = [one.pixels.to(self._canvas.device).float() for one in painted.tiles]
+        fresh = [
+            self._canvas.source(tile).add_(one.change.to(self._canvas.device))
+            for tile, one in zip(tiles, painted.tiles)
+        ]
         mixed = [
             self._mix(one, judged.doubt & (new.distances < judged.distances), pixels, other)
             for one, (pixels, judged), new, other in zip(ones, before, self._see(ones, fresh), fresh)

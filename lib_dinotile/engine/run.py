@@ -176,7 +176,7 @@ class Run:
 
     def _take(self, now: Pass, tiles: Sequence[Rect], painted: Painted, neighbours: Neighbours) -> None:
         for tile, one in zip(tiles, painted.tiles):
-            self.canvas.paint(tile, one.pixels.to(self.canvas.device), now.blend.weight(tile))
+            self.canvas.add(tile, one.change.to(self.canvas.device).float().mul_(now.blend.weight(tile)))
             neighbours.add(tile, one.latents)
         self._count(tiles[: len(painted.tiles)])
         self.keep(str(now.number), tiles, painted)
@@ -200,7 +200,7 @@ class Run:
         self.report.tell(tiles[: len(painted.tiles)], painted.notes, painted.seconds)
         if self._journal and not painted.kept:  # they are painted, also if the disk has no room for them
             for tile, one in zip(tiles, painted.tiles):
-                self._journal.put(step, tile, one.pixels.cpu(), one.latents.cpu(), painted.notes)
+                self._journal.put(step, tile, one.change.cpu(), one.latents.cpu(), painted.notes)
 
     def _fused(self, now: Pass, painter: TilePainter, good: list[Rect]) -> None:
         """The canvas sampled as a whole through its tiles; encoded and decoded in few large pieces.
@@ -229,11 +229,11 @@ class Run:
                 if tile in first:
                     painter.tell_nan(tile, mended=tile not in lost)
         good += [tile for tile in now.tiles if tile not in lost]
-        self._decode(now.blend, good, torch.where(sampled.isfinite(), sampled, latents.to(sampled)), painter)
+        self._decode(now.blend, set(good), torch.where(sampled.isfinite(), sampled, latents.to(sampled)), painter)
         self._count(now.tiles)
         self.report.tell(now.tiles, (), (time.perf_counter() - began) / len(now.tiles))
 
-    def _decode(self, blend: Blend, tiles: Sequence[Rect], latents: Tensor, painter: TilePainter) -> None:
+    def _decode(self, blend: Blend, tiles: set[Rect], latents: Tensor, painter: TilePainter) -> None:
         """Paint the canvas's latents, as far as they belong to these tiles."""
         host = self._host
         pieces = self._piece.cut(self._plan.whole)
@@ -250,12 +250,12 @@ class Run:
             else:
                 painter.tell_nan(piece, mended=False)
 
-    def _corrected(self, blend: Blend, tiles: Sequence[Rect], piece: Rect, pixels: Tensor) -> Tensor:
+    def _corrected(self, blend: Blend, tiles: set[Rect], piece: Rect, pixels: Tensor) -> Tensor:
         """A piece (3, h, w) of the canvas in the source's colours; where there are no tiles, the source."""
         source, weight = self.canvas.source(piece), torch.zeros(piece.height, piece.width, device=pixels.device)
-        for tile in tiles:
-            part = tile.intersection(piece)
-            if part is not None:
+        for tile in self._plan.touching(piece):
+            if tile in tiles:
+                part = tile.intersection(piece)
                 part.within(piece).of(weight).add_(part.within(tile).of(blend.weight(tile)))
         corrected = correct(pixels.clamp(0, 1), source, self._settings.colour, weight > 0)
         return torch.lerp(source, corrected, weight.clamp(max=1))
