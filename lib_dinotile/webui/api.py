@@ -16,8 +16,9 @@ from fastapi.routing import APIRoute
 from modules import call_queue
 from pydantic import VERSION, BaseModel, Field
 
-from lib_dinotile import DinotileError, __version__, printable, weights
+from lib_dinotile import DinotileError, __version__, printable
 from lib_dinotile.condition.conditioner import installed_weights
+from lib_dinotile.condition.description import describe
 from lib_dinotile.dino.state import states
 from lib_dinotile.engine.memory import is_out_of_memory
 from lib_dinotile.images import read_image
@@ -311,7 +312,7 @@ def _described(files: Mapping[str, Path]) -> list[dict[str, Any]]:
     found = []
     for name, path in files.items():
         try:
-            found.append({"name": name, **weights.describe(path)})
+            found.append({"name": name, **describe(path)})
         except DinotileError as error:
             found.append({"name": name, "error": error.detail})
     return found
