@@ -144,15 +144,15 @@ def test_a_later_tile_holds_on_to_the_latents_of_earlier_ones(order):
     host.sample = watched
     settings = Settings(tile=64, overlap=16, order=order, colour="none")
     upscale(host, random_image(100, 70), settings, NoiseField(5, 4))
-    held = 0
+    plan, held = TilePlan(200, 140, 64, 16), 0
     for number, (tile, latents, free) in enumerate(given):
         assert (free is None) == (number == 0) or order == "chess"
         if free is None:
             continue
         earlier = torch.zeros_like(free, dtype=torch.bool)
         for other, *_ in given[:number]:
-            part = other.intersection(tile)
-            if part is not None and other != tile:
+            if other != tile and tile in plan.touching(other):
+                part = other.intersection(tile)
                 mine, theirs = (part.within(rect).shrink(8).slices for rect in (tile, other))
                 same = (latents[(..., *mine)] - gave[other][(..., *theirs)].half()).abs().amax(0, keepdim=True) == 0
                 earlier[(..., *mine)] |= same

@@ -169,6 +169,7 @@ def draw_maps(
     if conditions.shown:
         found[SEMANTIC] = maps.semantic_map(image, conditions.shown, plan)
     if settings.maps in (CONSISTENCY, BOTH):
+        assert conditions.guard is not None  # these maps ask for one
         found[CONSISTENCY] = maps.consistency_map(image, *maps.consistency(conditions.guard, canvas, plan, tiles))
     return found
 
@@ -207,6 +208,7 @@ def preview(conditioner: Conditioner, source: Image.Image, plan: TilePlan) -> Im
     size = plan.width, plan.height
     with torch.no_grad():
         field = conditioner.features(source, size).shown
+    assert field is not None  # a preview asks for that
     share = min(1.0, maps.SIDE / max(size))
     picture = source.resize([max(1, round(side * share)) for side in size], Image.Resampling.LANCZOS)
     return maps.semantic_map(picture, field, plan)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -113,7 +114,7 @@ class TilePainter:
                 with size.halved(len(part)):
                     seen = [attempt.seen.get(tile) for tile in part]
                     latents, mask = self.start(part, seen), self.mask(part, seen)
-                    view = Whole(self.batch(part), lambda part=part, seen=seen: self._pixels(part, seen))
+                    view = Whole(self.batch(part), partial(self._pixels, part, seen))
                     noise = TileNoise(attempt.noise, [tile.shrink(host.factor) for tile in part])
                     sampled = host.sample(latents, view, noise, self._plan.size, attempt.denoise, mask)
                     done += self._finished(part, seen, sampled, attempt)
@@ -145,7 +146,7 @@ class TilePainter:
         if again.tiles:
             self.tell_nan(tile, mended=True)
             return again.tiles[0]
-        if not isinstance(again.error, NotFiniteError) and not is_out_of_memory(again.error):
+        if again.error and not isinstance(again.error, NotFiniteError) and not is_out_of_memory(again.error):
             raise again.error
         self._host.free_memory()
         self.tell_nan(tile, mended=False)
@@ -161,7 +162,7 @@ class TilePainter:
     def batch(self, tiles: Sequence[Rect]) -> Batch:
         """The tiles with all that they are conditioned by."""
         factor, adapted, guidance = self._host.factor, self._conditions.adapted, self._conditions.guidance
-        guide = guidance and guidance.of(self._canvas, tiles, self.source, self._report.note)
+        guide = guidance.of(self._canvas, tiles, self.source, self._report.note) if guidance else None
         latent = tiles[0].height // factor, tiles[0].width // factor
         return Batch(tiles, [self._prompts.of(tile) for tile in tiles], adapted and adapted(tiles, latent), guide)
 

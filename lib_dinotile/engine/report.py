@@ -93,21 +93,17 @@ class Report:
     @property
     def _guarded(self) -> list[str]:
         """What the guard found, in a line."""
-        judged = [tile for tile in self.tiles if tile.verdict is not None]
+        judged = {tile.number: tile.verdict for tile in self.tiles if tile.verdict is not None}
         if not judged:
             return []
-
-        def named(tiles: list[TileReport]) -> str:
-            return ranges([tile.number for tile in tiles])
-
-        doubted = [tile for tile in judged if tile.verdict.doubt_before]
+        doubted = {number: verdict for number, verdict in judged.items() if verdict.doubt_before}
         if not doubted:
             return [f"guard: all {len(judged)} tiles show what the source shows"]
-        blended = [tile for tile in doubted if tile.verdict.blended]
-        left = [tile for tile in doubted if tile.verdict.doubt_after and tile not in blended]
-        mended = [tile for tile in doubted if tile not in blended and tile not in left]
+        blended = [number for number, verdict in doubted.items() if verdict.blended]
+        left = [number for number, verdict in doubted.items() if verdict.doubt_after and not verdict.blended]
+        mended = [number for number in doubted if number not in blended and number not in left]
         outcomes = (("mended by painting again", mended), ("blended back in part", blended), ("still in doubt", left))
-        told = "; ".join(f"{words}: {named(tiles)}" for words, tiles in outcomes if tiles)
+        told = "; ".join(f"{words}: {ranges(numbers)}" for words, numbers in outcomes if numbers)
         return [f"guard: {len(doubted)} of {len(judged)} tiles were in doubt ({told})"]
 
     def json(self) -> dict[str, Any]:

@@ -133,17 +133,20 @@ class _Watched:
     def __init__(self, guard: Guard, tile: Rect, fade: Tensor, free: Tensor | None) -> None:
         self._guard, self.tile, self.fade, self.free = guard, tile, fade, free
         self.plain = functools.cache(lambda: guard.plain(tile))
-        self.verdict: Verdict | None = None
+        self.judged = Judged(torch.zeros(0), torch.zeros(0, dtype=torch.bool), 0.0)
+        self.verdict = Verdict(1.0, 1.0, 0.0, 0.0)
+
+    def begin(self, change: Change) -> None:
+        """It is judged for the first time."""
+        self.take(change)
+        self.verdict.before, self.verdict.doubt_before = self.verdict.after, self.verdict.doubt_after
 
     def take(self, change: Change) -> None:
         """It has become that."""
         self.judged, guard = change.judged, self._guard
         own = guard.own(self.tile, self.judged.distances, self.free)
-        score = guard.score(self.tile, self.judged.distances, self.free)
-        share = float(self.judged.doubt.sum() / own.sum())
-        if self.verdict is None:
-            self.verdict = Verdict(score, score, share, share)
-        self.verdict.after, self.verdict.doubt_after = score, share
+        self.verdict.after = guard.score(self.tile, self.judged.distances, self.free)
+        self.verdict.doubt_after = float(self.judged.doubt.sum() / own.sum())
         self.verdict.blended = max(self.verdict.blended, change.blended)
 
 
@@ -182,7 +185,7 @@ class RetryPolicy:
         self._record.tell(done, f"checking {counted(len(tiles), 'tile')}", budget.used())
         watched = [_Watched(self._guard, tile, *self._fades(tile)) for tile in tiles]
         for one, change in self._shared(watched, self._judge):
-            one.take(change)
+            one.begin(change)
         try:
             if not stopped:
                 self._retry(watched)

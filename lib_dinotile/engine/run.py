@@ -145,12 +145,12 @@ class Run:
                     raise Interrupted
                 share = (len(good) + sum(map(len, group))) / len(now.tiles)
                 self._progress(self._meter.painting(now.number, share))
-                painted = [self.kept(str(now.number), batch) for batch in group]
-                missing = [batch for batch, one in zip(group, painted) if one is None]
+                kept = [self.kept(str(now.number), batch) for batch in group]
+                missing = [batch for batch, one in zip(group, kept) if one is None]
                 seen = {tile: neighbours.seen(tile) for batch in missing for tile in batch}
                 work = partial(painter.paint, attempt=Attempt(self._noise, now.denoise, seen))
                 fresh = iter(self._team.share(missing, work))
-                painted = [one or next(fresh) for one in painted]
+                painted = [one or next(fresh) for one in kept]
                 for batch, one in zip(group, painted):
                     self._take(now, batch, one, neighbours)
                     good += batch[: len(one.tiles)]
@@ -192,8 +192,8 @@ class Run:
         found = self._journal.get(step, tiles) if self._journal else None
         if found is None:
             return None
-        tiles, notes = found
-        return Painted([PaintedTile(*one) for one in tiles], notes, kept=True)
+        painted, notes = found
+        return Painted([PaintedTile(*one) for one in painted], notes, kept=True)
 
     def keep(self, step: str, tiles: Sequence[Rect], painted: Painted) -> None:
         """Reports tiles, and has the journal keep them."""

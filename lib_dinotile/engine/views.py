@@ -9,7 +9,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from lib_dinotile.engine.host import Batch, See
+from lib_dinotile.engine.host import Batch, See, Views
 from lib_dinotile.engine.memory import BatchSize
 from lib_dinotile.engine.team import Team
 from lib_dinotile.tiling.blend import Blend
@@ -18,7 +18,7 @@ from lib_dinotile.tiling.plan import Rect, Tiles
 T = TypeVar("T")
 
 
-class Whole:
+class Whole(Views):
     """The latents are those of one batch of tiles."""
 
     whole = True
@@ -35,7 +35,7 @@ class Whole:
         return see(x, self._batch)
 
 
-class Fused:
+class Fused(Views):
     """The latents (1, C, H, W) are those of the canvas; at every step the model's outputs for all tiles are blended.
 
     MultiDiffusion (arXiv 2302.08113) with weights that fall off towards a tile's border, as Mixture of Diffusers

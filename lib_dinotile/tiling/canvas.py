@@ -87,17 +87,15 @@ class Canvas:
     def crop(self, tile: Rect, pixels: Tensor | None = None) -> Tensor:
         """The canvas's pixels (3, h, w) in [0, 1], with what is painted already, or with these instead."""
         pixels = self.painted(tile) if pixels is None else pixels
-        if self._mask is None:
+        if self._mask is None or self._original is None:
             return pixels
-        return torch.lerp(self._crop(self._original, tile).div_(255), pixels, self.mask(tile))
+        return torch.lerp(self._crop(self._original, tile).div_(255), pixels, self._crop(self._mask, tile).div_(255))
 
     def change(self, tile: Rect) -> Tensor:
         """The sum of what tiles of this pass have painted over `source` (3, h, w), each with its weight."""
         self._settle()
         change = self._crop(self._change, tile)
-        if self._levels is not None and self._levels.shifts is not None:
-            change += self._levels.over(tile, self.device)
-        return change
+        return change if self._levels is None else self._levels.added_to(change, tile)
 
     def picture(self, tile: Rect) -> Image.Image:
         """The canvas's pixels as an RGB image."""
@@ -183,7 +181,7 @@ class Canvas:
         step = max(1, -(-max(width, height) // side))
         index = (slice(None), slice(0, height, step), slice(0, width, step))
         pixels = self._base[index].float() / 255 + self._change[index].float()
-        if self._mask is not None:
+        if self._mask is not None and self._original is not None:
             pixels = torch.lerp(self._original[index].float() / 255, pixels, self._mask[index].float() / 255)
         return Image.fromarray(to_bytes(pixels.clamp(0, 1)).permute(1, 2, 0).contiguous().numpy())
 
@@ -214,9 +212,9 @@ class _Levels:
         ]
         self.shifts = torch.stack(shifts).T.reshape(3, len(self._plan.rows), len(self._plan.columns))
 
-    def over(self, area: Rect, device: torch.device) -> Tensor:
-        """The shifts (3, h, w) at the pixels of a rectangle."""
-        return self._blend.over(area, self.shifts.to(device))
+    def added_to(self, change: Tensor, area: Rect) -> Tensor:
+        """A change (3, h, w) there, shifted."""
+        return change if self.shifts is None else change + self._blend.over(area, self.shifts.to(change))
 
 
 def to_bytes(pixels: Tensor) -> Tensor:

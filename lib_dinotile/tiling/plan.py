@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -52,11 +53,13 @@ class Rect:
             raise ValueError(f"{self} does not lie on a grid of {factor} pixels")
         return Rect(self.x // factor, self.y // factor, self.width // factor, self.height // factor)
 
-    def intersection(self, other: Rect) -> Rect | None:
-        """What both cover, if anything."""
+    def intersection(self, other: Rect) -> Rect:
+        """What both cover. ValueError if that is nothing."""
         left, top = max(self.x, other.x), max(self.y, other.y)
         width, height = min(self.right, other.right) - left, min(self.bottom, other.bottom) - top
-        return Rect(left, top, width, height) if width > 0 and height > 0 else None
+        if width <= 0 or height <= 0:
+            raise ValueError(f"{self} and {other} have nothing in common")
+        return Rect(left, top, width, height)
 
     def within(self, other: Rect) -> Rect:
         """The same rectangle, counted from the corner of the other."""
@@ -103,12 +106,22 @@ def _colours(starts: Sequence[int], tile: int) -> int:
 class Tiles:
     """Tiles of one size, as a grid: one at every crossing of `columns` and `rows`."""
 
-    columns: Sequence[int]
-    """Left edges of the tiles."""
-    rows: Sequence[int]
-    """Upper edges of the tiles."""
-    tile_size: Size
     order: str
+
+    @property
+    @abstractmethod
+    def columns(self) -> Sequence[int]:
+        """Left edges of the tiles."""
+
+    @property
+    @abstractmethod
+    def rows(self) -> Sequence[int]:
+        """Upper edges of the tiles."""
+
+    @property
+    @abstractmethod
+    def tile_size(self) -> Size:
+        """Of every tile."""
 
     @property
     def tiles(self) -> list[Rect]:
@@ -155,9 +168,9 @@ class Tiles:
 class Grid(Tiles):
     """Tiles at given places."""
 
-    columns: Sequence[int]
-    rows: Sequence[int]
-    tile_size: Size
+    columns: Sequence[int] = ()
+    rows: Sequence[int] = ()
+    tile_size: Size = Size(0, 0)
     order: str = "chess"
 
 
