@@ -21,6 +21,9 @@ class Size(NamedTuple):
     height: int
 
 
+EMPTY = Size(0, 0)
+
+
 @dataclass(frozen=True)
 class Rect:
     """A rectangle in whole pixels; `x`, `y` is the upper left corner."""
@@ -170,7 +173,7 @@ class Grid(Tiles):
 
     columns: Sequence[int] = ()
     rows: Sequence[int] = ()
-    tile_size: Size = Size(0, 0)
+    tile_size: Size = EMPTY
     order: str = "chess"
 
 
