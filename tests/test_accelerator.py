@@ -285,6 +285,14 @@ def test_memory_runs_out(make, counting_only):
     assert accelerator.alive_bytes() == before
 
 
+def test_an_error_keeps_no_operands_alive(counting_only):
+    before = accelerator.alive_bytes()
+    with accelerator.limit(before + 1000), pytest.raises(torch.OutOfMemoryError) as caught:
+        torch.cat([ones(100), ones(100)])
+    assert caught.value is not None
+    assert accelerator.alive_bytes() == before
+
+
 def test_memory_runs_out_in_a_gradient():
     x = ones(1000).requires_grad_()
     y = x.exp().exp().sum()

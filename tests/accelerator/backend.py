@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torch.utils import backend_registration
 
+from tests.accelerator.memory import memory
+
 AVAILABLE = hasattr(backend_registration, "_setup_privateuseone_for_python_backend")
 """Whether this torch can have a device that is written in Python."""
 
@@ -72,7 +74,7 @@ failures: list[Exception] = []
 _run_backward = torch.autograd._engine_run_backward if AVAILABLE else None
 
 
-def _run_backward_raising(*args: Any, **kwargs: Any) -> Any:
+def _run_backward_of_device(*args: Any, **kwargs: Any) -> Any:
     try:
         return _run_backward(*args, **kwargs)
     except Exception:
@@ -81,6 +83,16 @@ def _run_backward_raising(*args: Any, **kwargs: Any) -> Any:
         raise
     finally:
         failures.clear()
+        if memory.blocks and torch._C._current_graph_task_id() == -1:
+            _wait_for_thread()
+
+
+def _wait_for_thread() -> None:
+    """Let PyTorch's thread for the device drop what it still holds of the last backward pass: it does that late."""
+    with torch.inference_mode(False), torch.enable_grad():
+        x = torch.zeros(0, device=DEVICE, requires_grad=True)
+        y = x * 1
+        _run_backward((y,), (x.detach(),), False, False, (x,), allow_unreachable=True, accumulate_grad=False)
 
 
 if AVAILABLE:
@@ -90,6 +102,6 @@ if AVAILABLE:
             return False
 
     backend_registration._setup_privateuseone_for_python_backend(NAME, backend_module=_Module(), hook=_Hook())
-    torch.autograd._engine_run_backward = _run_backward_raising
+    torch.autograd._engine_run_backward = _run_backward_of_device
 
 DEVICE = torch.device(NAME, 0) if AVAILABLE else torch.device("cpu")

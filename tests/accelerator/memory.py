@@ -80,10 +80,10 @@ def alive_bytes() -> int:
 
 
 def alive() -> list[str]:
-    """Dtype and shape of what lives on the device, sorted, one entry per storage, as its first tensor had them."""
+    """Dtype and shape of what takes memory, sorted, one entry per storage, as its first tensor had them."""
     with memory.lock:
         blocks = [reference() for reference in memory.blocks.values()]
-    return sorted(block.made_for for block in blocks if block is not None)
+    return sorted(block.made_for for block in blocks if block and block.size)
 
 
 def peak() -> int:

@@ -45,8 +45,12 @@ class DeviceTensor(Tensor):
         try:
             return func.decompose(*args, **kwargs or {}) if op.composite else op(*args, **kwargs or {})
         except Exception as error:
+            if isinstance(error, torch.OutOfMemoryError):
+                # An error of a GPU keeps no operands alive: frames down here would.
+                error.__traceback__ = None
+                del args, kwargs
             if torch._C._current_graph_task_id() == -1:
-                raise
+                raise error
             failures.append(error)
             return FAILED
 
