@@ -239,6 +239,19 @@ def test_bytes_are_counted_by_storage(counting_only):
     assert accelerator.alive_bytes() == before
 
 
+def test_a_tensor_can_change_its_shape_and_grow_in_place(counting_only):
+    before = accelerator.alive_bytes()
+    x = ones(2, 3)
+    assert (x.unsqueeze_(0).shape, x.transpose_(1, 2).stride()) == ((1, 2, 3), (6, 1, 3))
+    assert accelerator.alive_bytes() - before == 24
+    y = torch.empty(0, device=DEVICE)
+    torch.add(x, x, out=y)
+    assert (y.shape, y.sum().item()) == ((1, 3, 2), 12)
+    assert accelerator.alive_bytes() - before == 48
+    del x, y
+    assert accelerator.alive_bytes() == before
+
+
 def test_the_peak_is_kept(counting_only):
     accelerator.reset()
     before = accelerator.alive_bytes()

@@ -46,6 +46,16 @@ def test_gradients_are_those_of_the_cpu(backward):
         assert torch.allclose(got.cpu(), expected, rtol=1e-4, atol=1e-4)
 
 
+def test_gradients_go_through_the_device_to_the_cpu():
+    x, factor = torch.ones(2, requires_grad=True), torch.tensor(3.0, requires_grad=True)
+    y = x.to(DEVICE)
+    z = torch.zeros(2, device=DEVICE).copy_(y * factor)
+    # Recorded a second time below, the data would keep the graph.
+    assert not any(tensor._data.requires_grad for tensor in (y, z))
+    grads = torch.autograd.grad((z * z).sum().cpu(), (x, factor))
+    assert ([grad.tolist() for grad in grads], {grad.device.type for grad in grads}) == ([[18, 18], 12], {"cpu"})
+
+
 def test_gradients_inside_inference_mode():
     with torch.inference_mode(), torch.inference_mode(False), torch.enable_grad():
         x = ones(2).requires_grad_()
