@@ -138,8 +138,7 @@ class Operation:
             stays = kwargs.get("device") in (None, DEVICE, torch.device(DEVICE.type))
             kwargs["device"] = CPU
             kwargs.pop("pin_memory", None)
-        # Gradients are recorded for the device's tensors, not for the data in them.
-        with torch._C._AutoDispatchBelowAutograd(), random.drawn_from() if self._random else _NOTHING:
+        with random.drawn_from() if self._random else _NOTHING:
             output = self._compute(args, kwargs)
         return tensors.on_device(output) if stays else output
 
