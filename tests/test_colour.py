@@ -196,6 +196,27 @@ def test_wavelet_takes_the_coarse_levels_of_a_part_from_that_part():
     assert error.max() < 1.5 * LEVEL and error.mean() < 0.1 * LEVEL
 
 
+def test_wavelet_blurs_no_more_than_the_decomposition():
+    """Held against a wave, as what is as wide as the kernel suffers most."""
+    pixels, _ = repainted()
+    wave = 0.1 * torch.sin(torch.arange(256) * torch.pi / 48).expand(3, 256, 256)
+    change = correct(pixels, pixels + wave, "wavelet") - pixels
+    away = slice(64, -64)
+    expected = decomposed(wave) - decomposed(wave).mean() + wave.mean()
+    assert (change - expected)[:, away, away].abs().max() < 0.2 * LEVEL
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_three_steps_are_enough_for_a_picture_with_much_black_and_white(method, monkeypatch):
+    pixels, source = ((2 * image - 0.5).clamp(0, 1) for image in repainted())
+    source = (2 * source - 0.5).clamp(0, 1)
+    assert ((source == 0) | (source == 1)).float().mean() > 0.1
+    monkeypatch.setattr(colour, "STEPS", 1)
+    assert (mean(correct(pixels, source, method)) - mean(source)).abs().max() > OFF
+    monkeypatch.setattr(colour, "STEPS", 3)
+    assert (mean(correct(pixels, source, method)) - mean(source)).abs().max() < OFF
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_what_lies_elsewhere_has_no_say(method):
     pair = repainted()
