@@ -25,7 +25,7 @@ TOLERANCE = 5e-5
 """Of the mean colour: some hundredth of a level of 255."""
 
 STEPS = 64
-"""At most, in search of the offset; one to three are the rule."""
+"""At most, in search of the offset; one or two are the rule."""
 
 CHUNK = 2**15
 """Pixels that are added up at once: weighted sums in float32 become inexact with many more."""
@@ -123,17 +123,20 @@ def _with_mean(pixels: Tensor, aim: Tensor, weight: Tensor | None) -> Tensor:
     within a bracket; every third step is a bisection, for images where secants do not help.
     """
     before = offset = aim - _mean(pixels, weight)
-    last, rise = aim, 1.0  # the mean never rises faster than the offset
+    last = aim
     result = torch.empty_like(pixels)
     for step in range(STEPS):
         torch.add(pixels, offset, out=result).clamp_(0, 1)
         short = aim - _mean(result, weight)
         done = short.abs() < TOLERANCE
         # On other devices some steps too many cost less than to wait for an answer after each.
-        if (step > 2 or pixels.device.type == "cpu") and done.all():
+        if (step > 1 or pixels.device.type == "cpu") and done.all():
             break
         if step == 0:
             low, high = -pixels.amax(), 1 - pixels.amin()
+            # How fast the mean rises where the search begins, by every eighth row.
+            few = (pixels[:, ::8] + (offset + short)).clamp_(0, 1)
+            rise = (few - result[:, ::8]).mean((1, 2), keepdim=True) / short
         else:
             rise = (last - short) / (offset - before)
         low, high = torch.where(short > 0, offset, low), torch.where(short < 0, offset, high)
