@@ -89,7 +89,7 @@ def _coarse(source: Tensor, pixels: Tensor, weight: Tensor | None) -> Tensor:
         means = _block_means(shift)
     else:
         means = torch.cat([_block_means(shift.mul_(weight)), _block_means(weight[None])])
-    down, across = (_blur(length, source.device) for length in source.shape[1:])
+    down, across = (_blur(length).to(source.device) for length in source.shape[1:])
     coarse = down @ means @ across.T
     if weight is None:
         return coarse
@@ -106,13 +106,13 @@ def _block_means(image: Tensor) -> Tensor:
 
 
 @functools.lru_cache(maxsize=8)
-def _blur(length: int, device: torch.device) -> Tensor:
+def _blur(length: int) -> Tensor:
     """Matrix (length, blocks) from the means of the blocks along an axis to its pixels, blurred by the triangle."""
     triangle = 1 - torch.arange(1 - REACH, REACH).abs() / REACH
     blocks = torch.eye(-(-length // BLOCK)).repeat_interleave(BLOCK, 1)[:, None]
     padded = F.pad(blocks, (REACH - 1, REACH - 1), mode="replicate")
     blurred = F.conv1d(padded, triangle[None, None] / REACH)
-    return blurred[:, 0, :length].T.to(device)
+    return blurred[:, 0, :length].T.contiguous()
 
 
 def _with_mean(pixels: Tensor, aim: Tensor, weight: Tensor | None) -> Tensor:
