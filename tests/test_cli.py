@@ -4,6 +4,7 @@ import itertools
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -20,6 +21,7 @@ from lib_dinotile.hosts.diffusers import DiffusersHost
 from lib_dinotile.images import read_image
 from lib_dinotile.settings import Generation, Settings
 from tests.processes import environment, run_two
+from tests.test_encoder import write_checkpoint
 from tests.test_settings import another
 from tests.test_tiling import random_image
 
@@ -315,6 +317,20 @@ def test_tiles_of_other_settings_beside_a_finished_image_are_left_alone(photo, t
     assert len(kept) == 3
     assert run(photo, tmp_path / "out.png", *QUICK, "--resume") == 0
     assert {file.name: file.read_bytes() for file in tiles.iterdir()} == kept
+
+
+def test_an_image_of_an_encoder_that_was_exchanged_since_is_done_again(photo, tmp_path, sampled, monkeypatch):
+    """Also where it lies in the folder of encoders, and not at a path that is named."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    place = tmp_path / "cache" / "dinotile" / "encoders" / "tiny"
+    write_checkpoint(place)
+    arguments = [photo, tmp_path / "out.png", *QUICK, "--adapter", "None", "--dino", "tiny", "--guidance", 0]
+    assert run(*arguments) == 0
+    sampled[:] = []
+    assert run(*arguments, "--resume") == 0 and not sampled
+    shutil.rmtree(place)
+    write_checkpoint(place, seed=1)
+    assert run(*arguments, "--resume") == 0 and sampled
 
 
 def test_what_else_differs_is_counted_and_no_prompt_is_told_in_full(photo, tmp_path, sampled, capsys):
