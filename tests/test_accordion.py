@@ -6,7 +6,6 @@ import contextlib
 import importlib
 import json
 import re
-import sys
 import types
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from lib_dinotile.settings import AUTOMATIC, CALIBRATED, NONE, Settings
-from tests.stand_in import stand_in
+from tests.stand_in import webui
 
 gr = pytest.importorskip("gradio", reason="no gradio here, beside the WebUIs' packages there is one")
 
@@ -23,7 +22,7 @@ FIELD = re.compile(r'\s*(\w[\w \-/]+):\s*("(?:\\.|[^\\"])+"|[^,]*)(?:,|$)')
 
 
 @pytest.fixture
-def accordion(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[types.ModuleType]:
+def accordion(tmp_path: Path) -> Iterator[types.ModuleType]:
     """The module, with no more of a WebUI than it needs."""
 
     @contextlib.contextmanager
@@ -31,7 +30,7 @@ def accordion(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[types
         with gr.Accordion(label, open=value):
             yield gr.Checkbox(value, elem_id=elem_id)
 
-    with stand_in("modules"):
+    with webui():
         paths, shared, ui_common, ui_components = (
             importlib.import_module(f"modules.{name}") for name in ("paths", "shared", "ui_common", "ui_components")
         )
@@ -45,9 +44,6 @@ def accordion(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[types
         ui_common.create_refresh_button = lambda *_: gr.Button("refresh")
         ui_components.InputAccordion = input_accordion
         yield importlib.import_module("lib_dinotile.webui.accordion")
-        for name in [name for name in sys.modules if name.startswith(("lib_dinotile.webui", "lib_dinotile.hosts"))]:
-            if "modules" in vars(sys.modules[name]) or name.startswith("lib_dinotile.webui"):
-                monkeypatch.delitem(sys.modules, name)
 
 
 def test_every_option_has_a_control_with_its_default(accordion):
