@@ -8,6 +8,7 @@ import dataclasses
 import hashlib
 import json
 import os
+import traceback
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -151,6 +152,8 @@ def run(arguments: argparse.Namespace) -> None:
         except DinotileError as error:
             if not folder or isinstance(error.__cause__, KeyboardInterrupt):
                 raise
+            if arguments.debug:
+                traceback.print_exc()
             failures.append((f"{source.name}: {error}", error.status_code))
     bar.close()
     # Before all are done none may end with an error: launchers stop the others then.
