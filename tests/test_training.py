@@ -296,6 +296,19 @@ def test_held_out_pictures_are_not_trained_on(photos: Path) -> None:
     assert len(trained_on) == 4
 
 
+def test_only_images_are_photos_and_no_program_is_run_for_one(photos: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    """Pillow has programs such as Ghostscript open some of what it takes for an image."""
+    monkeypatch.setattr(subprocess, "Popen", lambda *_, **__: pytest.fail("a program was run"))
+    image = Image.new("RGB", (80, 80))
+    for name in ("page.eps", "page.pdf", "tall.png", "photo.JPG", "scan.tiff"):
+        image.save(tmp_path / name)
+    (tmp_path / "renamed.png").write_bytes((tmp_path / "page.eps").read_bytes())
+    (tmp_path / "film.mpg").write_bytes(b"film")
+    found, _, left_out = find_photos(tmp_path, 64, 0)
+    assert [file.name for file in found] == ["photo.JPG", "scan.tiff", "tall.png"]
+    assert len(left_out) == 1 and left_out[0].startswith("renamed.png cannot be read as an image: it is damaged, or")
+
+
 def test_a_picture_that_cannot_be_read_is_left_out(photos: Path, tmp_path: Path, capsys: Any) -> None:
     shutil.copytree(photos, tmp_path / "photos")
     whole = (photos / "bark.png").read_bytes()

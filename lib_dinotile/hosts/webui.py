@@ -21,7 +21,7 @@ from lib_dinotile.hosts import decoders, upscalers
 from lib_dinotile.hosts.bars import Bars
 from lib_dinotile.hosts.interrogators import INTERROGATORS
 from lib_dinotile.hosts.memory_format import fast, fast_input
-from lib_dinotile.hosts.patched import overridden
+from lib_dinotile.hosts.patched import overridden, seeded
 from lib_dinotile.tiling.canvas import Canvas
 from lib_dinotile.tiling.noise import TileNoise
 
@@ -161,16 +161,8 @@ class WebUIHost:
     def _encode(self, tile: Tensor) -> Tensor:
         """One at a time, as the WebUI does. It draws from the VAE's distribution with whatever state torch's generator
         happens to have; here every tile gets the same draw, so that a tile always has the same latent."""
-        with self._own_random(), devices.autocast():
+        with seeded(self.device), devices.autocast():
             return sd_samplers_common.images_tensor_to_samples(fast(tile), model=self._p.sd_model)
-
-    @contextlib.contextmanager
-    def _own_random(self) -> Iterator[None]:
-        """torch's generators in a state that is always the same, and afterwards as they were."""
-        cuda = [self.device] if self.device.type == "cuda" else []
-        with torch.random.fork_rng(devices=cuda):
-            torch.manual_seed(0)
-            yield
 
     def decode(self, latents: Tensor) -> Tensor:
         return torch.cat([self._decode(latent) for latent in latents.split(1)])
@@ -353,7 +345,7 @@ class WebUIHost:
     def _image_conditioning(self, latents: Tensor, views: Views, mask: Tensor | None) -> Tensor:
         """Zeros, but for inpainting, depth and editing checkpoints, which look at a tile's own pixels."""
         p = self._p
-        with self._own_random():
+        with seeded(self.device):
             if views.whole:
                 pixels = views.pixels().to(self.device)
                 seen = None if mask is None else F.interpolate(mask.to(pixels), scale_factor=self.factor)
