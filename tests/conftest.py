@@ -45,6 +45,16 @@ def pytest_configure(config: pytest.Config) -> None:
         raise pytest.UsageError(f"not what {os.environ['DINOTILE_PINS']} pins: {'; '.join(wrong)}")
 
 
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
+    """Processes that share all tests, each with its share of the cores; one where only some tests are asked for."""
+    if config.args_source != config.ArgsSource.TESTPATHS:
+        return 0
+    cores = os.cpu_count() or 1
+    workers = min(cores, 4)  # each takes some 2 GB
+    os.environ.setdefault("OMP_NUM_THREADS", str(cores // workers))
+    return workers
+
+
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     told = [
         f"{package} {_found(package)}" for package in pins() or ("torch", "numpy", "pillow", "transformers", "timm")
