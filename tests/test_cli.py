@@ -387,44 +387,38 @@ def test_a_mask_that_does_not_fit_is_refused(photo, tmp_path, capsys):
         assert says in capsys.readouterr().err
 
 
-TWO = """
-import sys
-from lib_dinotile import __main__ as cli, team
-assert team.make_team().size == 2
-source, broken, out, *options = sys.argv[1:]
-for given, made in ((f"{source}/a.png", f"{out}/a.png"), (source, f"{out}/folder")):
-    assert cli.main(["upscale", given, made, *options]) == 0
-sys.exit(cli.main(["upscale", broken, f"{out}/broken", *options]))
-"""
-"""An image, a folder, and a folder with a bad file."""
+@pytest.fixture
+def two(tmp_path):
+    """The command line in two processes that `accelerate launch` starts; they speak over gloo."""
+    script = tmp_path / "two.py"
+    script.write_text(
+        "import sys; from lib_dinotile import __main__, team; assert team.make_team().size == 2; "
+        "sys.exit(__main__.main(sys.argv[1:]))"
+    )
+    return lambda *arguments: run_two(script, "upscale", *arguments)
 
 
-@pytest.fixture(scope="module")
-def two(tmp_path_factory):
-    """The run of that in two processes which speak over gloo; its source, its results and its options."""
-    source, broken, out = (tmp_path_factory.mktemp(name) for name in ("in", "bad", "out"))
-    for name in ("a.png", "b.png", "c.png"):
-        random_image(30, 20, seed=ord(name[0])).save(source / name)
-        random_image(30, 20).save(broken / name)
-    random_image(50, 37).save(source / "a.png")  # several tiles
-    (broken / "b.png").write_bytes(b"no image")
-    (out / "two.py").write_text(TWO)
-    options = [*QUICK, "--batch", "1", "--seams", "bands"]
-    return run_two(out / "two.py", source, broken, out, *options), source, out, options
+SHARED = [*QUICK, "--batch", "1", "--seams", "bands"]
 
 
-def test_two_processes_give_the_image_of_one(two, tmp_path):
-    """A wave of one image is shared out, and so are the images of a folder."""
-    done, source, out, options = two
-    assert run(source, tmp_path, *options) == 0
-    for name in ("a.png", "folder/a.png", "folder/b.png", "folder/c.png"):
-        assert (pixels(out / name) == pixels(tmp_path / Path(name).name)).all(), done.stderr[-2000:]
+def test_two_processes_share_a_wave_and_give_the_image_of_one(photo, tmp_path, two):
+    done = two(photo, tmp_path / "two.png", *SHARED)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert run(photo, tmp_path / "one.png", *SHARED) == 0
+    assert (pixels(tmp_path / "two.png") == pixels(tmp_path / "one.png")).all()
 
 
-def test_a_bad_file_stops_no_process(two):
-    done, _, out, _ = two
-    assert done.returncode != 0 and "dinotile: 1 of 3 images were left out: b.png: " in done.stderr
-    assert sorted(file.name for file in (out / "broken").iterdir()) == ["a.png", "c.png"]
+def test_two_processes_share_a_folder_and_a_bad_file_stops_none(tmp_path, two):
+    (tmp_path / "in").mkdir()
+    for name in ("a.png", "c.png", "e.png"):
+        random_image(30, 20, seed=ord(name[0])).save(tmp_path / "in" / name)
+    (tmp_path / "in" / "b.png").write_bytes(b"no image")
+    done = two(tmp_path / "in", tmp_path / "two", *SHARED)
+    assert done.returncode != 0 and "dinotile: 1 of 4 images were left out: b.png: " in done.stderr
+    assert sorted(file.name for file in (tmp_path / "two").iterdir()) == ["a.png", "c.png", "e.png"]
+    assert run(tmp_path / "in", tmp_path / "one", *SHARED) == 2
+    for name in ("a.png", "c.png", "e.png"):
+        assert (pixels(tmp_path / "two" / name) == pixels(tmp_path / "one" / name)).all()
 
 
 def test_every_option_is_a_flag(capsys):
