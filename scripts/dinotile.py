@@ -3,7 +3,7 @@
 from modules import script_callbacks, scripts
 
 from lib_dinotile.webui import accordion, api, xyz
-from lib_dinotile.webui.takeover import Takeover, refuse
+from lib_dinotile.webui.takeover import Takeover, refuse, undo
 
 
 class Script(scripts.Script):
@@ -20,7 +20,7 @@ class Script(scripts.Script):
         return list(components.values())
 
     def before_process(self, p, *args):
-        Takeover.undo(p)
+        undo(p)
         if getattr(p, "_ad_inner", False):  # ADetailer paints a part of what is finished
             return
         try:
@@ -32,7 +32,7 @@ class Script(scripts.Script):
 
     def postprocess(self, p, processed, *args):
         Takeover.publish(p, processed)
-        Takeover.undo(p)
+        undo(p)
 
 
 script_callbacks.on_before_ui(xyz.register)

@@ -34,19 +34,22 @@ class Team:
     def share(self, items: Sequence[T], work: Callable[[T], R]) -> list[R]:
         """`work` on each of at most `size` items, one a process; all processes get all results, in order."""
         mine: Any = None
-        error: Exception | None = None
+        errors: list[Exception] = []
         if self.rank < len(items):
             try:
                 mine = work(items[self.rank])
             except Exception as caught:
                 if self.size == 1:
                     raise
-                error = caught
-        results = self.gather((mine, error))
-        for _, failed in results:
-            if failed is not None:
-                raise failed
-        return [result for result, _ in results[: len(items)]]
+                errors.append(caught)
+        results = self.gather((mine, errors))
+        failed = [error for _, theirs in results for error in theirs]
+        if not failed:
+            return [result for result, _ in results[: len(items)]]
+        try:
+            raise failed[0]
+        finally:  # an error has this frame: what it keeps alive would stay if the frame had the error
+            del results, errors, failed
 
     def gather(self, mine: Any) -> list[Any]:
         """What each process gave, in the order of their numbers."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -23,9 +24,10 @@ from lib_dinotile.hosts.webui import WebUIHost
 class ResidualControl(ControlBase):
     """The condition of the batch that the host looks at, as a ControlNet of Forge's backend."""
 
-    def __init__(self, host: ForgeHost, sampler: Any) -> None:
+    def __init__(self, host: ForgeHost) -> None:
         super().__init__(host.device)
-        self._host, self._sampler = host, sampler
+        # Forge remembers the UNet that it has loaded last, and with it this link, when the image is long done.
+        self._host = weakref.ref(host)
 
     def get_control(self, x: Tensor, t: Tensor, cond: Any, batched_number: int) -> Any:
         """Residuals for the rows x (n, C, h, w) at noise level t, merged with those of the links before.
@@ -34,7 +36,8 @@ class ResidualControl(ControlBase):
         """
         previous = self.previous_controlnet
         control = previous.get_control(x, t, cond, batched_number) if previous is not None else None
-        denoiser, (batch, chosen) = self._sampler.model_wrap_cfg, self._host.seen
+        host = self._host()
+        denoiser, (batch, chosen) = host.denoiser, host.seen
         found = batch.condition.residuals(float(t[0]), denoiser.step / max(denoiser.total_steps, 1))
         if found is None:
             return control
@@ -62,6 +65,11 @@ class ForgeHost(WebUIHost):
     def channels(self) -> int:
         return self._p.sd_model.forge_objects.vae.latent_channels
 
+    @property
+    def denoiser(self) -> Any:
+        """The WebUI's CFGDenoiser."""
+        return self._p.sampler.model_wrap_cfg
+
     def full_decoder(self) -> Callable[[Tensor], Tensor]:
         objects = self._p.sd_model.forge_objects
         # A copy: Forge moves its own to and fro while it makes room for the UNet.
@@ -82,7 +90,10 @@ class ForgeHost(WebUIHost):
                 setattr(control, name, crop_hint(hint, tiles, self._canvas))
                 control.cond_hint = None  # what it has made of the last one
             self._shown = self.seen
-        yield
+        try:
+            yield
+        finally:
+            del self.seen  # it knows the canvas
 
     @contextlib.contextmanager
     def sampling(self, views: Views, canvas: tuple[int, int]) -> Iterator[None]:
@@ -118,7 +129,7 @@ class ForgeHost(WebUIHost):
         ]
         if self._views.conditioned:
             unet = model.forge_objects.unet.clone()
-            unet.add_patched_controlnet(ResidualControl(self, p.sampler))
+            unet.add_patched_controlnet(ResidualControl(self))
             model.forge_objects.unet = unet
         return start
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import weakref
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -83,7 +84,7 @@ class WebUIHost:
     prompt = ""
 
     def __init__(self, p: Any) -> None:
-        self._p = p
+        self._job = weakref.ref(p)
         self.base = base_of(p.sd_model)
         self.device = devices.device
         self.dtype = devices.dtype
@@ -91,6 +92,11 @@ class WebUIHost:
         self._main: tuple[Any, Any] = (None, None)
         self._others: dict[tuple[str | None, tuple[int, int]], tuple[Any, Any]] = {}
         self.bars = Bars()
+
+    @property
+    def _p(self) -> Any:
+        """The processing object: it has us, so we do not keep it alive."""
+        return self._job()
 
     @property
     def denoise(self) -> float:
@@ -306,10 +312,11 @@ class WebUIHost:
         script_callbacks.on_cfg_after_cfg(after)
         try:
             yield
+            if failed:
+                raise failed.pop(0)
         finally:
             script_callbacks.remove_callbacks_for_function(after)
-        if failed:
-            raise failed[0]
+            failed.clear()  # an error has the frames of `after`, and they have the list: its tensors would stay
 
     def _picture(self, denoiser: Any, x: Tensor, output: Tensor, sigma: Tensor) -> Tensor:
         """The picture that an answer in the WebUI's after-CFG callback stands for; for most samplers it is that."""

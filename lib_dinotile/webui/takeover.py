@@ -7,17 +7,17 @@ working.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
 import hashlib
 import time
+import weakref
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import numpy as np
 import torch
-from modules import extra_networks, images, masking, processing, sd_samplers, shared
+from modules import errors, extra_networks, images, masking, processing, sd_samplers, shared
 from PIL import Image
 from torch import Tensor
 
@@ -39,7 +39,7 @@ from lib_dinotile.webui.preview import learn_speed
 T = TypeVar("T")
 
 UNDO = "_dinotile_undo"
-"""Where what gives a processing object back waits on it."""
+"""Where what a processing object had of its own waits on it: (attributes, names of all that are replaced)."""
 FOUND = "_dinotile_found"
 """Where reports and maps wait on it for the gallery: (report, maps) of each image."""
 
@@ -84,28 +84,54 @@ def _selected(p: Any) -> str:
 
 
 def _in_one_line(work: Callable[..., T]) -> Callable[..., T]:
-    """The WebUI shows, and its API answers, what an error says: let it be one line, whatever it is."""
+    """The WebUI shows, and its API answers, what an error says: let it be one line, whatever it is. The processing
+    object is given back then: the WebUI lets no hook know of an error."""
 
     @functools.wraps(work)
-    def told(*args: Any, **more: Any) -> T:
+    def told(takeover: Takeover, *args: Any, **more: Any) -> T:
         try:
-            return work(*args, **more)
-        except DinotileError:
-            raise
-        except Exception as error:
+            return work(takeover, *args, **more)
+        except BaseException as error:
+            undo(takeover._p)
+            if isinstance(error, DinotileError) or not isinstance(error, Exception):
+                raise
             raise DinotileError(one_line(error), 500) from error
 
     return told
 
 
+def _replace(p: Any, **values: Any) -> None:
+    """Set attributes of a processing object, until `undo`."""
+    before = {name: p.__dict__[name] for name in values if name in p.__dict__}
+    setattr(p, UNDO, (before, tuple(values)))
+    for name, value in values.items():
+        setattr(p, name, value)
+
+
+def undo(p: Any) -> None:
+    """The processing object as it was: the WebUI takes one for all the images of a folder."""
+    before, names = p.__dict__.pop(UNDO, ({}, ()))
+    for name in names:
+        if name in before:
+            setattr(p, name, before[name])
+        else:
+            p.__dict__.pop(name, None)
+    p.__dict__.pop(FOUND, None)
+
+
 def refuse(p: Any, error: Exception) -> None:
     """Let the job fail with this error. The WebUI only logs what a script's hook raises, and would go on without it."""
+    if not isinstance(error, DinotileError):
+        errors.report("DINO Tile: a job could not be begun", exc_info=True)
+    # Not the error itself: its frames know p, and p would have it.
+    told, code, job = one_line(error), getattr(error, "status_code", 500), weakref.ref(p)
 
-    @_in_one_line
     def fail(*_: Any, **__: Any) -> None:
-        raise error
+        undo(job())
+        raise DinotileError(told, code)
 
-    p.init = fail
+    undo(p)
+    _replace(p, init=fail)
 
 
 def to_sample(image: Image.Image) -> Tensor:
@@ -156,29 +182,25 @@ class Takeover:
             settings = dataclasses.replace(settings, colour="none")  # what is new has colours of its own
         if p.image_mask is not None and p.inpainting_fill != ORIGINAL:
             settings = dataclasses.replace(settings, guidance=0.0, guard=OFF)  # and is not to show what was there
-        self._p, self._settings = p, settings
+        self._job, self._settings = weakref.ref(p), settings
         self._area = Area(p, settings, sizes.pop())
         self._host: WebUIHost | None = None
         self._conditioner: Conditioner | None = None
         self._sources: list[Image.Image] = []
 
+    @property
+    def _p(self) -> Any:
+        """The processing object: it has us, so we do not keep it alive."""
+        return self._job()
+
     def apply(self) -> None:
         """Replace `init` and `sample` of the processing object."""
         p = self._p
         width, height = self._area.canvas  # so long: ControlNet cuts its hints to that
-        stack = contextlib.ExitStack()
-        stack.enter_context(overridden(p, width=width, height=height, init=self.init, sample=self.sample))
-        setattr(p, UNDO, stack)
+        _replace(p, width=width, height=height, init=self.init, sample=self.sample)
         setattr(p, FOUND, [])
         # A new dict: the cells of an X/Y/Z plot share theirs.
         p.extra_generation_params = {**p.extra_generation_params, **self._settings.infotext, **self._area.infotext}
-
-    @staticmethod
-    def undo(p: Any) -> None:
-        """The processing object as it was: the WebUI takes one for all the images of a folder."""
-        stack = p.__dict__.pop(UNDO, None)
-        if stack is not None:
-            stack.close()
 
     @staticmethod
     def publish(p: Any, processed: Any) -> None:
@@ -274,7 +296,9 @@ class Takeover:
                 result = self._upscale(source, noise)
             except flow.UnfinishedError as error:
                 if isinstance(error.__cause__, DinotileError) and not results and not error.result.painted:
-                    raise error.__cause__ from None  # there is nothing to tell but what stands against it
+                    # There is nothing to tell but what stands against it. Not the cause itself: raised here, it would
+                    # have the error that has it.
+                    raise DinotileError(error.__cause__.detail, error.__cause__.status_code) from None
                 # What is done of the batch is kept, too.
                 done = results + ([self._area.finish(error.result.image, source)] if error.result.painted else [])
                 where = self._keep(done, seeds, prompts)
