@@ -67,8 +67,8 @@ class Environment:
         stamp.write_text(digest)
 
     def _pip(self, *arguments: str, quiet: bool = True) -> bool:
-        """Runs pip; whether it succeeded. Only modules that are imported get compiled, then: most never are."""
-        flags = ("--disable-pip-version-check", "install", "-q", "--no-compile")
+        """Runs pip; whether it succeeded. It compiles nothing: most modules are never imported."""
+        flags = ("--disable-pip-version-check", "install", "-qq", "--no-compile")
         command = [self.python, "-m", "pip", *flags, *arguments]
         return subprocess.run(command, cwd=ROOT, stderr=subprocess.DEVNULL if quiet else None).returncode == 0
 
