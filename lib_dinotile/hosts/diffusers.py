@@ -21,6 +21,7 @@ from lib_dinotile import DinotileError, one_line
 from lib_dinotile.condition.conditioner import MINI
 from lib_dinotile.condition.shape import UNetShape
 from lib_dinotile.engine.host import Batch, Views
+from lib_dinotile.engine.prediction import coefficients, from_x0, noise_level, to_x0
 from lib_dinotile.engine.progress import Progress
 from lib_dinotile.hosts.memory_format import fast
 from lib_dinotile.hosts.patched import in_float32, overridden
@@ -90,7 +91,7 @@ class DiffusersHost:
         self.device, self.dtype = unet.device, unet.dtype
         self._scheduler = DPMSolverMultistepScheduler.from_config(scheduler.config)
         self.alphas = self._scheduler.alphas_cumprod
-        self._sigmas = ((1 - self.alphas) / self.alphas).sqrt().tolist()
+        self._sigmas = noise_level(self.alphas).tolist()
         self.prediction: str = self._scheduler.config.prediction_type
         """What the UNet predicts: `epsilon`, `v_prediction` or `sample`."""
         self._guided = text is not None and generation.cfg > 1
@@ -142,18 +143,9 @@ class DiffusersHost:
         free = None if mask is None else mask.to(latents)
         x = scheduler.add_noise(latents, start, timesteps[:1].repeat(len(latents)))
         for number, timestep in enumerate(timesteps):
-
-            def see(tiles: Tensor, batch: Batch, timestep: Tensor = timestep, number: int = number) -> Tensor:
-                progress = number / len(timesteps)
-                prediction = self._predict(scheduler.scale_model_input(tiles, timestep), timestep, batch, progress)
-                if batch.guide is None:
-                    return prediction
-                moved = batch.guide(self.picture(tiles, prediction, timestep), number, len(timesteps))
-                return prediction if moved is None else self._prediction_for(tiles, moved, timestep)
-
-            def known(x: Tensor = x, timestep: Tensor = timestep) -> Tensor:
-                return self._prediction_for(x, latents, timestep)
-
+            alpha, sigma = coefficients(self.alphas, timestep)
+            see = functools.partial(self._see, timestep=timestep, number=number, total=len(timesteps))
+            known = functools.partial(from_x0, x, latents, alpha, sigma, self.prediction)
             prediction = views(x, see, known)
             if free is not None:
                 prediction = torch.lerp(known(), prediction, free)
@@ -161,28 +153,19 @@ class DiffusersHost:
             self._show(self._progress.at((number + 1) / len(timesteps)), self._progress.text)
         return x if free is None else torch.lerp(latents, x, free)
 
+    def _see(self, tiles: Tensor, batch: Batch, timestep: Tensor, number: int, total: int) -> Tensor:
+        """The guided prediction for a batch at the step `number` of `total`; see `engine.host.See`."""
+        x = self._scheduler.scale_model_input(tiles, timestep)
+        prediction = self._predict(x, timestep, batch, number / total)
+        if batch.guide is None:
+            return prediction
+        alpha, sigma = coefficients(self.alphas, timestep)
+        moved = batch.guide(to_x0(tiles, prediction, alpha, sigma, self.prediction), number, total)
+        return prediction if moved is None else from_x0(tiles, moved, alpha, sigma, self.prediction)
+
     def steps(self, denoise: float | None = None) -> int:
         steps, denoise = self._generation.steps, self._generation.denoise if denoise is None else denoise
         return max(1, min(round(steps * denoise), steps)) if denoise else 0
-
-    def _prediction_for(self, x: Tensor, latents: Tensor, timestep: Tensor) -> Tensor:
-        """What the UNet would have to predict at x to say that these are the latents without noise."""
-        alpha = self.alphas[int(timestep)].to(x)
-        kind = self._scheduler.config.prediction_type
-        if kind == "sample":
-            return latents
-        epsilon = (x - alpha.sqrt() * latents) / (1 - alpha).sqrt()
-        return epsilon if kind == "epsilon" else alpha.sqrt() * epsilon - (1 - alpha).sqrt() * latents
-
-    def picture(self, x: Tensor, prediction: Tensor, timestep: Tensor) -> Tensor:
-        """The latents without noise that the UNet's prediction at x (k, C, h, w) stands for, float32."""
-        alpha = self.alphas.to(timestep.device)[timestep.long()].to(x.device).view(-1, 1, 1, 1)
-        x, prediction, kind = x.float(), prediction.float(), self._scheduler.config.prediction_type
-        if kind == "sample":
-            return prediction
-        if kind == "epsilon":
-            return (x - (1 - alpha).sqrt() * prediction) / alpha.sqrt()
-        return alpha.sqrt() * x - (1 - alpha).sqrt() * prediction
 
     def _predict(self, x: Tensor, timestep: Tensor, batch: Batch, progress: float) -> Tensor:
         """The UNet's prediction for k tiles, guided by the prompts if there are any (rows: prompts, then negative)."""
