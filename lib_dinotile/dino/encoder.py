@@ -16,7 +16,16 @@ from lib_dinotile.dino.backends import keys, load_blocks
 from lib_dinotile.dino.checkpoint import BUILT_IN, KNOWN, Checkpoint, installed, locate, read_checkpoint
 from lib_dinotile.dino.once import Progress, unseen
 
-__all__ = ["BUILT_IN", "KNOWN", "Facet", "PatchEncoder", "installed", "interpolate_positions", "load_encoder"]
+__all__ = [
+    "BUILT_IN",
+    "KNOWN",
+    "Facet",
+    "PatchEncoder",
+    "encoder_dtype",
+    "installed",
+    "interpolate_positions",
+    "load_encoder",
+]
 
 Facet = Literal["tokens", "keys"]
 """What of a layer: the tokens that it gives out, or the keys of its attention."""
@@ -163,6 +172,11 @@ class PatchEncoder(nn.Module):
     def train(self, mode: bool = True) -> PatchEncoder:
         """Stay in eval mode, also as a part of a model that is trained."""
         return super().train(False)
+
+
+def encoder_dtype(device: torch.device, dtype: torch.dtype) -> torch.dtype:
+    """What an encoder computes in beside a model of that dtype: the same; on a CPU float32, which is faster there."""
+    return torch.float32 if device.type == "cpu" else dtype
 
 
 def without_autocast(device: torch.device) -> contextlib.AbstractContextManager[Any]:

@@ -189,7 +189,7 @@ class AdapterLoss:
         residuals = None if model is None else model(features, tuple(x.shape[-2:]), (s / a).flatten())
         # A checkpoint in half precision computes in that, as in use: autocast would take some layers to float32.
         with contextlib.nullcontext() if self._host.dtype == torch.float32 else without_autocast(x.device):
-            prediction = self._host.predict(x.to(self._host.dtype), t, words, residuals).float()
+            prediction = self._host.predict(x, t, words, residuals)
         error = to_x0(x, prediction, a, s, self._host.prediction) - batch["sharp"]
         return ((a / s).square().clamp(max=self._options.gamma) * error.square()).mean()
 
