@@ -21,6 +21,7 @@ __all__ = [
     "KNOWN",
     "Facet",
     "PatchEncoder",
+    "bicubic",
     "encoder_dtype",
     "installed",
     "interpolate_positions",
@@ -37,6 +38,17 @@ _MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 _GRIDS_KEPT = 8
 
 
+def bicubic(images: Tensor, size: Sequence[int], antialias: bool) -> Tensor:
+    """Images (k, C, H, W) at another size (h, w), on their device, computed on the CPU where that may not be able to.
+
+    MPS lacks bicubic interpolation in torch 2.5 (pytorch/pytorch#77764), the antialiased one in 2.7 (#149378) and its
+    gradient in 2.9 (#169785); XPU once lacked the antialiased one (intel/torch-xpu-ops#1106).
+    """
+    able = images if images.device.type in ("cpu", "cuda") else images.cpu()
+    resized = F.interpolate(able, tuple(size), mode="bicubic", align_corners=False, antialias=antialias)
+    return resized.to(images.device)
+
+
 def interpolate_positions(positions: Tensor, grid: tuple[int, int], antialias: bool) -> Tensor:
     """Position embeddings (1, n * n, D) of a square grid -> (1, h * w, D) of `grid` = (h, w), in float32.
 
@@ -47,7 +59,7 @@ def interpolate_positions(positions: Tensor, grid: tuple[int, int], antialias: b
     side = round(positions.shape[1] ** 0.5)
     square = positions.float().reshape(1, side, side, -1).permute(0, 3, 1, 2)
     if grid != (side, side):
-        square = F.interpolate(square, size=grid, mode="bicubic", align_corners=False, antialias=antialias)
+        square = bicubic(square, grid, antialias)
     return square.flatten(2).transpose(1, 2)
 
 
@@ -181,9 +193,10 @@ def encoder_dtype(device: torch.device, dtype: torch.dtype) -> torch.dtype:
 
 def without_autocast(device: torch.device) -> contextlib.AbstractContextManager[Any]:
     """The weights' dtype is what is computed in, whatever the host has autocast set to."""
-    if device.type in ("cuda", "cpu"):
+    try:
         return torch.autocast(device.type, enabled=False)
-    return contextlib.nullcontext()
+    except (RuntimeError, AssertionError):  # it has none, as MPS in torch 2.3
+        return contextlib.nullcontext()
 
 
 def load_encoder(
