@@ -1,6 +1,7 @@
 """The headless host, on tiny random Stable Diffusion 1.5 and XL pipelines."""
 
 import json
+import sys
 
 import numpy as np
 import pytest
@@ -304,3 +305,21 @@ def test_progress_goes_on_step_by_step_and_never_back():
     assert shares == sorted(shares) and (shares[0], shares[-1]) == (0, 1) and len(set(shares)) > 2 * 6
     count = told[0][1].removeprefix("painting tiles: 0 of ")
     assert int(count) > 6 and told[-1][1] == f"painted {count} tiles"
+
+
+@pytest.mark.parametrize("order", ["chess", "fused"])
+def test_the_way_from_upscale_to_the_unet_is_short(sd15, order):
+    host, frames = load_host(Generation(model=sd15, prompt="a cat", steps=2, denoise=0.5)), []
+
+    def count(*_):
+        names, frame = [], sys._getframe()
+        while frame is not None and "upscale" not in names:
+            if "lib_dinotile" in frame.f_code.co_filename:
+                names.append(frame.f_code.co_name)
+            frame = frame.f_back
+        frames.append(names[::-1])
+
+    host.unet.register_forward_pre_hook(count)
+    settings = Settings(tile=64, overlap=16, scale=1.0, order=order, guidance=0.0, guard="off")
+    upscale(host, SOURCE, settings, NoiseField(1, host.channels))
+    assert frames and max(map(len, frames)) <= 9, frames[0]

@@ -7,9 +7,10 @@ import pytest
 import torch
 from PIL import ImageChops
 
-from lib_dinotile.engine import flow
+from lib_dinotile.engine import flow, memory
 from lib_dinotile.engine import latents as module
-from lib_dinotile.engine.latents import SourceLatents, pieces
+from lib_dinotile.engine.latents import SourceLatents
+from lib_dinotile.engine.memory import PieceSize
 from lib_dinotile.settings import Settings
 from lib_dinotile.tiling.canvas import Canvas
 from lib_dinotile.tiling.noise import NoiseField
@@ -32,11 +33,11 @@ class CountingHost(StubHost):
 
 @pytest.fixture
 def field(monkeypatch):
-    monkeypatch.setattr(module, "PIECE", 160)
-    monkeypatch.setattr(module, "OVERLAP", 32)
+    monkeypatch.setattr(memory, "PIECE", 160)
+    monkeypatch.setattr(memory, "OVERLAP", 32)
     host, plan = CountingHost(), TilePlan(500, 300, 96, 16)
     canvas = Canvas(random_image(500, 300), plan)
-    return host, canvas, SourceLatents(host, canvas, pieces(plan, plan.padded, 8), print)
+    return host, canvas, SourceLatents(host, canvas, plan.whole, PieceSize(plan.tile_size, 8), print)
 
 
 @pytest.mark.parametrize(
@@ -57,8 +58,9 @@ def test_pieces_are_small_and_each_is_encoded_once_while_they_are_kept(field):
 
 def test_a_piece_is_as_large_as_a_tile_if_that_is_more():
     plan = TilePlan(3000, 2000, 1024, 64)
-    assert max(pieces(plan, plan.padded, 8).tile_size) in range(module.PIECE + 1, 1025)
-    assert max(pieces(TilePlan(3000, 2000, 256, 64), (3000, 2000), 8).tile_size) <= module.PIECE
+    assert max(PieceSize(plan.tile_size, 8).cut(plan.whole).tile_size) in range(memory.PIECE + 1, 1025)
+    small = TilePlan(3000, 2000, 256, 64)
+    assert max(PieceSize(small.tile_size, 8).cut(small.whole).tile_size) <= memory.PIECE
 
 
 def test_a_field_that_is_too_large_to_be_kept_is_the_same(field, monkeypatch):
@@ -66,7 +68,7 @@ def test_a_field_that_is_too_large_to_be_kept_is_the_same(field, monkeypatch):
     whole = latents.crop(Rect(0, 0, 504, 304))
     monkeypatch.setattr(module, "CACHE", 1)
     plan = TilePlan(500, 300, 96, 16)
-    few = SourceLatents(host, canvas, pieces(plan, plan.padded, 8), print)
+    few = SourceLatents(host, canvas, plan.whole, PieceSize(plan.tile_size, 8), print)
     assert torch.equal(few.crop(Rect(0, 0, 504, 304)), whole)
 
 
@@ -142,15 +144,15 @@ def test_a_later_tile_holds_on_to_the_latents_of_earlier_ones(order):
     host.sample = watched
     settings = Settings(tile=64, overlap=16, order=order, colour="none")
     upscale(host, random_image(100, 70), settings, NoiseField(5, 4))
-    held = 0
+    plan, held = TilePlan(200, 140, 64, 16), 0
     for number, (tile, latents, free) in enumerate(given):
         assert (free is None) == (number == 0) or order == "chess"
         if free is None:
             continue
         earlier = torch.zeros_like(free, dtype=torch.bool)
         for other, *_ in given[:number]:
-            part = other.intersection(tile)
-            if part is not None and other != tile:
+            if other != tile and tile in plan.touching(other):
+                part = other.intersection(tile)
                 mine, theirs = (part.within(rect).shrink(8).slices for rect in (tile, other))
                 same = (latents[(..., *mine)] - gave[other][(..., *theirs)].half()).abs().amax(0, keepdim=True) == 0
                 earlier[(..., *mine)] |= same

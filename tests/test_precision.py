@@ -17,10 +17,10 @@ from lib_dinotile.cli.upscale import _recipe
 from lib_dinotile.condition.adapter import AdapterConfig
 from lib_dinotile.condition.adapter_file import save_adapter
 from lib_dinotile.condition.conditioner import MINI, Conditioner
-from lib_dinotile.dino.encoder import encoder_dtype
+from lib_dinotile.dino.encoder import encoder_dtype, without_autocast
 from lib_dinotile.engine.flow import upscale
 from lib_dinotile.engine.host import Batch
-from lib_dinotile.engine.sampling import Whole
+from lib_dinotile.engine.views import Whole
 from lib_dinotile.hosts import devices
 from lib_dinotile.hosts import diffusers as diffusers_host
 from lib_dinotile.hosts.devices import DTYPES, empty_cache, find_device, find_dtype, precision_of
@@ -28,6 +28,7 @@ from lib_dinotile.hosts.diffusers import load_host
 from lib_dinotile.settings import FULL_VAE, TAESD, Generation, Settings
 from lib_dinotile.tiling.noise import NoiseField, TileNoise
 from lib_dinotile.tiling.plan import Rect
+from tests import accelerator
 from tests.test_adapter import random_adapter
 from tests.test_diffusers import sd15, sdxl  # noqa: F401
 from tests.test_tiling import random_image
@@ -172,7 +173,7 @@ def test_guidance_sees_the_latents_in_float32_through_any_decoder(models, model,
 @pytest.mark.parametrize("precision", HALVES)
 def test_the_command_line_at_its_defaults(precision, tmp_path, monkeypatch, capsys):
     """Adapter, guidance and guard are on."""
-    SOURCE.save(tmp_path / "in.png")
+    SOURCE.save(tmp_path / "in.png", None)
     quick = ["--steps", "3", "--tile", "64", "--overlap", "16", "--patches", "8", "--quiet"]
     seen, forward = set(), UNet2DConditionModel.forward
     monkeypatch.setattr(
@@ -190,6 +191,31 @@ def test_the_command_line_at_its_defaults(precision, tmp_path, monkeypatch, caps
         assert seen == {dtype} and f"Precision: {precision_of(dtype)}," in Image.open(out).text["parameters"]
 
 
+@pytest.mark.skipif(not accelerator.AVAILABLE, reason="this torch takes no device from Python")
+@pytest.mark.parametrize("precision", ["fp32", *HALVES])
+@pytest.mark.parametrize("model", ["mini", "sd15", "sdxl"])
+def test_a_device_that_lacks_what_mps_lacks(models, adapters, model, precision):
+    """Neither float64 nor antialiased resizing, and no mixing of dtypes or devices."""
+
+    def paint(**more):
+        given = {"denoise": 0.5, "cfg": 2.0, "prompt": "a cat", **more}
+        host = load_host(Generation(models[model], steps=2, **given))
+        settings = Settings(
+            tile=64, overlap=16, patches=8, adapter=model, guidance_end=1.0, guard="report", maps="both"
+        )
+        conditioner = Conditioner.load(settings, host, adapters)
+        result = upscale(host, SOURCE, settings, NoiseField(1, host.channels), conditioner, mask=MASK)
+        assert len(result.maps) == 2
+        return conditioner.encoder, np.asarray(result.image).astype(int)
+
+    _, full = paint(precision="fp32")
+    with accelerator.lacking("float64", "antialias"):
+        encoder, found = paint(precision=precision, device=str(accelerator.DEVICE))
+    Conditioner.load(Settings(guidance=0.0, guard="off"), load_host(Generation()), {})  # keeps nothing there any more
+    assert (encoder.device, encoder.dtype) == (accelerator.DEVICE, DTYPES[precision])
+    assert abs(found - full).mean() < 40 * torch.finfo(DTYPES[precision]).eps * 30 + 0.01
+
+
 def test_mini_computes_in_float32_wherever_it_is_unless_asked(models, monkeypatch):
     asked = []
     monkeypatch.setattr(diffusers_host, "find_dtype", lambda name, device: asked.append(name) or torch.float32)
@@ -200,7 +226,7 @@ def test_mini_computes_in_float32_wherever_it_is_unless_asked(models, monkeypatc
 
 def test_an_image_depends_on_the_precision_and_not_on_the_device(tmp_path):
     def recipe(**more):
-        return _recipe(Settings(), Generation(**{"precision": "fp32", **more}), tmp_path / "in.png")
+        return _recipe(Settings(), Generation(**{"precision": "fp32", **more}), tmp_path / "in.png", None)
 
     assert recipe(device="cuda") == recipe(device="cpu")
     assert recipe(precision="fp16") != recipe(precision="bf16")
@@ -214,6 +240,13 @@ def test_a_precision_that_does_not_run_is_refused_in_one_line(monkeypatch):
     with pytest.raises(DinotileError, match="does not compute in fp16 on cpu, give fp32") as error:
         load_host(Generation(precision="fp16"))
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("kind", ["cpu", "cuda", "mps", "privateuseone"])
+def test_autocast_is_off_where_there_is_any(kind):
+    with torch.autocast("cpu", torch.bfloat16), without_autocast(torch.device(kind)):
+        computed = torch.ones(2, 2) @ torch.ones(2, 2)
+    assert computed.dtype == (torch.float32 if kind == "cpu" else torch.bfloat16)
 
 
 def accelerators(monkeypatch, **counts):

@@ -10,8 +10,9 @@ from PIL import Image, ImageDraw
 from lib_dinotile import DinotileError
 from lib_dinotile.engine.flow import UnfinishedError, canvas_size, make_plan, upscale
 from lib_dinotile.engine.host import Batch
-from lib_dinotile.engine.sampling import BatchSize, Fused
+from lib_dinotile.engine.memory import BatchSize
 from lib_dinotile.engine.team import Team
+from lib_dinotile.engine.views import Fused
 from lib_dinotile.settings import Settings
 from lib_dinotile.tiling.noise import NoiseField
 from lib_dinotile.tiling.plan import TilePlan

@@ -223,7 +223,7 @@ from lib_dinotile import DinotileError
 from lib_dinotile.condition.adapter_file import load_adapter
 from lib_dinotile.dino.checkpoint import read_checkpoint
 from lib_dinotile.dino.head import load_heads
-from lib_dinotile.cli.description import describe
+from lib_dinotile.condition.description import describe
 
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 for path in map(Path, sys.argv[1:]):

@@ -8,8 +8,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from lib_dinotile import __main__ as cli
-from lib_dinotile.cli import description
-from lib_dinotile.condition import adapter_file
+from lib_dinotile.condition import adapter_file, description
 from lib_dinotile.condition.adapter import Adapter, AdapterConfig
 from lib_dinotile.condition.adapter_file import save_adapter
 from lib_dinotile.condition.shape import UNetShape

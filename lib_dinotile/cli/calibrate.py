@@ -7,7 +7,7 @@ from pathlib import Path
 
 from lib_dinotile import DinotileError
 from lib_dinotile.cli.common import quiet_transformers
-from lib_dinotile.cli.description import HEADS, describe, lines
+from lib_dinotile.condition.description import HEADS, describe, lines
 from lib_dinotile.dino.calibrated import Pictures, Store
 from lib_dinotile.dino.calibration import FOLDS, SCALES
 from lib_dinotile.dino.checkpoint import automatic_encoder

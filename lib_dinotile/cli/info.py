@@ -6,7 +6,7 @@ import argparse
 import json
 from pathlib import Path
 
-from lib_dinotile.cli.description import describe, lines
+from lib_dinotile.condition.description import describe, lines
 
 
 def add_arguments(command: argparse.ArgumentParser) -> None:

@@ -8,6 +8,7 @@ import dataclasses
 import hashlib
 import json
 import os
+import traceback
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -106,7 +107,7 @@ def run(arguments: argparse.Namespace) -> None:
         say(*(f"{source.name} {line}" for line in told))
         size = canvas_size(image.size, settings, (generation.width, generation.height))
         check_writable(target, size)
-        recipe = _recipe(used, generation, source)
+        recipe = _recipe(used, generation, source, conditioner and conditioner.encoder.fingerprint)
         if arguments.resume and _is_done(target, recipe):
             with contextlib.suppress(DinotileError):  # tiles of another recipe are not this image's
                 open_journal(target, recipe, True, sharing).close()
@@ -153,6 +154,8 @@ def run(arguments: argparse.Namespace) -> None:
         except DinotileError as error:
             if not folder or isinstance(error.__cause__, KeyboardInterrupt):
                 raise
+            if arguments.debug:
+                traceback.print_exc()
             failures.append((f"{source.name}: {error}", error.status_code))
     bar.close()
     # Before all are done none may end with an error: launchers stop the others then.
@@ -211,8 +214,8 @@ def _parameters(settings: Settings, generation: Generation, size: tuple[int, int
     return f"{generation.prompt}\nNegative prompt: {generation.negative}\n{listed}"
 
 
-def _recipe(settings: Settings, generation: Generation, source: Path) -> dict[str, Any]:
-    """Everything that an image depends on; generation: its precision is known."""
+def _recipe(settings: Settings, generation: Generation, source: Path, encoder: str | None) -> dict[str, Any]:
+    """Everything that an image depends on. generation: its precision is known; encoder: fingerprint of its weights."""
     options = {**dataclasses.asdict(settings), **dataclasses.asdict(generation)}
     del options["enabled"], options["batch"], options["maps"], options["device"]
     names = {
@@ -220,7 +223,7 @@ def _recipe(settings: Settings, generation: Generation, source: Path) -> dict[st
         **{key: options[key] for key in ("mask", "model", "config", "adapter", "encoder", "head")},
     }
     stamps = {f"{key}'s files": stamp(name) for key, name in names.items() if name}
-    return {"version": __version__, **options, **stamps}
+    return {"version": __version__, **options, **stamps, "encoder's weights": encoder}
 
 
 def _digest(recipe: Mapping[str, Any]) -> str:

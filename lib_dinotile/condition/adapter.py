@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lib_dinotile.condition.shape import UNetShape
+from lib_dinotile.condition.steps import is_between
 
 NORM_GROUPS = 8
 
@@ -169,7 +170,7 @@ class AdapterCondition:
 
         progress: fraction of the sampling steps already done, in [0, 1).
         """
-        if self._strength == 0 or progress < self._start or (progress >= self._end and self._end < 1):
+        if self._strength == 0 or not is_between(progress, self._start, self._end):
             return None
         if self._cached is None or self._cached[0] != sigma:
             with torch.no_grad():

@@ -119,8 +119,9 @@ class Guard:
         return self._look.to_pixels(tile, values, mode)
 
     def area(self, tile: Rect, patches: Tensor) -> Tensor:
-        """(1, H, W) in [0, 1]: 1 for the pixels of these patches (h, w) of the window, fading out over half of one."""
-        return self._look.to_pixels(tile, patches)[None].clamp(max=0.25) * 4
+        """(1, H, W) in [0, 1], on the canvas's device: 1 for the pixels of these patches (h, w) of the window, fading
+        out over half of one."""
+        return self._look.to_pixels(tile, patches.to(self._canvas.device))[None].clamp(max=0.25) * 4
 
 
 def _blocks(patches: Tensor) -> Tensor:

@@ -140,5 +140,5 @@ class Look:
         """Values (h, w) of a window's patches, at the pixels (height, width) of the tile."""
         window = self.window(tile)
         smooth = {"align_corners": False} if mode == "bilinear" else {}
-        spread = F.interpolate(values[None, None].float().cpu(), (window.height, window.width), mode=mode, **smooth)
+        spread = F.interpolate(values[None, None].float(), (window.height, window.width), mode=mode, **smooth)
         return spread[(0, 0, *tile.within(window).slices)]

@@ -14,17 +14,17 @@ from lib_dinotile import DinotileError, one_line
 from lib_dinotile.condition.conditioner import Conditioner, Conditions
 from lib_dinotile.engine.host import Host, Interrupted, check_name
 from lib_dinotile.engine.journal import Journal
+from lib_dinotile.engine.memory import OutOfMemoryError, is_out_of_memory
+from lib_dinotile.engine.passes import passes
 from lib_dinotile.engine.prompts import check_prompts
 from lib_dinotile.engine.report import Report
 from lib_dinotile.engine.run import Run
-from lib_dinotile.engine.sampling import OutOfMemoryError, is_out_of_memory
 from lib_dinotile.engine.team import Team
 from lib_dinotile.images import enough_memory
 from lib_dinotile.settings import BOTH, CONSISTENCY, MAX_SIDE, SEMANTIC, Settings
 from lib_dinotile.tiling.canvas import Canvas
 from lib_dinotile.tiling.noise import NoiseField
-from lib_dinotile.tiling.plan import Rect, TilePlan, Tiles
-from lib_dinotile.tiling.seams import seam_passes
+from lib_dinotile.tiling.plan import Rect, TilePlan
 
 
 @dataclass(frozen=True)
@@ -81,16 +81,10 @@ def make_plan(host: Host, size: tuple[int, int], settings: Settings) -> TilePlan
     return TilePlan(*size, settings.tile, settings.overlap, host.factor, settings.order)
 
 
-def _passes(plan: TilePlan, settings: Settings) -> list[Tiles]:
-    """What is painted, one on top of the other: the plan, and the seam pass over it."""
-    seams = [grid for grid, _ in seam_passes(plan, settings.seams, settings.seam_width)]
-    return seams if plan.order == "none" else [plan, *seams]
-
-
 def workload(plan: TilePlan, settings: Settings) -> tuple[int, int]:
     """(tiles, pixels of all of them) that are painted if none is left out."""
-    passes = _passes(plan, settings)
-    return sum(map(len, passes)), sum(len(tiles) * math.prod(tiles.tile_size) for tiles in passes)
+    grids = [tiles for tiles, *_ in passes(plan, settings)]
+    return sum(map(len, grids)), sum(len(tiles) * math.prod(tiles.tile_size) for tiles in grids)
 
 
 def upscale(
@@ -175,6 +169,7 @@ def draw_maps(
     if conditions.shown:
         found[SEMANTIC] = maps.semantic_map(image, conditions.shown, plan)
     if settings.maps in (CONSISTENCY, BOTH):
+        assert conditions.guard is not None  # these maps ask for one
         found[CONSISTENCY] = maps.consistency_map(image, *maps.consistency(conditions.guard, canvas, plan, tiles))
     return found
 
@@ -203,7 +198,7 @@ def _canvas(
     size = plan.width, plan.height
     image = host.upscale(source, size, settings.upscaler)
     mask = mask and mask.resize(size, Image.Resampling.BILINEAR)
-    return Canvas(image, plan, mask, fill(image, mask) if fill and mask else None)
+    return Canvas(image, plan, mask, fill(image, mask) if fill and mask else None, host.device)
 
 
 def preview(conditioner: Conditioner, source: Image.Image, plan: TilePlan) -> Image.Image:
@@ -213,6 +208,7 @@ def preview(conditioner: Conditioner, source: Image.Image, plan: TilePlan) -> Im
     size = plan.width, plan.height
     with torch.no_grad():
         field = conditioner.features(source, size).shown
+    assert field is not None  # a preview asks for that
     share = min(1.0, maps.SIDE / max(size))
     picture = source.resize([max(1, round(side * share)) for side in size], Image.Resampling.LANCZOS)
     return maps.semantic_map(picture, field, plan)

@@ -88,8 +88,8 @@ class Views(Protocol):
 class Host(Protocol):
     """A diffusion model with its img2img sampler, as the engine sees it.
 
-    Pixels are float32 (k, 3, H, W) in [0, 1] on the CPU; latents are the host's own tensors (k, C, H / factor,
-    W / factor) wherever it keeps them. All tiles of a call have one size, a multiple of `factor`.
+    Pixels are float32 (k, 3, H, W) in [0, 1], latents (k, C, H / factor, W / factor) in the host's own dtype, both on
+    its device. All tiles of a call have one size, a multiple of `factor`.
     """
 
     factor: int
@@ -101,7 +101,7 @@ class Host(Protocol):
     shape: UNetShape | None
     """What residuals the UNet takes; None if it takes none."""
     device: torch.device
-    """Where conditions are computed."""
+    """Where all but the canvas is."""
     dtype: torch.dtype
     """In which precision conditions are computed."""
     prompt: str

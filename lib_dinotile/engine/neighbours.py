@@ -20,8 +20,8 @@ HALF, TRACE = 0.5, 0.02
 class Seen:
     """What neighbours show of one tile."""
 
-    pixels: Tensor
-    """(3, H, W) in [0, 1]: what they have painted, as if with full weight."""
+    change: Tensor
+    """(3, H, W): what they add to the source's pixels, as if with full weight."""
     hold: Tensor
     """(1, H, W) in [0, 1]: 1 for what is theirs, fading out to where they show nothing."""
     latents: Tensor
@@ -34,44 +34,43 @@ class Neighbours:
     """The tiles of a pass that are painted, as far as others overlap them."""
 
     def __init__(self, canvas: Canvas, plan: Tiles, blend: Blend, factor: int) -> None:
+        """blend: the weights that tiles are painted with, on the canvas's device; factor: pixels per latent cell."""
         self._canvas, self._plan, self._blend, self._factor = canvas, plan, blend, factor
         self._done: set[Rect] = set()
-        self._told: dict[Rect, list[tuple[Rect, Tensor]]] = {}
+        self._sampled: dict[Rect, list[tuple[Rect, Tensor]]] = {}
 
     def add(self, tile: Rect, latents: Tensor) -> None:
-        """A tile is painted, sampled as these latents (C, h, w). Others hold on to it if those are finite."""
+        """A tile is painted, sampled as these latents (C, h, w)."""
         self._done.add(tile)
-        self._told.pop(tile, None)
-        if not latents.isfinite().all():
-            return
+        self._sampled.pop(tile, None)
         for other in self._plan.touching(tile):
             if other not in self._done:
                 part = tile.intersection(other).within(tile).shrink(self._factor)
-                self._told.setdefault(other, []).append((tile, latents[(slice(None), *part.slices)].clone()))
+                self._sampled.setdefault(other, []).append((tile, part.of(latents).clone()))
 
     def seen(self, tile: Rect) -> Seen | None:
         """What the tiles painted so far show of this one, if anything."""
-        told = self._told.get(tile)
-        if not told:
+        neighbours = self._sampled.get(tile)
+        if not neighbours:
             return None
-        factor, share = self._factor, torch.zeros(1, tile.height, tile.width)
-        most, latents = torch.zeros(1, tile.height // factor, tile.width // factor), None
-        for other, sampled in told:
+        factor, device = self._factor, self._canvas.device
+        share = torch.zeros(1, tile.height, tile.width, device=device)
+        most, latents = torch.zeros(1, tile.height // factor, tile.width // factor, device=device), None
+        for other, sampled in neighbours:
             part = other.intersection(tile)
-            weight = self._blend.weight(other)[part.within(other).slices][None]
-            share[(slice(None), *part.within(tile).slices)] += weight
+            weight = part.within(other).of(self._blend.weight(other))[None]
+            part.within(tile).of(share).add_(weight)
+            sampled = sampled.to(device)
             if latents is None:
                 latents = sampled.new_zeros(len(sampled), *most.shape[1:])
             # A cell is as it was sampled for the tile that shows most of it.
-            cells = (slice(None), *part.within(tile).shrink(factor).slices)
-            weight = F.avg_pool2d(weight, factor)
-            latents[cells] = torch.where(weight > most[cells], sampled, latents[cells])
-            most[cells] = torch.maximum(weight, most[cells])
-        if not share.any():
-            return None
-        known = share > TRACE
-        change = self._canvas.change(tile) * torch.where(known, 1 / share, 0)
-        held = -F.max_pool2d(-(share > HALF).float(), factor) > 0
+            cells, weight = part.within(tile).shrink(factor), F.avg_pool2d(weight, factor)
+            weight = weight * sampled.isfinite().all(0, keepdim=True)
+            cells.of(latents).copy_(torch.where(weight > cells.of(most), sampled, cells.of(latents)))
+            cells.of(most).copy_(torch.maximum(weight, cells.of(most)))
+        held = (-F.max_pool2d(-(share > HALF).float(), factor) > 0) & (most > 0)
         # At the border of what is held the neighbours show alone: a step that the model leaves there is not seen.
-        hold = (share / HALF).clamp(max=1) * known
-        return Seen((self._canvas.source(tile) + change).clamp(0, 1), hold, latents, held)
+        known = share > TRACE
+        hold = (share / HALF).clamp_(max=1).mul_(known)
+        change = self._canvas.change(tile).mul_(known / share.clamp_(min=TRACE))
+        return Seen(change, hold, latents, held)

@@ -1,4 +1,4 @@
-"""A pass over the canvas, and what becomes of the tiles that are painted in it."""
+"""What is painted, one on top of the other."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from torch import Tensor
-
-from lib_dinotile.tiling.blend import Blend
-from lib_dinotile.tiling.plan import Rect, Tiles
+from lib_dinotile.settings import Settings
+from lib_dinotile.tiling.blend import RIM, Blend
+from lib_dinotile.tiling.plan import Rect, TilePlan, Tiles
+from lib_dinotile.tiling.seams import seam_passes
 
 
 @dataclass(frozen=True)
@@ -37,17 +37,8 @@ class Pass:
         return len(self.tiles) * self.cost(self.steps)
 
 
-@dataclass
-class Painted:
-    """What became of a batch of tiles."""
-
-    tiles: list[tuple[Tensor, Tensor]]
-    """As they are to be painted (3, H, W), and as they were sampled (C, h, w), half precision; as many as were done."""
-    notes: Sequence[str] = ()
-    """What there is to say."""
-    error: BaseException | None = None
-    """What broke it off."""
-    kept: bool = False
-    """Whether the journal has them already."""
-    seconds: float | None = None
-    """How long a tile took, where they were not kept."""
+def passes(plan: TilePlan, settings: Settings) -> list[tuple[Tiles, Blend, float | None]]:
+    """What is painted, one on top of the other: the plan, and the seam pass over it; weights and denoising strength."""
+    seams = seam_passes(plan, settings.seams, settings.seam_width)
+    first = [] if settings.order == "none" else [(plan, Blend(plan, RIM), None)]
+    return first + [(grid, blend, settings.seam_denoise) for grid, blend in seams]

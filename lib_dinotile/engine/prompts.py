@@ -35,7 +35,7 @@ class TilePrompts:
 
     def __init__(self, host: Host, canvas: Canvas, plan: TilePlan, settings: Settings, report: Report) -> None:
         """Asks the interrogator, if it is wanted, for all tiles that have no line and are not outside the mask."""
-        self._host, self._settings = host, settings
+        self._host, self._settings, self._report = host, settings, report
         self._tiles = report.tiles if settings.prompts_by_tile else []
         lines = parse_lines(settings.tile_prompts)
         for tile in self._tiles:
@@ -50,7 +50,7 @@ class TilePrompts:
         """What a tile there is told, or None for the main prompt; one of another plan has the words of the nearest."""
         if not self._tiles:
             return None
-        nearest = min(self._tiles, key=lambda tile: _distance(tile.area, area))
+        nearest = self._report.of(area) or min(self._tiles, key=lambda tile: _distance(tile.area, area))
         return _told(self._host, self._settings, nearest.prompt)
 
 

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from lib_dinotile.condition.guard import Verdict
-from lib_dinotile.engine.passes import Painted
 from lib_dinotile.tiling.plan import Rect
 
 PAINTED, WAITING = "painted", "not reached"
@@ -44,18 +43,33 @@ class Report:
     retried: float | None = None
     """What the guard's retries have cost, as a share of the sampling work without them."""
 
-    def tell(self, tiles: Sequence[Rect], painted: Painted) -> None:
-        """What there is to say of tiles that were painted, once more perhaps."""
-        for tile in self.tiles:
-            if tile.area in tiles and painted.seconds is not None:
-                tile.seconds = (tile.seconds or 0.0) + painted.seconds
-        for note in painted.notes:
+    def __post_init__(self) -> None:
+        self._by_area = {tile.area: tile for tile in self.tiles}
+
+    def of(self, area: Rect) -> TileReport | None:
+        """The plan's tile that lies there."""
+        return self._by_area.get(area)
+
+    def _each(self, areas: Iterable[Rect]) -> Iterator[TileReport]:
+        return (tile for tile in map(self.of, areas) if tile is not None)
+
+    def tell(self, tiles: Sequence[Rect], notes: Sequence[str], seconds: float | None) -> None:
+        """What there is to say of tiles that were painted, once more perhaps; seconds: that each has taken."""
+        for tile in self._each(tiles):
+            if seconds is not None:
+                tile.seconds = (tile.seconds or 0.0) + seconds
+        for note in notes:
             self.note(note)
+
+    def set_state(self, area: Rect, state: str) -> None:
+        """If it is a tile of the plan."""
+        for tile in self._each([area]):
+            tile.state = state
 
     def judge(self, verdicts: Mapping[Rect, Verdict]) -> None:
         """The guard's verdicts on tiles."""
-        for tile in self.tiles:
-            tile.verdict = verdicts.get(tile.area, tile.verdict)
+        for tile in self._each(verdicts):
+            tile.verdict = verdicts[tile.area]
 
     def note(self, line: str) -> None:
         if line not in self.notes:
@@ -79,21 +93,17 @@ class Report:
     @property
     def _guarded(self) -> list[str]:
         """What the guard found, in a line."""
-        judged = [tile for tile in self.tiles if tile.verdict is not None]
+        judged = {tile.number: tile.verdict for tile in self.tiles if tile.verdict is not None}
         if not judged:
             return []
-
-        def named(tiles: list[TileReport]) -> str:
-            return ranges([tile.number for tile in tiles])
-
-        doubted = [tile for tile in judged if tile.verdict.doubt_before]
+        doubted = {number: verdict for number, verdict in judged.items() if verdict.doubt_before}
         if not doubted:
             return [f"guard: all {len(judged)} tiles show what the source shows"]
-        blended = [tile for tile in doubted if tile.verdict.blended]
-        left = [tile for tile in doubted if tile.verdict.doubt_after and tile not in blended]
-        mended = [tile for tile in doubted if tile not in blended and tile not in left]
+        blended = [number for number, verdict in doubted.items() if verdict.blended]
+        left = [number for number, verdict in doubted.items() if verdict.doubt_after and not verdict.blended]
+        mended = [number for number in doubted if number not in blended and number not in left]
         outcomes = (("mended by painting again", mended), ("blended back in part", blended), ("still in doubt", left))
-        told = "; ".join(f"{words}: {named(tiles)}" for words, tiles in outcomes if tiles)
+        told = "; ".join(f"{words}: {ranges(numbers)}" for words, numbers in outcomes if numbers)
         return [f"guard: {len(doubted)} of {len(judged)} tiles were in doubt ({told})"]
 
     def json(self) -> dict[str, Any]:

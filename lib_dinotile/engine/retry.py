@@ -20,13 +20,16 @@ from torch import Tensor
 
 from lib_dinotile.condition.guard import BLEND, RETRY, Guard, Verdict
 from lib_dinotile.engine.host import Host, Interrupted
+from lib_dinotile.engine.memory import BatchSize
 from lib_dinotile.engine.neighbours import HALF
-from lib_dinotile.engine.passes import Painted, Pass
+from lib_dinotile.engine.painter import Attempt, Painted, TilePainter, raise_first
+from lib_dinotile.engine.passes import Pass
 from lib_dinotile.engine.report import Report
-from lib_dinotile.engine.sampling import BatchSize, chunks
 from lib_dinotile.engine.team import Team
+from lib_dinotile.engine.views import chunks
 from lib_dinotile.settings import Settings
 from lib_dinotile.tiling.canvas import Canvas
+from lib_dinotile.tiling.noise import NoiseField
 from lib_dinotile.tiling.plan import Rect
 
 WEAKER = 0.7
@@ -36,7 +39,7 @@ MOST, FEW = 0.5, 4
 
 
 @dataclass(frozen=True)
-class Attempt:
+class Retry:
     """How a tile is painted again."""
 
     seed: int
@@ -45,18 +48,18 @@ class Attempt:
     """Share of the denoising strength."""
 
 
-def attempts(settings: Settings) -> list[Attempt]:
+def retries(settings: Settings) -> list[Retry]:
     """First other seeds, then other seeds with less and less denoise; none with another policy."""
     if settings.guard != RETRY or settings.guard_budget == 0:
         return []
     seeds, weaker = settings.guard_seeds, settings.guard_weaker
-    fresh = [Attempt(1 + number, 1.0) for number in range(seeds)]
-    return fresh + [Attempt(1 + seeds + number, WEAKER ** (number + 1)) for number in range(weaker)]
+    fresh = [Retry(1 + number, 1.0) for number in range(seeds)]
+    return fresh + [Retry(1 + seeds + number, WEAKER ** (number + 1)) for number in range(weaker)]
 
 
 def reserve(settings: Settings) -> float:
     """What retries may cost, as a share of the work without them."""
-    return min(settings.guard_budget, sum(attempt.denoise for attempt in attempts(settings)))
+    return min(settings.guard_budget, sum(retry.denoise for retry in retries(settings)))
 
 
 @dataclass
@@ -69,6 +72,8 @@ class Budget:
     """Of the passes so far, without retries."""
     spent: int = 0
     """On retries."""
+    hopeless: bool = False
+    """Whether so many tiles are in doubt that painting them again is no help."""
 
     def pays_for(self, cost: int) -> int:
         """How many more retries of that cost there may be."""
@@ -109,27 +114,16 @@ class Change:
     """Share of its patches that are blended back to the source."""
 
 
-@dataclass(frozen=True)
-class Shown:
-    """A tile that is painted again, as the canvas shows it."""
+class Record(Protocol):
+    """Who keeps what is painted, and says how far it is: the run."""
 
-    tile: Rect
-    pixels: Tensor
-    """(3, H, W) in [0, 1]."""
-    hold: Tensor
-    """(1, H, W) in [0, 1]: 1 for what is to stay."""
+    def kept(self, step: str, tiles: Sequence[Rect]) -> Painted | None:
+        """Tiles as an earlier run has painted them in that step, if it has."""
 
-
-class Painter(Protocol):
-    """Who paints the tiles of a pass."""
-
-    def repaint(self, done: Pass, shown: Sequence[Shown], attempt: Attempt) -> Painted:
-        """Tiles painted again, holding on to what is to stay."""
-
-    def keep(self, done: Pass, tiles: Sequence[Rect], painted: Painted, attempt: Attempt) -> None:
+    def keep(self, step: str, tiles: Sequence[Rect], painted: Painted) -> None:
         """They are painted, perhaps by another process."""
 
-    def tell(self, done: Pass, text: str, used: float) -> None:
+    def tell(self, now: Pass, text: str, used: float) -> None:
         """Say what is being done, and what share of the budget is spent once the next tiles are sampled."""
 
 
@@ -139,62 +133,78 @@ class _Watched:
     def __init__(self, guard: Guard, tile: Rect, fade: Tensor, free: Tensor | None) -> None:
         self._guard, self.tile, self.fade, self.free = guard, tile, fade, free
         self.plain = functools.cache(lambda: guard.plain(tile))
-        self.verdict: Verdict | None = None
+        self.judged = Judged(torch.zeros(0), torch.zeros(0, dtype=torch.bool), 0.0)
+        self.verdict = Verdict(1.0, 1.0, 0.0, 0.0)
+
+    def begin(self, change: Change) -> None:
+        """It is judged for the first time."""
+        self.take(change)
+        self.verdict.before, self.verdict.doubt_before = self.verdict.after, self.verdict.doubt_after
 
     def take(self, change: Change) -> None:
         """It has become that."""
         self.judged, guard = change.judged, self._guard
         own = guard.own(self.tile, self.judged.distances, self.free)
-        score = guard.score(self.tile, self.judged.distances, self.free)
-        share = float(self.judged.doubt.sum() / own.sum())
-        if self.verdict is None:
-            self.verdict = Verdict(score, score, share, share)
-        self.verdict.after, self.verdict.doubt_after = score, share
+        self.verdict.after = guard.score(self.tile, self.judged.distances, self.free)
+        self.verdict.doubt_after = float(self.judged.doubt.sum() / own.sum())
         self.verdict.blended = max(self.verdict.blended, change.blended)
 
 
 class RetryPolicy:
-    """The guard and its policy, for the canvas of a run."""
+    """The guard and its policy, for one pass over a canvas."""
 
     def __init__(
-        self, guard: Guard, canvas: Canvas, settings: Settings, host: Host, size: BatchSize, team: Team, report: Report
+        self,
+        guard: Guard,
+        canvas: Canvas,
+        settings: Settings,
+        host: Host,
+        noise: NoiseField,
+        size: BatchSize,
+        team: Team,
+        report: Report,
+        budget: Budget,
+        done: Pass,
+        painter: TilePainter,
+        record: Record,
     ) -> None:
-        self._guard, self._canvas, self._settings, self._host = guard, canvas, settings, host
-        self._size, self._team, self._report = size, team, report
-        self.budget = Budget(settings.guard_budget)
-        self._hopeless = False
+        """budget: of the whole run; done: the pass that is painted; painter: has painted it."""
+        self._guard, self._canvas, self._settings, self._host, self._noise = guard, canvas, settings, host, noise
+        self._size, self._team, self._report, self._budget = size, team, report, budget
+        self._pass, self._painter, self._record = done, painter, record
 
-    def __call__(self, done: Pass, tiles: Sequence[Rect], painter: Painter, stopped: bool) -> None:
-        """Judges these tiles of a pass that is done, mends what is in doubt, and reports.
+    def __call__(self, tiles: Sequence[Rect], stopped: bool) -> None:
+        """Judges these tiles, mends what is in doubt, and reports.
 
         stopped: the user does not want to wait for more to be painted.
         """
-        self.budget.work += len(tiles) * done.cost(done.steps)
+        done, budget = self._pass, self._budget
+        budget.work += len(tiles) * done.cost(done.steps)
         if not tiles:
             return
-        painter.tell(done, f"checking {counted(len(tiles), 'tile')}", self.budget.used())
-        watched = [_Watched(self._guard, tile, *self._fades(done, tile)) for tile in tiles]
+        self._record.tell(done, f"checking {counted(len(tiles), 'tile')}", budget.used())
+        watched = [_Watched(self._guard, tile, *self._fades(tile)) for tile in tiles]
         for one, change in self._shared(watched, self._judge):
-            one.take(change)
+            one.begin(change)
         try:
             if not stopped:
-                self._retry(done, watched, painter)
+                self._retry(watched)
         except Interrupted:
             pass  # what is painted already is kept; the user's wish is heard before the next batch
         if self._settings.guard in (BLEND, RETRY):
-            for wave in _apart(done, [one for one in watched if one.judged.doubtful]):
+            for wave in self._apart([one for one in watched if one.judged.doubtful]):
                 for one, change in self._shared(wave, self._blend_back):
                     self._apply(one, change)
         self._report.judge({one.tile: one.verdict for one in watched})
         if self._settings.guard == RETRY:
-            self._report.retried = self.budget.spent / (self.budget.work or 1)
+            self._report.retried = budget.spent / (budget.work or 1)
 
-    def _fades(self, done: Pass, tile: Rect) -> tuple[Tensor, Tensor | None]:
+    def _fades(self, tile: Rect) -> tuple[Tensor, Tensor | None]:
         """(H, W) in [0, 1]: how far the tile is mended at each pixel, less where neighbours show; and how much of each
         it may change, None for all."""
-        fade, mask = (done.blend.weight(tile) / HALF).clamp(max=1), self._canvas.mask(tile)
+        fade, mask = (self._pass.blend.weight(tile) / HALF).clamp(max=1), self._canvas.mask(tile)
         free = fade if mask is None else fade * mask[0]
-        return fade, None if bool((free == 1).all()) else free
+        return fade, None if bool((free == 1).all()) else free.cpu()
 
     def _shared(
         self, watched: Sequence[_Watched], work: Callable[[Sequence[_Watched]], list[Change]]
@@ -207,15 +217,16 @@ class RetryPolicy:
     def _see(self, watched: Sequence[_Watched], pixels: Sequence[Tensor]) -> list[Judged]:
         """The tiles with these pixels (3, H, W), judged."""
         found: list[Judged] = []
-
-        def look(part: Sequence[tuple[_Watched, Tensor]]) -> None:
-            tiles, shown = [one.tile for one, _ in part], torch.stack([each for _, each in part])
-            for (one, _), distances in zip(part, self._guard.distances(tiles, shown)):
-                doubt = self._guard.doubt(one.tile, distances, one.free, one.plain)
-                beyond = (distances - self._guard.limit).nan_to_num(nan=2.0)
-                found.append(Judged(distances, doubt, float(beyond[doubt].sum())))
-
-        self._size.run(list(zip(watched, pixels)), look)
+        each = list(zip(watched, pixels))
+        for part in self._size.parts(each, found):
+            with self._size.halved(len(part)):
+                tiles, shown = [one.tile for one, _ in part], torch.stack([image for _, image in part])
+                judged = []
+                for (one, _), distances in zip(part, self._guard.distances(tiles, shown)):
+                    doubt = self._guard.doubt(one.tile, distances, one.free, one.plain)
+                    beyond = (distances - self._guard.limit).nan_to_num(nan=2.0)
+                    judged.append(Judged(distances, doubt, float(beyond[doubt].sum())))
+                found += judged
         return found
 
     def _now(self, watched: Sequence[_Watched]) -> list[tuple[Tensor, Judged]]:
@@ -226,63 +237,71 @@ class RetryPolicy:
     def _judge(self, watched: Sequence[_Watched]) -> list[Change]:
         return [Change(judged) for _, judged in self._now(watched)]
 
+    def _apart(self, watched: Sequence[_Watched]) -> list[list[_Watched]]:
+        """The tiles in groups of which no two overlap."""
+        by_tile = {one.tile: one for one in watched}
+        waves = [[by_tile[tile] for tile in wave if tile in by_tile] for wave in self._pass.plan.apart]
+        return [wave for wave in waves if wave]
+
     def _apply(self, one: _Watched, change: Change) -> None:
         if change.pixels is not None:
-            self._canvas.add(one.tile, change.pixels)
+            self._canvas.add(one.tile, change.pixels.to(self._canvas.device))
         one.take(change)
 
-    def _retry(self, done: Pass, watched: Sequence[_Watched], painter: Painter) -> None:
-        """All attempts, each for as many tiles as the budget pays for."""
-        ways, doubtful = attempts(self._settings), sum(one.judged.doubtful for one in watched)
-        if ways and not self._hopeless and len(watched) >= FEW and doubtful > MOST * len(watched):
-            self._hopeless = True
+    def _retry(self, watched: Sequence[_Watched]) -> None:
+        """All retries, each for as many tiles as the budget pays for."""
+        done, budget, ways = self._pass, self._budget, retries(self._settings)
+        doubtful = sum(one.judged.doubtful for one in watched)
+        if ways and not budget.hopeless and len(watched) >= FEW and doubtful > MOST * len(watched):
+            budget.hopeless = True
             self._report.note(
                 f"the guard doubts most tiles ({doubtful} of {len(watched)}) and paints none of them again: use less "
                 "denoising strength, another checkpoint or a looser (higher) guard threshold"
             )
-        if self._hopeless:
+        if budget.hopeless:
             return
-        denoise = self._host.denoise if done.denoise is None else done.denoise
-        for number, attempt in enumerate(ways, 1):
-            cost = done.cost(self._host.steps(denoise * attempt.denoise))
+        for number, retry in enumerate(ways, 1):
+            cost = done.cost(self._host.steps(self._denoise(retry)))
             most_first = sorted((one for one in watched if one.judged.doubtful), key=lambda one: -one.judged.excess)
-            chosen = most_first[: self.budget.pays_for(cost)]
+            chosen = most_first[: budget.pays_for(cost)]
             text = f"repainting {counted(len(chosen), 'doubtful tile')}{f', attempt {number}' if number > 1 else ''}"
-            for wave in _apart(done, chosen):
+            for wave in self._apart(chosen):
                 for group in chunks(chunks(wave, self._settings.batch), self._team.size):
                     if self._host.interrupted():
                         raise Interrupted
-                    painter.tell(done, text, self.budget.used(cost * sum(map(len, group))))
-                    self._again(done, group, attempt, cost, painter)
+                    self._record.tell(done, text, budget.used(cost * sum(map(len, group))))
+                    self._again(group, retry, cost)
         left = sum(one.judged.doubtful and not one.verdict.retries for one in watched)
         if left and ways:
             self._report.note(
                 f"guard: {counted(left, 'doubtful tile')} not painted again: the retry budget of "
-                f"{self.budget.share:g} is used up"
+                f"{budget.share:g} is used up"
             )
 
-    def _again(
-        self, done: Pass, group: Sequence[Sequence[_Watched]], attempt: Attempt, cost: int, painter: Painter
-    ) -> None:
+    def _denoise(self, retry: Retry) -> float:
+        """Its denoising strength."""
+        return retry.denoise * (self._host.denoise if self._pass.denoise is None else self._pass.denoise)
+
+    def _step(self, retry: Retry) -> str:
+        """How the journal names it."""
+        return f"{self._pass.number}-retry{retry.seed}"
+
+    def _again(self, group: Sequence[Sequence[_Watched]], retry: Retry, cost: int) -> None:
         """One more attempt at what is in doubt of some batches of tiles, one batch for each of the team."""
-        found = self._team.share(group, lambda batch: self._mend(done, batch, attempt, painter))
+        found = self._team.share(group, functools.partial(self._mend, retry))
         for batch, (changes, painted) in zip(group, found):
             again = [one for one, change in zip(batch, changes) if change.repainted]
             for one, change in zip(batch, changes):
                 self._apply(one, change)
             for one in again:
                 one.verdict.retries += 1
-                one.verdict.seeds += (attempt.seed,)
-            self.budget.spent += cost * len(again)
+                one.verdict.seeds += (retry.seed,)
+            self._budget.spent += cost * len(again)
             if painted is not None:
-                painter.keep(done, [one.tile for one in again], painted, attempt)
-        for _, painted in found:
-            if painted is not None and painted.error is not None:
-                raise painted.error
+                self._record.keep(self._step(retry), [one.tile for one in again], painted)
+        raise_first([painted for _, painted in found if painted is not None])
 
-    def _mend(
-        self, done: Pass, batch: Sequence[_Watched], attempt: Attempt, painter: Painter
-    ) -> tuple[list[Change], Painted | None]:
+    def _mend(self, retry: Retry, batch: Sequence[_Watched]) -> tuple[list[Change], Painted | None]:
         """Of each patch in doubt the better of what shows and one more attempt; nothing for tiles that neighbours have
         mended already."""
         now = self._now(batch)
@@ -290,14 +309,21 @@ class RetryPolicy:
         doubted = [number for number, (_, judged) in enumerate(now) if judged.doubtful]
         if not doubted:
             return changes, None
-        shown = [
-            Shown(batch[number].tile, now[number][0], 1 - self._guard.area(batch[number].tile, now[number][1].doubt))
-            for number in doubted
-        ]
-        painted = painter.repaint(done, shown, attempt)
+        tiles = [batch[number].tile for number in doubted]
+        painted = self._record.kept(self._step(retry), tiles)
+        if painted is None:
+            seen = {
+                tile: self._painter.holding(tile, now[number][0], 1 - self._guard.area(tile, now[number][1].doubt))
+                for number, tile in zip(doubted, tiles)
+            }
+            attempt = Attempt(self._noise.reseeded(retry.seed), self._denoise(retry), seen)
+            painted = self._painter.paint(tiles, attempt)
         doubted = doubted[: len(painted.tiles)]
         ones, before = [batch[number] for number in doubted], [now[number] for number in doubted]
-        fresh = [pixels.float() for pixels, _ in painted.tiles]
+        fresh = [
+            self._canvas.source(tile).add_(one.change.to(self._canvas.device))
+            for tile, one in zip(tiles, painted.tiles)
+        ]
         mixed = [
             self._mix(one, judged.doubt & (new.distances < judged.distances), pixels, other)
             for one, (pixels, judged), new, other in zip(ones, before, self._see(ones, fresh), fresh)
@@ -324,13 +350,6 @@ class RetryPolicy:
         for (number, (share, pixels, other)), judged in zip(mixed.items(), found):
             changes[number] = Change(judged, (other - pixels).half(), blended=share)
         return changes
-
-
-def _apart(done: Pass, watched: Sequence[_Watched]) -> list[list[_Watched]]:
-    """The tiles in groups of which no two overlap."""
-    by_tile = {one.tile: one for one in watched}
-    waves = [[by_tile[tile] for tile in wave if tile in by_tile] for wave in done.plan.apart]
-    return [wave for wave in waves if wave]
 
 
 def counted(count: int, noun: str) -> str:

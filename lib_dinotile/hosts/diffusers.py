@@ -129,7 +129,7 @@ class DiffusersHost:
         return self._codec.encode(fast((pixels * 2).sub_(1).to(self.device)))
 
     def decode(self, latents: Tensor) -> Tensor:
-        return (self._codec.decode(fast(latents)).cpu() + 1) / 2
+        return (self._codec.decode(fast(latents)) + 1) / 2
 
     def sample(
         self,

@@ -22,7 +22,7 @@ from lib_dinotile.hosts import decoders, upscalers
 from lib_dinotile.hosts.bars import Bars
 from lib_dinotile.hosts.interrogators import INTERROGATORS
 from lib_dinotile.hosts.memory_format import fast, fast_input
-from lib_dinotile.hosts.patched import overridden
+from lib_dinotile.hosts.patched import overridden, seeded
 from lib_dinotile.tiling.canvas import Canvas
 from lib_dinotile.tiling.noise import TileNoise
 
@@ -152,29 +152,21 @@ class WebUIHost:
     def _encode(self, tile: Tensor) -> Tensor:
         """One at a time, as the WebUI does. It draws from the VAE's distribution with whatever state torch's generator
         happens to have; here every tile gets the same draw, so that a tile always has the same latent."""
-        with self._own_random(), devices.autocast():
+        with seeded(self.device), devices.autocast():
             return sd_samplers_common.images_tensor_to_samples(fast(tile), model=self._p.sd_model)
-
-    @contextlib.contextmanager
-    def _own_random(self) -> Iterator[None]:
-        """torch's generators in a state that is always the same, and afterwards as they were."""
-        cuda = [self.device] if self.device.type == "cuda" else []
-        with torch.random.fork_rng(devices=cuda):
-            torch.manual_seed(0)
-            yield
 
     def decode(self, latents: Tensor) -> Tensor:
         return torch.cat([self._decode(latent) for latent in latents.split(1)])
 
     def _decode(self, latent: Tensor) -> Tensor:
         size = [side * self.factor for side in latent.shape[-2:]]
-        broken = torch.full((1, 3, *size), torch.nan)
+        broken = torch.full((1, 3, *size), torch.nan, device=self.device)
         if not latent.isfinite().all():
             return broken
         with devices.without_autocast():
             try:
                 decoded = processing.decode_latent_batch(
-                    self._p.sd_model, fast(latent), target_device=devices.cpu, check_for_nans=True
+                    self._p.sd_model, fast(latent), target_device=self.device, check_for_nans=True
                 )
             except devices.NansException:
                 return broken
@@ -344,7 +336,7 @@ class WebUIHost:
     def _image_conditioning(self, latents: Tensor, views: Views, mask: Tensor | None) -> Tensor:
         """Zeros, but for inpainting, depth and editing checkpoints, which look at a tile's own pixels."""
         p = self._p
-        with self._own_random():
+        with seeded(self.device):
             if views.whole:
                 pixels = views.pixels().to(self.device)
                 seen = None if mask is None else F.interpolate(mask.to(pixels), scale_factor=self.factor)

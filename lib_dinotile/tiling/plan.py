@@ -4,10 +4,24 @@ from __future__ import annotations
 
 import itertools
 import math
+from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
+
+from torch import Tensor
 
 ORDERS = ("chess", "linear", "fused", "none")
+
+
+class Size(NamedTuple):
+    """Of an image or a tile, in pixels."""
+
+    width: int
+    height: int
+
+
+EMPTY = Size(0, 0)
 
 
 @dataclass(frozen=True)
@@ -32,17 +46,23 @@ class Rect:
         """(rows, columns), to index the last two dimensions of an array."""
         return slice(self.y, self.bottom), slice(self.x, self.right)
 
+    def of(self, field: Tensor) -> Tensor:
+        """This part (..., height, width) of a field (..., H, W): a view, to be read or written."""
+        return field[(..., *self.slices)]
+
     def shrink(self, factor: int) -> Rect:
         """The same rectangle on a grid of `factor` pixels per cell; ValueError if it does not lie on that grid."""
         if any(v % factor for v in (self.x, self.y, self.width, self.height)):
             raise ValueError(f"{self} does not lie on a grid of {factor} pixels")
         return Rect(self.x // factor, self.y // factor, self.width // factor, self.height // factor)
 
-    def intersection(self, other: Rect) -> Rect | None:
-        """What both cover, if anything."""
+    def intersection(self, other: Rect) -> Rect:
+        """What both cover. ValueError if that is nothing."""
         left, top = max(self.x, other.x), max(self.y, other.y)
         width, height = min(self.right, other.right) - left, min(self.bottom, other.bottom) - top
-        return Rect(left, top, width, height) if width > 0 and height > 0 else None
+        if width <= 0 or height <= 0:
+            raise ValueError(f"{self} and {other} have nothing in common")
+        return Rect(left, top, width, height)
 
     def within(self, other: Rect) -> Rect:
         """The same rectangle, counted from the corner of the other."""
@@ -89,13 +109,22 @@ def _colours(starts: Sequence[int], tile: int) -> int:
 class Tiles:
     """Tiles of one size, as a grid: one at every crossing of `columns` and `rows`."""
 
-    columns: Sequence[int]
-    """Left edges of the tiles."""
-    rows: Sequence[int]
-    """Upper edges of the tiles."""
-    tile_size: tuple[int, int]
-    """(width, height) of every tile."""
     order: str
+
+    @property
+    @abstractmethod
+    def columns(self) -> Sequence[int]:
+        """Left edges of the tiles."""
+
+    @property
+    @abstractmethod
+    def rows(self) -> Sequence[int]:
+        """Upper edges of the tiles."""
+
+    @property
+    @abstractmethod
+    def tile_size(self) -> Size:
+        """Of every tile."""
 
     @property
     def tiles(self) -> list[Rect]:
@@ -135,16 +164,16 @@ class Tiles:
         """The same tiles on a grid of `factor` pixels per cell, which they must lie on."""
         width, height = self.tile_size
         columns, rows = ([start // factor for start in starts] for starts in (self.columns, self.rows))
-        return Grid(columns, rows, (width // factor, height // factor), self.order)
+        return Grid(columns, rows, Size(width // factor, height // factor), self.order)
 
 
 @dataclass(frozen=True)
 class Grid(Tiles):
     """Tiles at given places."""
 
-    columns: Sequence[int]
-    rows: Sequence[int]
-    tile_size: tuple[int, int]
+    columns: Sequence[int] = ()
+    rows: Sequence[int] = ()
+    tile_size: Size = EMPTY
     order: str = "chess"
 
 
@@ -184,15 +213,24 @@ class TilePlan(Tiles):
             raise ValueError(f"order {self.order!r} is none of {', '.join(ORDERS)}")
 
     @property
-    def padded(self) -> tuple[int, int]:
-        """(width, height) of the canvas rounded up to the latent grid."""
-        return ceil_to(self.width, self.factor), ceil_to(self.height, self.factor)
+    def size(self) -> Size:
+        """The canvas's."""
+        return Size(self.width, self.height)
 
     @property
-    def tile_size(self) -> tuple[int, int]:
-        """(width, height) of every tile."""
+    def padded(self) -> Size:
+        """The canvas's, rounded up to the latent grid."""
+        return Size(ceil_to(self.width, self.factor), ceil_to(self.height, self.factor))
+
+    @property
+    def whole(self) -> Rect:
+        """All of the padded canvas."""
+        return Rect(0, 0, *self.padded)
+
+    @property
+    def tile_size(self) -> Size:
         side = self.tile // self.factor * self.factor
-        return min(side, self.padded[0]), min(side, self.padded[1])
+        return Size(min(side, self.padded.width), min(side, self.padded.height))
 
     @property
     def columns(self) -> list[int]:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from lib_dinotile.tiling.blend import RIM, Blend
-from lib_dinotile.tiling.plan import Grid, TilePlan, ceil_to
+from lib_dinotile.tiling.plan import Grid, Size, TilePlan, ceil_to
 
 SEAMS = ("none", "bands", "half tile", "half tile + crossings")
 
@@ -64,13 +64,13 @@ def seam_passes(plan: TilePlan, seams: str, width: int) -> list[tuple[Grid, Blen
         _Bands.across(starts, tile, length, width if seams == "bands" else tile, plan.overlap, plan.factor)
         for starts, tile, length in zip((columns, rows), plan.tile_size, plan.padded)
     )
-    vertical = Grid(across.starts, rows, (across.side, tile_height), order)
-    horizontal = Grid(columns, down.starts, (tile_width, down.side), order)
+    vertical = Grid(across.starts, rows, Size(across.side, tile_height), order)
+    horizontal = Grid(columns, down.starts, Size(tile_width, down.side), order)
     passes = [
         (vertical, Blend(vertical, RIM, across=across.weights)),
         (horizontal, Blend(horizontal, RIM, down=down.weights)),
     ]
     if seams == "half tile + crossings":
-        crossings = Grid(across.starts, down.starts, (across.side, down.side), order)
+        crossings = Grid(across.starts, down.starts, Size(across.side, down.side), order)
         passes.append((crossings, Blend(crossings, RIM, across.weights, down.weights)))
     return [entry for entry in passes if len(entry[0])]

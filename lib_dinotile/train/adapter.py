@@ -25,7 +25,8 @@ from lib_dinotile.dino.encoder import PatchEncoder, without_autocast
 from lib_dinotile.dino.field import FeatureField, feature_field
 from lib_dinotile.dino.head import RestorationHead
 from lib_dinotile.engine.flow import upscale
-from lib_dinotile.engine.latents import SourceLatents, pieces
+from lib_dinotile.engine.latents import SourceLatents
+from lib_dinotile.engine.memory import PieceSize
 from lib_dinotile.engine.prediction import coefficients, to_x0
 from lib_dinotile.hosts.diffusers import DiffusersHost
 from lib_dinotile.settings import Settings
@@ -48,7 +49,7 @@ def encode_image(host: DiffusersHost, image: Image.Image, tile: int) -> Tensor:
     """The latents (C, h, w) of a whole canvas, RGB, as its tiles get them in use."""
     plan = TilePlan(*image.size, tile, 0, host.factor)
     canvas, whole = Canvas(image, plan), Rect(0, 0, *plan.padded)
-    return SourceLatents(host, canvas, pieces(plan, plan.padded, host.factor), print).crop(whole)
+    return SourceLatents(host, canvas, whole, PieceSize(plan.tile_size, host.factor), print).crop(whole)
 
 
 def fitting(host: DiffusersHost, caption: str) -> str:

@@ -20,7 +20,7 @@ from lib_dinotile.condition.adapter_file import FORMAT, read_metadata, save_adap
 from lib_dinotile.dino.encoder import PatchEncoder, load_encoder
 from lib_dinotile.dino.head import FORMAT as HEAD_FORMAT
 from lib_dinotile.dino.head import RestorationHead, load_heads, save_heads
-from lib_dinotile.engine.sampling import is_out_of_memory
+from lib_dinotile.engine.memory import is_out_of_memory
 from lib_dinotile.engine.team import Team, make_team
 from lib_dinotile.hosts.diffusers import DiffusersHost, load_host
 from lib_dinotile.settings import Generation

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import TypeVar
 
 import torch
 from torch import Tensor
 
-from lib_dinotile import DinotileError
-from lib_dinotile.engine.host import Batch, Host, See
+from lib_dinotile.engine.host import Batch, See, Views
+from lib_dinotile.engine.memory import BatchSize
 from lib_dinotile.engine.team import Team
 from lib_dinotile.tiling.blend import Blend
 from lib_dinotile.tiling.plan import Rect, Tiles
@@ -17,7 +18,7 @@ from lib_dinotile.tiling.plan import Rect, Tiles
 T = TypeVar("T")
 
 
-class Whole:
+class Whole(Views):
     """The latents are those of one batch of tiles."""
 
     whole = True
@@ -34,13 +35,13 @@ class Whole:
         return see(x, self._batch)
 
 
-class Fused:
+class Fused(Views):
     """The latents (1, C, H, W) are those of the canvas; at every step the model's outputs for all tiles are blended.
 
     MultiDiffusion (arXiv 2302.08113) with weights that fall off towards a tile's border, as Mixture of Diffusers
     (arXiv 2302.02412) has them; here they are those that tiles are painted with. What no tile covers stays.
 
-    A tile that the model gives what is not a number for is left out from then on, or it would spread to all others.
+    A tile that the model returns NaN for is left out from then on, or it would spread to all others.
     """
 
     whole = False
@@ -58,7 +59,7 @@ class Fused:
         """plan: the tiles in pixels; wanted: those that are sampled; make: gives the batch for some of them."""
         self._factor, self._make, self._size, self._team = factor, make, size, team
         self.lost: set[Rect] = set()
-        """Tiles for which the model gave what is not a number."""
+        """Tiles that the model returned NaN for."""
         self.limit = size.limit
         self._blend = Blend(plan.shrink(factor), rim=1)
         self._batches = [make(tiles) for tiles in chunks(wanted, size.asked)]
@@ -72,7 +73,7 @@ class Fused:
         output = torch.zeros(x.shape, device=x.device)
         total = torch.zeros(x.shape[-2:], device=x.device)
         for group in chunks(self._batches, self._team.size):
-            seen = self._team.share(group, lambda batch: self._see(x, batch, see))
+            seen = self._team.share(group, partial(self._see, x, see))
             for batch, outputs in zip(group, seen):
                 finite = torch.stack(outputs).isfinite().flatten(1).all(1).tolist()
                 self.lost.update(tile for tile, good in zip(batch.tiles, finite) if not good)
@@ -81,79 +82,26 @@ class Fused:
                         continue
                     area = tile.shrink(self._factor)
                     weight = self._blend.weight(area).to(x.device)
-                    output[(0, slice(None), *area.slices)] += out.to(output) * weight
-                    total[area.slices] += weight
+                    area.of(output[0]).add_(out.to(output) * weight)
+                    area.of(total).add_(weight)
         blended = (output / total.clamp(min=1e-6)).to(x.dtype)
         return blended if (total > 0).all() else torch.where(total > 0, blended, known())
 
-    def _see(self, x: Tensor, batch: Batch, see: See) -> list[Tensor]:
+    def _see(self, x: Tensor, see: See, batch: Batch) -> list[Tensor]:
+        """The model's outputs (C, h, w) for the tiles of a batch."""
         outputs: list[Tensor] = []
-
-        def look(tiles: Sequence[Rect]) -> None:
-            areas = [tile.shrink(self._factor) for tile in tiles]
-            key = tuple(tiles)
-            if len(tiles) < len(batch.tiles) and key not in self._parts:
-                self._parts[key] = self._make(tiles)
-            part = self._parts.get(key, batch)
-            outputs.extend(see(torch.cat([x[(..., *area.slices)] for area in areas]), part))
-            if part.condition is not None:
-                part.condition.forget()
-
-        self._size.run(batch.tiles, look)
+        for tiles in self._size.parts(batch.tiles, outputs):
+            with self._size.halved(len(tiles)):
+                part = batch if len(tiles) == len(batch.tiles) else self._part(tuple(tiles))
+                outputs += see(torch.cat([tile.shrink(self._factor).of(x) for tile in tiles]), part)
+                if part.condition is not None:
+                    part.condition.forget()
         return [out.cpu() for out in outputs] if self._team.size > 1 else outputs
 
-
-class OutOfMemoryError(DinotileError):
-    """Not even one tile fits."""
-
-
-class BatchSize:
-    """How many tiles go together: what the user asked for, halved for good whenever the memory does not hold it."""
-
-    def __init__(self, limit: int, free: Callable[[], None], note: Callable[[str], None]) -> None:
-        """free: gives memory back; note: tells the user."""
-        self.asked = self.limit = limit
-        self._free, self._note = free, note
-
-    def run(self, tiles: Sequence[T], work: Callable[[Sequence[T]], None]) -> None:
-        """`work` on all the tiles, some at a time; it is called again with fewer of them if it ran out of memory."""
-        start = 0
-        while start < len(tiles):
-            part = tiles[start : start + self.limit]
-            try:
-                work(part)
-                start += len(part)
-                continue
-            except Exception as error:
-                if not is_out_of_memory(error):
-                    raise
-                if len(part) == 1:
-                    message = "out of memory with a single tile: give a smaller tile size"
-                    raise OutOfMemoryError(message, 500) from error
-            # Here the error is gone, and with it what its frames kept alive.
-            self.limit = len(part) // 2
-            self._free()
-            self._note(f"out of memory with {len(part)} tiles at once, went on with {self.limit}")
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that memory, of the GPU or of the machine, has run out."""
-    if isinstance(error, (MemoryError, OutOfMemoryError, torch.cuda.OutOfMemoryError)):
-        return True
-    words = ("out of memory", "not enough memory", "can't allocate memory", "alloc_failed")
-    return isinstance(error, RuntimeError) and any(word in str(error).lower() for word in words)
-
-
-def in_full_precision(host: Host, work: Callable[[], T]) -> T | None:
-    """`work` while the host computes in float32; None if there is not the memory for that."""
-    try:
-        with host.full_precision():
-            return work()
-    except Exception as error:
-        if not is_out_of_memory(error):
-            raise
-    host.free_memory()
-    return None
+    def _part(self, tiles: tuple[Rect, ...]) -> Batch:
+        if tiles not in self._parts:
+            self._parts[tiles] = self._make(tiles)
+        return self._parts[tiles]
 
 
 def chunks(items: Sequence[T], size: int) -> list[Sequence[T]]:
