@@ -241,7 +241,7 @@ def test_the_loss_is_zero_for_the_true_prediction(
     kind: str, photos: Path, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
     host = load_host(Generation(request.getfixturevalue("sd15")))
-    host._scheduler.register_to_config(prediction_type=kind)
+    host.prediction = kind
     loss, generator = AdapterLoss(host, Training(batch=3)), torch.Generator().manual_seed(0)
     batch = {name: torch.randn(3, 4, 8, 8, generator=generator) for name in ("sharp", "degraded")}
     x, t = loss.noised(batch, generator)

@@ -51,6 +51,7 @@ def run(arguments: argparse.Namespace) -> None:
     """Upscales an image, or all images of a folder."""
     from tqdm import tqdm
 
+    from lib_dinotile.hosts.devices import precision_of
     from lib_dinotile.hosts.diffusers import load_host
 
     quiet_transformers()
@@ -88,6 +89,7 @@ def run(arguments: argparse.Namespace) -> None:
         bar.refresh()
 
     host = load_host(generation, progress, team.rank)
+    generation = dataclasses.replace(generation, precision=precision_of(host.dtype))  # what auto stood for
     settings = settings.for_base(host.base)
 
     def getting_ready(text: str, share: float) -> None:
@@ -203,6 +205,7 @@ def _parameters(settings: Settings, generation: Generation, size: tuple[int, int
         "Size": f"{size[0]}x{size[1]}",
         "Model": generation.model,
         "Denoising strength": generation.denoise,
+        "Precision": generation.precision,
         **settings.infotext,
         **({"DINO Tile notes": "; ".join(notes)} if notes else {}),
     }
@@ -212,9 +215,9 @@ def _parameters(settings: Settings, generation: Generation, size: tuple[int, int
 
 
 def _recipe(settings: Settings, generation: Generation, source: Path, encoder: str | None) -> dict[str, Any]:
-    """Everything that an image depends on; encoder: fingerprint of its weights, wherever they lie."""
+    """Everything that an image depends on. generation: its precision is known; encoder: fingerprint of its weights."""
     options = {**dataclasses.asdict(settings), **dataclasses.asdict(generation)}
-    del options["enabled"], options["batch"], options["maps"]
+    del options["enabled"], options["batch"], options["maps"], options["device"]
     names = {
         "source": str(source),
         **{key: options[key] for key in ("mask", "model", "config", "adapter", "encoder", "head")},

@@ -74,12 +74,14 @@ class NoiseLevel(nn.Module):
 
     def __init__(self, width: int) -> None:
         super().__init__()
-        self.register_buffer("frequencies", torch.exp(torch.linspace(0, math.log(64), width // 2)), persistent=False)
+        self._count = width // 2
         self.mlp = nn.Sequential(nn.Linear(width // 2 * 2, width), nn.SiLU(), nn.Linear(width, width), nn.SiLU())
 
     def forward(self, sigma: Tensor) -> Tensor:
         """sigma (n,), as in k-diffusion: standard deviation of the noise over that of the signal -> (n, width)."""
-        phase = sigma.clamp(min=1e-4).log()[:, None] / 4 * self.frequencies
+        # In float32 whatever the weights are in: the highest phases span many turns.
+        frequencies = torch.exp(torch.linspace(0, math.log(64), self._count, device=sigma.device))
+        phase = sigma.clamp(min=1e-4).log()[:, None] / 4 * frequencies
         return self.mlp(torch.cat([phase.cos(), phase.sin()], dim=1).to(self.mlp[0].weight.dtype))
 
 

@@ -25,7 +25,7 @@ from lib_dinotile.condition.shape import UNetShape
 from lib_dinotile.dino.cache import FeatureCache
 from lib_dinotile.dino.calibrated import Store
 from lib_dinotile.dino.checkpoint import CONFIG, WEIGHTS, automatic_encoder, locate
-from lib_dinotile.dino.encoder import BUILT_IN, KNOWN, Facet, PatchEncoder, installed, load_encoder
+from lib_dinotile.dino.encoder import BUILT_IN, KNOWN, Facet, PatchEncoder, encoder_dtype, installed, load_encoder
 from lib_dinotile.dino.field import FeatureField
 from lib_dinotile.dino.head import Floor, RestorationHead, forget_heads, heads_in
 from lib_dinotile.dino.look import Look
@@ -150,7 +150,7 @@ class Conditioner:
                     f"adapter {name!r}: this checkpoint's UNet takes no residuals; choose adapter {NONE}"
                 )
             check_fit(config, name, host.base, host.shape)
-        dtype = host.dtype if device.type == "cuda" else torch.float32
+        dtype = encoder_dtype(device, host.dtype)
         store = store or Store()
         named = config.encoder if config else None
         encoder = _eye(settings, named, encoders, device, dtype, trusted, store.progress)

@@ -104,8 +104,10 @@ class Guide:
             return None
         tiles = self._tiles if chosen is None else [self._tiles[number] for number in chosen]
         with torch.inference_mode(False), torch.enable_grad():
-            # Convolutions on a CPU are a third faster so.
-            x = x0.detach().float().clone(memory_format=torch.channels_last).requires_grad_()
+            # Convolutions on a CPU are a third faster so; on MPS their gradients may be wrong
+            # (pytorch/pytorch#140902).
+            layout = torch.channels_last if x0.device.type in ("cpu", "cuda") else torch.contiguous_format
+            x = x0.detach().float().clone(memory_format=layout).requires_grad_()
             (gradient,) = torch.autograd.grad(self._distance(x, tiles, step), x)
         if x.isfinite().all() and not gradient.isfinite().all():
             self._note("guidance was left out where its decoder or encoder gave what is not a number")

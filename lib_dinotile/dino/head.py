@@ -35,6 +35,7 @@ class Floor:
 
     @classmethod
     def of(cls, values: Tensor) -> Floor:
+        values = values.cpu()
         median = values.median()
         return cls(float(median), max(float((values - median).abs().median()) * 1.4826, 1e-4))
 

@@ -17,6 +17,7 @@ from torch import Tensor
 from lib_dinotile import DinotileError
 from lib_dinotile.condition.shape import UNetShape
 from lib_dinotile.engine.host import Batch, Interrupted, Views
+from lib_dinotile.engine.prediction import coefficients, from_x0
 from lib_dinotile.engine.progress import Progress
 from lib_dinotile.hosts import decoders, upscalers
 from lib_dinotile.hosts.bars import Bars
@@ -52,16 +53,6 @@ def _form(cond: Any) -> Any:
         return (entry["crossattn"] if isinstance(entry, dict) else entry).shape[0]
 
     return tuple((part.weight, tuple((at.end_at_step, length(at.cond)) for at in part.schedules)) for part in cond)
-
-
-def noise_for(x: Tensor, picture: Tensor, alpha: Tensor) -> Tensor:
-    """The noise that leaves this picture of x at a cumulated alpha, float32."""
-    return (x.float() - alpha.sqrt() * picture.float()) / (1 - alpha).sqrt()
-
-
-def picture_for(x: Tensor, noise: Tensor, alpha: Tensor) -> Tensor:
-    """The picture that this noise leaves of x, float32."""
-    return (x.float() - (1 - alpha).sqrt() * noise.float()) / alpha.sqrt()
 
 
 class SamplerNoise:
@@ -319,12 +310,12 @@ class WebUIHost:
             failed.clear()  # an error has the frames of `after`, and they have the list: its tensors would stay
 
     def _picture(self, denoiser: Any, x: Tensor, output: Tensor, sigma: Tensor) -> Tensor:
-        """The picture that an answer in the WebUI's after-CFG callback stands for; for most samplers it is that."""
+        """The x0 that an answer in the WebUI's after-CFG callback stands for; for most samplers it is that."""
         return output
 
-    def _prediction(self, denoiser: Any, x: Tensor, picture: Tensor, sigma: Tensor) -> Tensor:
+    def _prediction(self, denoiser: Any, x: Tensor, x0: Tensor, sigma: Tensor) -> Tensor:
         """The other way round."""
-        return picture
+        return x0
 
     @abstractmethod
     def full_decoder(self) -> Callable[[Tensor], Tensor]:
@@ -342,12 +333,12 @@ class WebUIHost:
         """What the denoiser would have to answer at x to say that these are the latents without noise."""
         if not self._estimates_noise(denoiser):
             return latents.to(x)
-        return noise_for(x, latents.to(x.device), self._alpha(denoiser, sigma)).to(x)
+        return from_x0(x, latents, *self._coefficients(denoiser, sigma), "epsilon")
 
     @staticmethod
-    def _alpha(denoiser: Any, sigma: Tensor) -> Tensor:
-        """Cumulated, (1,), for samplers whose noise levels are timesteps."""
-        return denoiser.inner_model.inner_model.alphas_cumprod.to(sigma.device)[sigma[:1].round().long()].float()
+    def _coefficients(denoiser: Any, sigma: Tensor) -> tuple[Tensor, Tensor]:
+        """alpha and sigma, see `coefficients`, for samplers whose noise levels are timesteps."""
+        return coefficients(denoiser.inner_model.inner_model.alphas_cumprod, sigma[:1].round())
 
     def _image_conditioning(self, latents: Tensor, views: Views, mask: Tensor | None) -> Tensor:
         """Zeros, but for inpainting, depth and editing checkpoints, which look at a tile's own pixels."""

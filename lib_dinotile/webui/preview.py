@@ -17,6 +17,7 @@ from PIL import Image, ImageOps
 
 from lib_dinotile import DinotileError
 from lib_dinotile.condition.conditioner import Conditioner, installed_weights
+from lib_dinotile.dino.encoder import encoder_dtype
 from lib_dinotile.engine import flow
 from lib_dinotile.engine.host import check_name
 from lib_dinotile.engine.retry import reserve
@@ -110,7 +111,7 @@ class Prospect:
             dataclasses.replace(self.settings, maps=SEMANTIC, guard=OFF),
             folders.trained_heads(),
             device,
-            devices.dtype if device.type == "cuda" else torch.float32,
+            encoder_dtype(device, devices.dtype),
             installed_weights(folders.adapters()),
             folders.encoders(),
             trusted=False,
