@@ -165,35 +165,35 @@ class DiffusersHost:
 
     def _see(self, tiles: Tensor, batch: Batch, timestep: Tensor, number: int, total: int) -> Tensor:
         """The guided prediction for a batch at the step `number` of `total`; see `engine.host.See`."""
-        x = self._scheduler.scale_model_input(tiles, timestep)
-        prediction = self._predict(x, timestep, batch, number / total)
+        x, copies = self._scheduler.scale_model_input(tiles, timestep), 2 if self._guided else 1
+        words, residuals = self._conditions(batch, timestep, number / total)
+        prediction = self.predict(x.repeat(copies, 1, 1, 1), timestep, words, residuals)
+        if self._guided:
+            prompt, negative = prediction.chunk(2)
+            prediction = negative + self._generation.cfg * (prompt - negative)
         if batch.guide is None:
             return prediction
         alpha, sigma = coefficients(self.alphas, timestep)
         moved = batch.guide(to_x0(tiles, prediction, alpha, sigma, self.prediction), number, total)
         return prediction if moved is None else from_x0(tiles, moved, alpha, sigma, self.prediction)
 
-    def steps(self, denoise: float | None = None) -> int:
-        steps, denoise = self._generation.steps, self._generation.denoise if denoise is None else denoise
-        return max(1, min(round(steps * denoise), steps)) if denoise else 0
-
-    def _predict(self, x: Tensor, timestep: Tensor, batch: Batch, progress: float) -> Tensor:
-        """The UNet's prediction for k tiles, guided by the prompts if there are any (rows: prompts, then negative)."""
+    def _conditions(
+        self, batch: Batch, timestep: Tensor, progress: float
+    ) -> tuple[Sequence[Tensor], Sequence[Tensor] | None]:
+        """(embeddings, residuals) for the UNet's rows: those of the prompts, then those of the negative one, if any."""
         copies = 2 if self._guided else 1
         words: list[Tensor] = []
         if self._text is not None:
             texts = [self._text(self.prompt if prompt is None else prompt) for prompt in batch.prompts]
-            # One row a tile and copy, of each kind of embedding: those of the prompts, then those of the negative one.
+            # One row a tile and copy, of each kind of embedding.
             kinds = [torch.cat(rows) for rows in zip(*texts)]
             words = [torch.cat(kinds[at : at + copies]) for at in range(0, len(kinds), 2)]
-        residuals = batch.condition and batch.condition.residuals(self._sigmas[int(timestep)], progress)
-        if residuals is not None:
-            residuals = [residual.repeat(copies, 1, 1, 1) for residual in residuals]
-        prediction = self.predict(x.repeat(copies, 1, 1, 1), timestep, words, residuals)
-        if not self._guided:
-            return prediction
-        prompt, negative = prediction.chunk(2)
-        return negative + self._generation.cfg * (prompt - negative)
+        residuals = batch.condition.residuals(self._sigmas[int(timestep)], progress) if batch.condition else None
+        return words, residuals and [residual.repeat(copies, 1, 1, 1) for residual in residuals]
+
+    def steps(self, denoise: float | None = None) -> int:
+        steps, denoise = self._generation.steps, self._generation.denoise if denoise is None else denoise
+        return max(1, min(round(steps * denoise), steps)) if denoise else 0
 
     @torch.no_grad()
     def words(self, prompt: str) -> tuple[Tensor, ...]:
