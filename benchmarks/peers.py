@@ -40,7 +40,10 @@ from pathlib import Path
 from typing import Any
 
 from PIL import Image
-from webui import DINOTILE, TILED, ULTIMATE, Reply, Request, WebUI, inpaint
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from benchmarks.webui import DINOTILE, TILED, ULTIMATE, Reply, Request, WebUI, inpaint
 
 PHOTO = Path(__file__).parents[1] / "examples" / "photo.png"
 TARGETS = {"usdu_1024": 0.9, "usdu_8192": 0.5, "tiled_diffusion": 0.9}

@@ -43,10 +43,10 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 from torch import Tensor
-from webui import DINOTILE, TILED, ULTIMATE, WebUI
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+from benchmarks.webui import DINOTILE, TILED, ULTIMATE, WebUI
 from lib_dinotile.engine.flow import upscale
 from lib_dinotile.hosts.diffusers import load_host
 from lib_dinotile.settings import Generation, Settings
