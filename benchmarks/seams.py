@@ -46,7 +46,7 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from benchmarks.webui import DINOTILE, TILED, ULTIMATE, WebUI
+from benchmarks.webui import TILED, ULTIMATE, WebUI, client, tiles
 from lib_dinotile.engine.flow import upscale
 from lib_dinotile.hosts.diffusers import load_host
 from lib_dinotile.settings import Generation, Settings
@@ -312,11 +312,11 @@ def fill_peers(
                 squares.add(line - base.overlap // 2, line + base.overlap // 2)
             for order, seams in itertools.product(("chess", "linear"), SEAMS) if ULTIMATE in installed else ():
                 request = webui.ultimate(SCALE, inner, base.overlap // 2, order, seams, base.seam_denoise)
-                result = webui.img2img(image, {**request, "seed": seed}).image
+                result = webui.img2img(image, **request, seed=seed).images[-1]
                 table.pool(f"Ultimate SD Upscale {order}, {seams}", group).add(result, reference, (squares, squares))
             for method in ("MultiDiffusion", "Mixture of Diffusers") if TILED in installed else ():
                 request = webui.tiled(SCALE, base.tile, base.overlap, base.batch, method)
-                result = webui.img2img(image, {**request, "seed": seed}).image
+                result = webui.img2img(image, **request, seed=seed).images[-1]
                 table.pool(f"Tiled Diffusion, {method}", group).add(result, reference, plan_lines(plan, base))
 
 
@@ -345,13 +345,12 @@ def main() -> None:
 
     if arguments.webui:
         webui, table = WebUI(arguments.webui), Table(groups)
-        webui.need(DINOTILE)
+        webui.need(client.SCRIPT)
 
         def there(image: Image.Image, settings: Settings, seed: int) -> Image.Image:
-            options = {
-                name: getattr(settings, name) for name in ("scale", "tile", "overlap", "batch", "order", "seams")
-            }
-            return webui.img2img(image, {**webui.dinotile(**options), "seed": seed}).image
+            names = ("scale", "tile", "overlap", "batch", "order", "seams")
+            options = tiles(**{name: getattr(settings, name) for name in names})
+            return webui.img2img(image, **options, seed=seed).image
 
         few = {group: dict(itertools.islice(images.items(), arguments.images)) for group, images in groups.items()}
         fill(table, there, few, WEBUI_TILES, PERIOD)
