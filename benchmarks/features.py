@@ -26,12 +26,11 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from sklearn.metrics import roc_auc_score
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from benchmarks.arms import to_pixels
+from benchmarks.arms import auc, to_pixels
 from lib_dinotile.condition.guard import GUARD_LAYER, Floor, Guard, rehearsal_size, rehearse
 from lib_dinotile.dino.encoder import PatchEncoder, load_encoder
 from lib_dinotile.dino.field import FeatureField, feature_field
@@ -166,13 +165,11 @@ def main() -> None:
                     encoder, field(encoder, each.source, kind, layer, plan), plan.padded, layer, context=context
                 )
                 plain = each.source.resize(each.true.size, LANCZOS)
-                good.append(distances(look, each.true, plain, plan))
-                bad.append(distances(look, each.wrong, plain, plan))
-            values = torch.cat(good + bad)
-            truth = torch.cat([torch.zeros(len(torch.cat(good))), torch.ones(len(torch.cat(bad)))])
-            aucs.append(float(roc_auc_score(truth, values)))
+                good.append(-distances(look, each.true, plain, plan).numpy())
+                bad.append(-distances(look, each.wrong, plain, plan).numpy())
+            aucs.append(auc(good, bad))
             figures[f"{layer} {kind} {context}"] = round(aucs[-1], 4)
-        print(f"{layer:5}  {kind:14}" + "".join(f"  {auc:9.3f}" for auc in aucs), flush=True)
+        print(f"{layer:5}  {kind:14}" + "".join(f"  {each:9.3f}" for each in aucs), flush=True)
     print("share of the patches in doubt, of the true picture / upside down")
     doubts = [doubt(encoder, each, plan) for each in cases]
     for name in doubts[0]:

@@ -190,7 +190,7 @@ def blank_heads(encoder: PatchEncoder) -> FixedHeads:
     return FixedHeads(head, "as it begins")
 
 
-def shares(run: Watched, *work: Any) -> tuple[float, float]:
+def shares(run: Watched, *work: Any, **more: Any) -> tuple[float, float]:
     """(guard's, guidance's) share of the tiles' plain time, of one run with both."""
     guidance, guard, once = (Clock(run.device) for _ in range(3))
     with (
@@ -198,7 +198,7 @@ def shares(run: Watched, *work: Any) -> tuple[float, float]:
         guard.method(Guard, "distances"),
         once.method(Conditioner, "conditions"),
     ):
-        run.run(*work)
+        run.run(*work, **more)
     plain = run.tiles - guidance.seconds - guard.seconds
     return (guard.seconds + once.seconds) / plain, guidance.seconds / plain
 

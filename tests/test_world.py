@@ -7,10 +7,10 @@ import pytest
 import torch
 
 from benchmarks import evidence, evidence_plot, judging
-from benchmarks.arms import ADAPTER, ADAPTER_OTHER, ALL, BOTH, OTHER, PLAIN, ZERO, interval, ratio_interval
+from benchmarks.arms import ADAPTER, ADAPTER_OTHER, ALL, BOTH, OTHER, PLAIN, ZERO, auc, interval, ratio_interval
 from benchmarks.evidence import UNTRAINED
 from benchmarks.world import gates
-from benchmarks.world.guard_test import auc, guard_auc
+from benchmarks.world.guard_test import guard_auc
 from benchmarks.world.heads import calibrated_heads
 from benchmarks.world.host import SETTINGS
 from benchmarks.world.judge import NONE
@@ -145,7 +145,8 @@ def test_targets_are_told_from_the_figures(measured):
 
 
 def test_statistics():
-    assert auc(np.array([3.0, 4.0]), np.array([1.0, 2.0])) == 1 and auc(np.arange(9.0), np.arange(9.0) + 20) == 0
+    assert auc([np.array([3.0]), np.array([4.0])], [np.array([1.0, 2.0])]) == 1
+    assert auc([np.arange(9.0)], [np.arange(9.0) + 20]) == 0 and auc([np.ones(3)], [np.ones(2)]) == 0.5
     low, high = interval([0.2, 0.4, 0.6, 0.8])
     assert 0.2 <= low < 0.5 < high <= 0.8
     low, high = ratio_interval([1.0, 2.0], [2.0, 4.0])
