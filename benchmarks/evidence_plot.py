@@ -1,12 +1,7 @@
-"""The figures of benchmarks/semantics.py drawn: the rates as bars, and one picture upscaled in several ways.
-
-The bars again from the last line of `semantics.py --json`: python -m benchmarks.evidence_plot JSON FILE
-"""
+"""The figures of benchmarks/semantics.py drawn: the rates as bars, and one picture upscaled in several ways."""
 
 from __future__ import annotations
 
-import argparse
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -194,15 +189,3 @@ def typical(evidence: Evidence) -> int:
     """The number of the picture whose rates are nearest to the means of all."""
     rates = [evidence.found[arm]["rate"] for arm in PANELS if arm in evidence.found]
     return int(sum(np.abs(each[0] - each.mean()) for each in rates).argmin())
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.evidence_plot", description=__doc__)
-    parser.add_argument("json", type=Path, help="what `semantics.py --json` printed; its last line is read")
-    parser.add_argument("file", type=Path)
-    arguments = parser.parse_args()
-    bars(json.loads(arguments.json.read_text().strip().splitlines()[-1]), arguments.file)
-
-
-if __name__ == "__main__":
-    main()

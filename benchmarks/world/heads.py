@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -28,9 +27,6 @@ from lib_dinotile.train.head import prepared_pairs
 from lib_dinotile.train.head import train_heads as fit_heads
 from lib_dinotile.train.loop import Schedule
 from lib_dinotile.train.pictures import Prepared
-
-if TYPE_CHECKING:
-    from sklearn.linear_model import LogisticRegression
 
 LAYERS = (-1, -2, -3)
 """Of the trained heads."""
@@ -101,25 +97,17 @@ def calibrate_heads(export: Path, encoder: str) -> None:
     print(*store.notes, sep="\n")
 
 
-def fit_probe(tokens: Sequence[Tensor], labels: Sequence[np.ndarray]) -> LogisticRegression:
-    """Logistic regression from features (D, 16, 16) of some pictures to the classes of their labelled patches."""
+def train_probe(export: Path) -> None:
+    """A linear probe, logistic regression, that names a patch's class from the last layer's tokens of the source."""
     from sklearn.linear_model import LogisticRegression
 
-    known = [label != NO_LABEL for label in labels]
-    rows = [each.permute(1, 2, 0).numpy()[some] for each, some in zip(tokens, known)]
-    classes = [label[some] for label, some in zip(labels, known)]
-    return LogisticRegression(max_iter=300, C=0.1).fit(np.concatenate(rows), np.concatenate(classes))
-
-
-def probe_scenes(count: int = 150, seed: int = 11) -> Iterator[Scene]:
-    """Pictures that probes learn from."""
-    return (scene(np.random.default_rng((seed, i, 12)), TRAIN_ATLAS) for i in range(count))
-
-
-def train_probe(export: Path) -> None:
-    """A linear probe that names a patch's class from the last layer's tokens of the source."""
-    encoder, scenes = load_encoder(str(export / "encoder")), list(probe_scenes())
-    probe = fit_probe([source_features(encoder, made) for made in scenes], [made.labels for made in scenes])
+    encoder, tokens, classes = load_encoder(str(export / "encoder")), [], []
+    for number in range(150):
+        made = scene(np.random.default_rng((11, number, 12)), TRAIN_ATLAS)
+        known = made.labels != NO_LABEL
+        tokens.append(source_features(encoder, made).permute(1, 2, 0).numpy()[known])
+        classes.append(made.labels[known])
+    probe = LogisticRegression(max_iter=300, C=0.1).fit(np.concatenate(tokens), np.concatenate(classes))
     arrays = {"weight": probe.coef_, "bias": probe.intercept_}
     tensors = {name: torch.from_numpy(array).half().contiguous() for name, array in arrays.items()}
     save_file(tensors, export / "probe.safetensors")

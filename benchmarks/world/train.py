@@ -18,18 +18,16 @@ from benchmarks.world.encoder import train_encoder
 from benchmarks.world.heads import calibrate_heads, train_heads, train_probe
 from benchmarks.world.host import WEIGHTS
 from benchmarks.world.judge import train_judge
-from benchmarks.world.self_distillation import FOLDER, train_unlabelled_encoder
 from benchmarks.world.spectral import fit_spectral
 from benchmarks.world.windows import train_windows
 from lib_dinotile.train.loop import Schedule
 
-STEPS = {"denoiser": 8000, "encoder": 2100, FOLDER: 2600, "heads": 400, "judge": 450, "windows": 4000}
-BATCH = {"denoiser": 8, "encoder": 16, FOLDER: 12, "heads": 16, "judge": 4, "windows": 4}
-RATE = {"denoiser": 1e-3, "encoder": 8e-4, FOLDER: 8e-4, "heads": 2e-3, "judge": 1e-3, "windows": 1e-3}
+STEPS = {"denoiser": 8000, "encoder": 2100, "heads": 400, "judge": 450, "windows": 4000}
+BATCH = {"denoiser": 8, "encoder": 16, "heads": 16, "judge": 4, "windows": 4}
+RATE = {"denoiser": 1e-3, "encoder": 8e-4, "heads": 2e-3, "judge": 1e-3, "windows": 1e-3}
 LOOPED = {
     "denoiser": train_denoiser,
     "encoder": train_encoder,
-    FOLDER: train_unlabelled_encoder,
     "heads": train_heads,
     "judge": train_judge,
     "windows": train_windows,
@@ -37,7 +35,7 @@ LOOPED = {
 """Trained by `lib_dinotile.train.loop.fit`, with checkpoints."""
 AT_ONCE = {"probe": train_probe, "spectral": fit_spectral}
 """A matter of minutes."""
-PARTS = ("denoiser", "encoder", FOLDER, "heads", "calibrated", "probe", "judge", "spectral", "windows", "adapter")
+PARTS = ("denoiser", "encoder", "heads", "calibrated", "probe", "judge", "spectral", "windows", "adapter")
 
 
 def train(part: str, args: argparse.Namespace) -> None:
