@@ -166,7 +166,7 @@ def pictures(world: World, evidence: Evidence, file: Path) -> None:
             figure.text(x=left / wide, s=label, **middle)
             if judged:
                 known = made.labels != NO_LABEL
-                wrong = known & (world.judge.verdict(pixels[None])[0].numpy() != made.labels)
+                wrong = known & (world.judge.verdict(pixels) != made.labels)
                 share = f"{wrong.sum() / known.sum():.0%} wrong"
                 figure.text(x=(left + side) / wide, s=share, ha="right", color=_WRONG, **middle)
                 outline(axes, wrong)

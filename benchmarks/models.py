@@ -15,7 +15,7 @@ from diffusers import AutoencoderKL, AutoencoderTiny, DDIMScheduler, UNet2DCondi
 from diffusers.utils import logging
 from PIL import Image
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import Dinov2Config, Dinov2Model
 
 from lib_dinotile.condition.adapter import Adapter, AdapterCondition, AdapterConfig
@@ -222,21 +222,34 @@ def parameters(module: nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
 
 
-class Operations(FlopCounterMode):
-    """Floating-point operations of convolutions, matrix products and attention while it is open."""
+class Operations(TorchDispatchMode):
+    """Floating-point operations of convolutions, matrix products and attention while it is open; torch 2.2 and newer.
+
+    Not torch's FlopCounterMode: that follows modules, and cannot when only a gradient for the input is asked for.
+    """
 
     def __init__(self) -> None:
-        super().__init__(display=False)
-        self.inside = 0
+        from torch.utils.flop_counter import flop_registry
+
+        super().__init__()
+        self._count = flop_registry
+        self.total, self.inside = 0, 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        out = func(*args, **kwargs)
+        count = self._count.get(func._overloadpacket)
+        self.total += count(*args, **kwargs, out_val=out) if count else 0
+        return out
 
     def method(self, owner: type, name: str) -> AbstractContextManager[Any]:
         """While open, those in all calls of a method add up to `inside`."""
         function = getattr(owner, name)
 
         def counted(*arguments: Any) -> Any:
-            before = self.get_total_flops()
+            before = self.total
             result = function(*arguments)
-            self.inside += self.get_total_flops() - before
+            self.inside += self.total - before
             return result
 
         return mock.patch.object(owner, name, counted)
@@ -246,7 +259,7 @@ def operations(function: Callable[..., Any], *arguments: Any) -> tuple[int, Any]
     """(Their number; what the function gave)."""
     with Operations() as counter:
         result = function(*arguments)
-    return counter.get_total_flops(), result
+    return counter.total, result
 
 
 class Trainer:

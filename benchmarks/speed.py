@@ -216,7 +216,7 @@ def encoder_calls(make: Callable[[], Conditioner]) -> int:
 def cost(arguments: argparse.Namespace) -> dict[str, float]:
     shapes = arguments.shapes[0]
     host, encoder = models(shapes)
-    source, operations, more = photo(512), Operations(), {}
+    source, more = photo(512), {}
 
     def make() -> Conditioner:
         return Conditioner(COST, encoder, heads=blank_heads(encoder), decoder=host.guidance_decoder(COST.decoder))
@@ -229,9 +229,10 @@ def cost(arguments: argparse.Namespace) -> dict[str, float]:
     if shapes != "mini":
         more["mask"] = Image.new("L", source.size)
         more["mask"].paste(255, (0, 0, 128, 128))  # the upper left tile only
+        operations = Operations()
         with operations, operations.method(Guide, "__call__"):
             run()
-        found["guidance_operations"] = operations.inside / (operations.get_total_flops() - operations.inside)
+        found["guidance_operations"] = operations.inside / (operations.total - operations.inside)
     guard, guidance = (statistics.median(values) for values in zip(*(run() for _ in range(arguments.runs))))
     print(f"shares of a tile's plain time, models like {shapes}, {arguments.runs} runs, default settings")
     print(f"  guard, nothing in doubt   {guard:.3f}   (at most 0.05)")

@@ -13,7 +13,7 @@ from benchmarks.world import gates
 from benchmarks.world.guard_test import guard_auc
 from benchmarks.world.heads import calibrated_heads
 from benchmarks.world.host import SETTINGS
-from benchmarks.world.judge import NONE
+from benchmarks.world.judges import NONE
 from benchmarks.world.scenes import NO_LABEL, repainted, scene, wrong_classes
 from lib_dinotile import DinotileError
 from lib_dinotile.condition.heads import CalibratedHeads, FixedHeads
@@ -40,9 +40,9 @@ def test_scenes_are_the_same_by_seed_and_their_source_does_not_hold_the_texture(
 def test_the_judges_know_every_texture_and_the_lack_of_one(world):
     for made in gates.evaluation_scenes(3, seed=5):
         known = made.labels != NO_LABEL
-        for verdict in (world.judge.verdict(made.sharp[None])[0].numpy(), world.spectral.verdict(made.sharp)):
+        for verdict in (world.judge.verdict(made.sharp), world.spectral.verdict(made.sharp)):
             assert (verdict == made.labels)[known].mean() > 0.97
-        assert (world.judge.verdict(made.blurred[None]) == NONE).float().mean() > 0.97
+        assert (world.judge.verdict(made.blurred) == NONE).mean() > 0.97
 
 
 def test_the_guard_prefers_the_true_texture(world):

@@ -1,17 +1,18 @@
-"""The restoration heads of the world's encoders, and the probe that reads classes from its features."""
+"""The restoration heads of the world's encoders, the probe that reads classes from its features, and their pictures."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from benchmarks.world.host import SETTINGS, WEIGHTS
-from benchmarks.world.pictures import Scenes
+from benchmarks.world.host import SETTINGS, WEIGHTS, as_image
 from benchmarks.world.scenes import NO_LABEL, PATCH, SIDE, TRAIN_ATLAS, Scene, scene
 from lib_dinotile import DinotileError
 from lib_dinotile.condition.guard import GUARD_LAYER
@@ -26,7 +27,7 @@ from lib_dinotile.tiling.plan import Rect
 from lib_dinotile.train.head import prepared_pairs
 from lib_dinotile.train.head import train_heads as fit_heads
 from lib_dinotile.train.loop import Schedule
-from lib_dinotile.train.pictures import Prepared
+from lib_dinotile.train.pictures import Picture, Prepared
 
 LAYERS = (-1, -2, -3)
 """Of the trained heads."""
@@ -36,6 +37,31 @@ CALIBRATION_PICTURES, CALIBRATION_SEED = 48, 41
 TILE = 64
 """Side of what is judged at once, in px."""
 TILES = [Rect(x, y, TILE, TILE) for y in range(0, SIDE, TILE) for x in range(0, SIDE, TILE)]
+
+
+@dataclass(frozen=True)
+class KnownPicture(Picture):
+    """A picture whose truth is known."""
+
+    truth: np.ndarray | None = None
+    """(SIDE, SIDE) int64: the class of each pixel."""
+
+
+class Scenes:
+    """So many scenes of a seed; `Pictures` of lib_dinotile.train."""
+
+    def __init__(self, count: int, seed: int) -> None:
+        self._count, self._seed = count, seed
+
+    def __len__(self) -> int:
+        return self._count
+
+    def key(self, index: int) -> Any:
+        return ["scene", self._seed, index]
+
+    def __getitem__(self, index: int) -> KnownPicture:
+        made = scene(np.random.default_rng((self._seed, index, 15)), TRAIN_ATLAS)
+        return KnownPicture(as_image(made.sharp), as_image(made.source), truth=made.class_map)
 
 
 def source_features(encoder: PatchEncoder, made: Scene, layer: int = -1) -> Tensor:
