@@ -42,9 +42,9 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+from benchmarks.photographs import example
 from benchmarks.webui import TILED, ULTIMATE, Request, WebUI, client, tiles
 
-PHOTO = Path(__file__).parents[1] / "examples" / "photo.png"
 TARGETS = {"usdu_1024": 0.9, "usdu_8192": 0.5, "tiled_diffusion": 0.9}
 WARM, MEASURED = 4, 16
 INNER = 0.1, 0.25
@@ -90,10 +90,6 @@ class Side:
         return job.reply(), total
 
 
-def source(side: int) -> Image.Image:
-    return Image.open(PHOTO).convert("RGB").resize((side, side), Image.Resampling.LANCZOS)
-
-
 def tiled_count(infotext: str, side: int) -> int:
     """Tiles of Tiled Diffusion for what its infotext says, by its own formula (split_bboxes)."""
     tile, overlap = (int(re.search(rf"{key}\D*(\d+)", infotext)[1]) for key in ("Tile tile width", "Tile Overlap"))
@@ -102,7 +98,7 @@ def tiled_count(infotext: str, side: int) -> int:
 
 def compare(webui: WebUI, sides: tuple[Side, Side], runs: int) -> float:
     """The ratio of the medians of whole runs."""
-    image, seconds = source(256), {side: [] for side in sides}
+    image, seconds = example(256), {side: [] for side in sides}
     for side in sides:
         side.check(*side.run(webui, image))
     for _ in range(runs):
@@ -205,7 +201,7 @@ def main() -> None:
         seconds: dict[Side, list[float]] = {side: [] for side in sides}
         for _ in range(max(1, arguments.runs - 2)):
             for side, measure in zip(sides, (through_masks, beginning)):
-                seconds[side].append(measure(webui, side, source(1024)))
+                seconds[side].append(measure(webui, side, example(1024)))
         show("usdu_8192", report(seconds))
     if arguments.json:
         print(json.dumps(figures))

@@ -64,6 +64,7 @@ from benchmarks.models import (
     random_encoder,
     random_host,
 )
+from benchmarks.photographs import example, noise
 from lib_dinotile.condition import conditioner as conditioners
 from lib_dinotile.condition.adapter import Adapter, AdapterCondition
 from lib_dinotile.condition.conditioner import MINI, Conditioner
@@ -89,15 +90,6 @@ STEPS = 7
 PARAMETERS, SHARE = 60_000_000, 0.03
 """Limits: the adapter's parameters for SD 1.5, and its part of a step."""
 ADAPTERS = {"mini": MINI / "adapter.safetensors"}
-
-
-def noise(side: int) -> Image.Image:
-    return Image.fromarray(np.random.default_rng(0).integers(0, 256, (side, side, 3), dtype=np.uint8))
-
-
-def photo(side: int) -> Image.Image:
-    image = Image.open(Path(__file__).parents[1] / "examples" / "photo.png").convert("RGB")
-    return image.resize((side, side), Image.Resampling.LANCZOS)
 
 
 class Null(Watched):
@@ -149,7 +141,7 @@ def per_tile(runs: Sequence[Watched]) -> tuple[float, float]:
 def engine(arguments: argparse.Namespace) -> dict[str, float]:
     host, turns = load_host(GENERATION), range(arguments.runs)
     conditioner = Conditioner.load(replace(SETTINGS, adapter="mini"), host, ADAPTERS)
-    small, medium, large, own_source = noise(128), noise(256), noise(2048), photo(2048)
+    small, medium, large, own_source = noise(128), noise(256), noise(2048), example(2048)
     Watched(host, 4).run(small, SETTINGS)  # warm up
     ways: dict[str, list[Watched]] = {name: [] for name in ("plain", "adapted", "1024", "8192", "own")}
     for _ in turns:
@@ -209,14 +201,14 @@ def encoder_calls(make: Callable[[], Conditioner]) -> int:
     clock = Clock()
     with clock.method(PatchEncoder, "several"):
         for _ in range(2):
-            make().features(photo(1024), (2048, 2048))
+            make().features(example(1024), (2048, 2048))
     return clock.calls
 
 
 def cost(arguments: argparse.Namespace) -> dict[str, float]:
     shapes = arguments.shapes[0]
     host, encoder = models(shapes)
-    source, more = photo(512), {}
+    source, more = example(512), {}
 
     def make() -> Conditioner:
         return Conditioner(COST, encoder, heads=blank_heads(encoder), decoder=host.guidance_decoder(COST.decoder))
@@ -305,7 +297,7 @@ def adapter_calls(batch: int, side: int = 128) -> dict[str, int]:
         forward.method(Adapter, "forward"),
         unet.method(UNet2DConditionModel, "forward"),
     ):
-        run = Watched(host).run(photo(side), settings, Conditioner.load(settings, host, ADAPTERS))
+        run = Watched(host).run(example(side), settings, Conditioner.load(settings, host, ADAPTERS))
     return {"tiles": run.done, "prepare": prepare.calls, "forward": forward.calls, "unet": unet.calls}
 
 

@@ -25,7 +25,7 @@ from typing import Any
 import torch
 
 from benchmarks.models import Clock, Trainer, Watched, peak, random_adapter, random_encoder, random_host
-from benchmarks.speed import blank_heads, overhead, photo
+from benchmarks.speed import blank_heads, example, overhead
 from lib_dinotile.condition.conditioner import Conditioner
 from lib_dinotile.dino.calibrated import Pictures
 from lib_dinotile.dino.calibration import FOLDS, calibrate
@@ -66,7 +66,7 @@ def fitting(measure: Callable[..., Any], *arguments: Any) -> Any:
 def painted(host: DiffusersHost, settings: Settings, conditioner: Conditioner | None = None) -> Watched | None:
     """A run of 16 tiles, or None if the memory is too small for its batches."""
     side = ACROSS * (settings.tile - settings.overlap) + settings.overlap
-    run = Watched(host).run(photo(side // 2), settings, conditioner)
+    run = Watched(host).run(example(side // 2), settings, conditioner)
     return None if run.short else run
 
 

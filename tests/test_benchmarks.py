@@ -37,7 +37,7 @@ def test_a_run_that_is_broken_off_shares_out_what_is_done_once_over_all_its_tile
 
 def test_with_a_model_that_does_nothing_the_engine_still_works(speed):
     """Its pixels are not the source's, or colour correction would have nothing to do."""
-    source = speed.photo(128)
+    source = speed.example(128)
     run = speed.Null(source).run(source, replace(speed.OWN, tile=128, overlap=16))
     by_tile, once = run.own
     assert run.result.complete and run.done == run.result.total == 9 and by_tile > 0 < once
