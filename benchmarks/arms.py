@@ -168,6 +168,14 @@ def _drawn_means(values: Values, draws: int) -> np.ndarray:
     return table[training[:, :, None], image[:, None]].mean((1, 2))
 
 
+def auc(good: Sequence[np.ndarray], bad: Sequence[np.ndarray]) -> float:
+    """Area under the ROC curve: the probability that a value of `good` is above one of `bad`."""
+    from sklearn.metrics import roc_auc_score
+
+    good, bad = np.concatenate(good), np.concatenate(bad)
+    return float(roc_auc_score(np.r_[np.ones(len(good)), np.zeros(len(bad))], np.r_[good, bad]))
+
+
 def to_pixels(image: Image.Image) -> Tensor:
     """RGB -> (3, H, W) in [0, 1]."""
     return torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 255

@@ -36,7 +36,7 @@ from benchmarks.arms import (
     interval,
     ratio_interval,
 )
-from benchmarks.judging import TRAINED, TUNE_SEED, World, agree, agreement, scene_pairs, table
+from benchmarks.judging import TRAINED, World, agree, agreement, scene_pairs, table
 from benchmarks.world.adapters import ONE_HOT, SHARP, one_hot_field
 from benchmarks.world.host import SETTINGS, WEIGHTS
 from benchmarks.world.scenes import SIDE, Scene
@@ -281,23 +281,3 @@ def prove(
         value, (side, limit), met = found["is"], list(found.items())[1], found["met"]
         print(f"target {name}: {value:.3f} ({side} {limit}): {'met' if met else 'NOT MET'}")
     return evidence, figures
-
-
-def tune(world: World, adapters: Adapters, count: int) -> None:
-    """Rates at settings around the defaults, on images that are not reported; with adapters, of the first training."""
-    guided, guarded = (ALL, ALL) if adapters.trainings else (GUIDANCE, BOTH)
-    strengths = [factor * SETTINGS.guidance for factor in (0.5, 1.0, 2.0)]
-    ends = sorted({max(0.0, SETTINGS.guidance_end - 0.2), SETTINGS.guidance_end, 1.0})
-    trials = [
-        (guided, {"guidance": strength, "views": views, "guidance_end": end})
-        for strength, views, end in itertools.product(strengths, (1, 2), ends)
-    ]
-    thresholds = [SETTINGS.guard_strictness + more for more in (-2.0, 0.0, 2.0)]
-    trials += [(guarded, {"guard_strictness": threshold}) for threshold in thresholds]
-    if adapters.trainings:
-        trials += [(arm, {"strength": strength}) for arm in (ADAPTER, ALL) for strength in (0.7, 1.3, 1.6)]
-    for name, changed in trials:
-        rows = [row for row in ROWS if row.name == name]
-        found = collect(world, rows, count, TUNE_SEED, adapters.first(), replace(SETTINGS, **changed)).found[name]
-        shares = ", ".join(f"{figure} {found[figure].mean():.3f}" for figure in ("rate", "garbage", "blank"))
-        print(f"{name}: {', '.join(f'{key} {value:g}' for key, value in changed.items())}: {shares}", flush=True)

@@ -1,12 +1,7 @@
-"""The figures of benchmarks/semantics.py drawn: the rates as bars, and one picture upscaled in several ways.
-
-The bars again from the last line of `semantics.py --json`: python -m benchmarks.evidence_plot JSON FILE
-"""
+"""The figures of benchmarks/semantics.py drawn: the rates as bars, and one picture upscaled in several ways."""
 
 from __future__ import annotations
 
-import argparse
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,7 +9,6 @@ from typing import Any
 import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
-from torch import Tensor
 
 from benchmarks.arms import (
     ADAPTER,
@@ -33,8 +27,7 @@ from benchmarks.arms import (
 from benchmarks.evidence import TRAINED_HEADS, UNTRAINED, Evidence
 from benchmarks.judging import LABELLED, World
 from benchmarks.world.adapters import ONE_HOT, SHARP
-from benchmarks.world.host import as_image
-from benchmarks.world.scenes import NO_LABEL, PATCH, SIDE
+from benchmarks.world.scenes import FACTOR, NO_LABEL, PATCH, SIDE
 
 GREY, BLUE, VIOLET, ORANGE, GREEN, INK = "#8f99a4", "#3f7dc0", "#7a62b0", "#d07f2e", "#4a9670", "#22272e"
 GROUPS: tuple[tuple[str, str, dict[str, str]], ...] = (
@@ -137,10 +130,8 @@ PANELS = {
 def _bar(axes: Any, y: int, label: str, colour: str, arm: str, figures: Mapping[str, Any]) -> None:
     rate, (low, high) = figures["hallucination_rate"][arm], figures["interval"][arm]
     beside = axes.get_yaxis_transform()  # x in widths of the plot, y in data
-    axes.barh(y, rate, 0.7, color=colour, linewidth=0)
-    axes.plot((low, high), (y, y), color=INK, linewidth=1.4, solid_capstyle="butt", clip_on=False)
-    for end in (low, high):
-        axes.plot((end, end), (y - 0.15, y + 0.15), color=INK, linewidth=1.4, clip_on=False)
+    line = {"ecolor": INK, "elinewidth": 1.4, "capsize": 3, "clip_on": False}
+    axes.barh(y, rate, 0.7, color=colour, linewidth=0, xerr=[[rate - low], [high - rate]], error_kw=line)
     trainings = list(figures["per_training"].get(arm, {}).values())
     axes.scatter(trainings, [y] * len(trainings), 17, "white", edgecolors=INK, linewidths=1, zorder=4, clip_on=False)
     axes.text(-0.015, y, label, transform=beside, ha="right", va="center")
@@ -151,58 +142,35 @@ def pictures(world: World, evidence: Evidence, file: Path) -> None:
     """Draw one of the pictures: what came of it, with the patches judged wrong in red."""
     chosen = typical(evidence)
     made, _ = evidence.pairs[chosen]
-    source = made.source.repeat_interleave(SIDE // made.source.shape[1], 1)
-    panels: list[tuple[str, Tensor, bool]] = [
-        ("Source, enlarged", source.repeat_interleave(SIDE // made.source.shape[2], 2), False),
-        ("Truth", made.sharp, False),
-        *((label, evidence.results[arm][chosen], True) for arm, label in PANELS.items() if arm in evidence.results),
-    ]
-    side, gap, head = 290, 9, 26  # px of the page
-    wide, high = 3 * side + 4 * gap, 2 * (side + head) + gap
+    source = made.source.repeat_interleave(FACTOR, 1).repeat_interleave(FACTOR, 2)
+    shown = {label: evidence.results[arm][chosen] for arm, label in PANELS.items() if arm in evidence.results}
+    known = made.labels != NO_LABEL
+    title = {"fontsize": 9.3, "fontweight": "bold", "pad": 5}
     with matplotlib.rc_context(_STYLE):
-        figure = Figure(figsize=(wide / 100, high / 100), dpi=DPI, facecolor="white")
-        for place, (label, pixels, judged) in enumerate(panels):
-            row, column = divmod(place, 3)
-            left, top = gap + column * (side + gap), head + row * (side + head)
-            axes = figure.add_axes((left / wide, 1 - (top + side) / high, side / wide, side / high))
-            axes.imshow(np.asarray(as_image(pixels)), interpolation="nearest", extent=(0, SIDE, SIDE, 0))
-            axes.axis("off")
-            middle = {"y": 1 - (top - head / 2) / high, "va": "center", "weight": "bold", "fontsize": 9.3}
-            figure.text(x=left / wide, s=label, **middle)
-            if judged:
-                known = made.labels != NO_LABEL
-                wrong = known & (world.judge.verdict(pixels[None])[0].numpy() != made.labels)
-                share = f"{wrong.sum() / known.sum():.0%} wrong"
-                figure.text(x=(left + side) / wide, s=share, ha="right", color=_WRONG, **middle)
-                outline(axes, wrong)
+        figure = Figure(figsize=(9.06, 6.5), dpi=DPI, facecolor="white")
+        axes = figure.subplots(2, 3, gridspec_kw={"wspace": 0.03, "hspace": 0.1}).flat
+        figure.subplots_adjust(0.01, 0.01, 0.99, 0.96)
+        for each, (label, pixels) in zip(axes, {"Source, enlarged": source, "Truth": made.sharp, **shown}.items()):
+            each.imshow(pixels.permute(1, 2, 0).numpy(), interpolation="nearest", extent=(0, SIDE, SIDE, 0))
+            each.set_title(label, loc="left", **title)
+            if label in shown:
+                wrong = known & (world.judge.verdict(pixels) != made.labels)
+                each.set_title(f"{wrong.sum() / known.sum():.0%} wrong", loc="right", color=_WRONG, **title)
+                outline(each, wrong)
+        for each in figure.axes:
+            each.axis("off")
         figure.savefig(file)
 
 
 def outline(axes: Any, wrong: np.ndarray) -> None:
     """Tint the patches that are `wrong` (h, w), and draw a line around where they lie together."""
-    tint = np.zeros((*wrong.shape, 4))
-    tint[wrong] = matplotlib.colors.to_rgba(_WRONG, 0.13)
-    axes.imshow(tint, interpolation="nearest", extent=(0, SIDE, SIDE, 0))
-    padded = np.pad(wrong, 1)
-    for y, x in np.argwhere(padded[:, 1:] != padded[:, :-1]):
-        axes.plot((x * PATCH, x * PATCH), ((y - 1) * PATCH, y * PATCH), color=_WRONG, linewidth=1.6, clip_on=False)
-    for y, x in np.argwhere(padded[1:] != padded[:-1]):
-        axes.plot(((x - 1) * PATCH, x * PATCH), (y * PATCH, y * PATCH), color=_WRONG, linewidth=1.6, clip_on=False)
+    fine = np.pad(wrong.repeat(PATCH, 0).repeat(PATCH, 1), 1)
+    middles = np.arange(-0.5, SIDE + 1)
+    axes.contourf(middles, middles, fine, (0.5, 1.5), colors=_WRONG, alpha=0.13)
+    axes.contour(middles, middles, fine, (0.5,), colors=_WRONG, linewidths=1.6)
 
 
 def typical(evidence: Evidence) -> int:
     """The number of the picture whose rates are nearest to the means of all."""
     rates = [evidence.found[arm]["rate"] for arm in PANELS if arm in evidence.found]
     return int(sum(np.abs(each[0] - each.mean()) for each in rates).argmin())
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.evidence_plot", description=__doc__)
-    parser.add_argument("json", type=Path, help="what `semantics.py --json` printed; its last line is read")
-    parser.add_argument("file", type=Path)
-    arguments = parser.parse_args()
-    bars(json.loads(arguments.json.read_text().strip().splitlines()[-1]), arguments.file)
-
-
-if __name__ == "__main__":
-    main()

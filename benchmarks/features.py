@@ -9,7 +9,6 @@ by layer, by what the source's features are made from (the whole source at once,
 alone) and by how many patches around a tile are seen with it.
 doubt: the share of patches that the guard doubts in the true picture and in the same one upside down, when the floor is
 the plain enlarged source beside the source, and when it is the rehearsal that the guard makes.
-interpolation: the cosine of what the field gives half a patch beside its cells with what the encoder sees there.
 """
 
 from __future__ import annotations
@@ -24,14 +23,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from PIL import Image
-from sklearn.metrics import roc_auc_score
+from skimage.data import data_dir
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from benchmarks.arms import to_pixels
+from benchmarks.arms import auc, to_pixels
+from benchmarks.photographs import LANCZOS, middle
 from lib_dinotile.condition.guard import GUARD_LAYER, Floor, Guard, rehearsal_size, rehearse
 from lib_dinotile.dino.encoder import PatchEncoder, load_encoder
 from lib_dinotile.dino.field import FeatureField, feature_field
@@ -40,9 +39,8 @@ from lib_dinotile.images import read_image
 from lib_dinotile.settings import Settings
 from lib_dinotile.tiling.canvas import Canvas
 from lib_dinotile.tiling.colour import correct
-from lib_dinotile.tiling.plan import Rect, TilePlan
+from lib_dinotile.tiling.plan import TilePlan
 
-LANCZOS = Image.Resampling.LANCZOS
 SIDE, TILE, SCALE = 512, 256, 2
 """Of the photo as it is used, of a tile, in pixels; how much smaller the source is."""
 PATCHES = 32
@@ -61,17 +59,11 @@ class Case:
 
 def photos(folder: Path | None) -> Iterator[Image.Image]:
     """Squares of SIDE pixels."""
-    if folder is None:
-        from skimage import data
-
-        images = [Image.fromarray(getattr(data, name)()).convert("RGB") for name in ("astronaut", "chelsea", "coffee")]
-        images += [Image.fromarray(np.asarray(data.rocket())).convert("RGB")]
-    else:
-        images = [read_image(file) for file in sorted(folder.iterdir()) if file.suffix.lower() in (".png", ".jpg")]
-    for image in images:
-        side = min(image.size)
-        left, top = (image.width - side) // 2, (image.height - side) // 2
-        yield image.crop((left, top, left + side, top + side)).resize((SIDE, SIDE), LANCZOS)
+    names = ("astronaut.png", "chelsea.png", "coffee.png", "rocket.jpg")
+    files = folder.iterdir() if folder else [Path(data_dir) / name for name in names]
+    for file in sorted(file for file in files if file.suffix.lower() in (".png", ".jpg")):
+        image = read_image(file)
+        yield middle(image, min(image.size), min(image.size)).resize((SIDE, SIDE), LANCZOS)
 
 
 def case(photo: Image.Image) -> Case:
@@ -128,22 +120,6 @@ def doubt(encoder: PatchEncoder, each: Case, plan: TilePlan) -> dict[str, tuple[
     return found
 
 
-def interpolation(encoder: PatchEncoder, source: Image.Image, layer: int) -> dict[str, float]:
-    """How near each way to interpolate comes, half a patch to the lower right of the cells."""
-    half = encoder.patch // 2
-    pixels = to_pixels(source.resize((PATCHES * encoder.patch,) * 2, LANCZOS))[None]
-    cells = encoder(pixels, layer)
-    shifted = encoder(F.pad(pixels, (0, half, 0, half), mode="replicate")[..., half:, half:], layer)[..., :-1, :-1]
-    whole = Rect(0, 0, PATCHES - 1, PATCHES - 1)
-    ours = FeatureField(cells[0], (2 * PATCHES, 2 * PATCHES)).crop(
-        [Rect(1, 1, 2 * PATCHES - 2, 2 * PATCHES - 2)], (PATCHES - 1, PATCHES - 1)
-    )
-    grid = torch.stack(torch.meshgrid(*[(torch.arange(PATCHES - 1) + 1.0) / PATCHES * 2 - 1] * 2, indexing="xy"), -1)
-    bicubic = F.grid_sample(cells, grid[None], "bicubic", align_corners=False)
-    ways = {"nearest": cells[(..., *whole.slices)], "bilinear (ours)": ours, "bicubic": bicubic}
-    return {name: float(F.cosine_similarity(seen, shifted, dim=1).mean()) for name, seen in ways.items()}
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dino", default="mini", help="encoder, as for dinotile's command line")
@@ -166,25 +142,17 @@ def main() -> None:
                     encoder, field(encoder, each.source, kind, layer, plan), plan.padded, layer, context=context
                 )
                 plain = each.source.resize(each.true.size, LANCZOS)
-                good.append(distances(look, each.true, plain, plan))
-                bad.append(distances(look, each.wrong, plain, plan))
-            values = torch.cat(good + bad)
-            truth = torch.cat([torch.zeros(len(torch.cat(good))), torch.ones(len(torch.cat(bad)))])
-            aucs.append(float(roc_auc_score(truth, values)))
+                good.append(-distances(look, each.true, plain, plan).numpy())
+                bad.append(-distances(look, each.wrong, plain, plan).numpy())
+            aucs.append(auc(good, bad))
             figures[f"{layer} {kind} {context}"] = round(aucs[-1], 4)
-        print(f"{layer:5}  {kind:14}" + "".join(f"  {auc:9.3f}" for auc in aucs), flush=True)
+        print(f"{layer:5}  {kind:14}" + "".join(f"  {each:9.3f}" for each in aucs), flush=True)
     print("share of the patches in doubt, of the true picture / upside down")
     doubts = [doubt(encoder, each, plan) for each in cases]
     for name in doubts[0]:
         true, turned = (float(np.mean([one[name][which] for one in doubts])) for which in range(2))
         print(f"  floor: {name:10} {true:.3f} / {turned:.3f}", flush=True)
         figures |= {f"doubt {name}": round(true, 4), f"doubt {name}, upside down": round(turned, 4)}
-    print("cosine with what the encoder sees half a patch aside")
-    for layer in layers:
-        found = [interpolation(encoder, each.source, layer) for each in cases]
-        means = {name: float(np.mean([one[name] for one in found])) for name in found[0]}
-        print(f"{layer:5}  " + "   ".join(f"{name} {value:.3f}" for name, value in means.items()))
-        figures |= {f"{layer} {name}": round(value, 4) for name, value in means.items()}
     if arguments.json:
         print(json.dumps(figures))
 

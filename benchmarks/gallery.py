@@ -2,7 +2,7 @@
 
 For each photo, twice and four times as large: enlarged by Lanczos, painted in plain tiles, and by dinotile as it is by
 default. Writes the pictures, and for each scale a sheet of parts of them side by side. Without photos: the held-out
-photographs of tools/mini/images.py, as far as they are installed (`--root` says where else packages lie).
+photographs of tools/mini/images.py, as far as they are installed.
 """
 
 from __future__ import annotations
@@ -15,17 +15,14 @@ from pathlib import Path
 import numpy as np
 from matplotlib.figure import Figure
 from PIL import Image
+from scipy.signal import convolve
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from lib_dinotile.condition.conditioner import MINI, Conditioner
-from lib_dinotile.engine.flow import upscale
-from lib_dinotile.hosts.diffusers import load_host
-from lib_dinotile.images import read_image
+from benchmarks.photographs import LANCZOS, add_arguments, enlarged, given
+from lib_dinotile.condition.conditioner import MINI
 from lib_dinotile.settings import Generation, Settings
-from lib_dinotile.tiling.noise import NoiseField
 from tools.mini.evaluate import sharpness
-from tools.mini.images import HELD_OUT, package_roots, read_photo
 
 PART = 104
 """Side of what a sheet shows of a photo, in its own pixels at twice its size; at four times half as many."""
@@ -34,24 +31,21 @@ BESIDE = 2
 WAYS = ("Lanczos", "plain tiles", "dinotile")
 
 
-def painted(source: Image.Image, way: str, scale: float, seed: int = 0) -> Image.Image:
+def painted(source: Image.Image, way: str, scale: float) -> Image.Image:
     """The source (RGB) made larger in one of `WAYS`."""
     if way == "Lanczos":
-        return source.resize((round(source.width * scale), round(source.height * scale)), Image.Resampling.LANCZOS)
+        return source.resize((round(source.width * scale), round(source.height * scale)), LANCZOS)
     plain = {"guidance": 0.0, "guard": "off"}
     settings = Settings(scale=scale, **(plain if way == "plain tiles" else {"adapter": "mini"}))
-    host = load_host(Generation(seed=seed))
-    conditioner = Conditioner.load(settings, host, {"mini": MINI / "adapter.safetensors"})
-    return upscale(host, source, settings, NoiseField(seed, host.channels), conditioner).image
+    return enlarged(source, settings, Generation(), {"mini": MINI / "adapter.safetensors"})
 
 
 def liveliest(image: Image.Image, side: int) -> tuple[int, int, int, int]:
     """The box (left, upper, right, lower) of that side with the most detail."""
     grey = np.asarray(image.convert("L"), dtype=np.float64)
     detail = np.abs(np.diff(grey, axis=0))[:, :-1] + np.abs(np.diff(grey, axis=1))[:-1]
-    total = np.pad(detail, ((1, 0), (1, 0))).cumsum(0).cumsum(1)
     side = min(side, *detail.shape)
-    sums = total[side:, side:] - total[:-side, side:] - total[side:, :-side] + total[:-side, :-side]
+    sums = convolve(detail, np.ones((side, side)), "valid")
     y, x = np.unravel_index(sums.argmax(), sums.shape)
     return int(x), int(y), int(x) + side, int(y) + side
 
@@ -76,39 +70,22 @@ def sheet(photos: Sequence[Sequence[Image.Image]], file: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("photos", nargs="*", type=Path)
+    add_arguments(parser, largest=320)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--root", type=Path, action="append", default=[], help="where else unpacked packages lie")
     parser.add_argument("--scales", type=float, nargs="+", default=[2.0, 4.0])
-    parser.add_argument(
-        "--largest", type=int, default=320, help="the middle of a photo, of at most so many pixels a side"
-    )
     arguments = parser.parse_args()
-    photos = {file.stem: read_image(file) for file in arguments.photos}
-    for photo in HELD_OUT if not photos else ():
-        pixels = read_photo(photo, package_roots(arguments.root))
-        if pixels is not None:
-            photos[Path(photo.path).stem] = Image.fromarray(pixels)
     arguments.out.mkdir(parents=True, exist_ok=True)
     for scale in arguments.scales:
         rows = []
-        for name, photo in photos.items():
-            width, height = (min(side, arguments.largest) for side in photo.size)
-            left, upper = (photo.width - width) // 2, (photo.height - height) // 2
-            source = photo.crop((left, upper, left + width, upper + height))
+        for name, source in given(arguments).items():
             made = {way: painted(source, way, scale) for way in WAYS}
-            figures = []
             for way, image in made.items():
                 image.save(arguments.out / f"{name}-{scale:g}x-{way.replace(' ', '-')}.png")
-                figures.append(f"{way} {sharpness(np.asarray(image)):.2f}")
+            gradients = ", ".join(f"{way} {sharpness(np.asarray(image)):.2f}" for way, image in made.items())
             difference = np.abs(np.asarray(made[WAYS[1]], float) - np.asarray(made[WAYS[2]], float)).mean()
-            print(
-                f"{name} {scale:g}x: gradients {', '.join(figures)}; plain to dinotile {difference:.2f} of 255",
-                flush=True,
-            )
-            box = liveliest(source, round(2 * PART / scale))
-            parts = [image.crop(tuple(round(scale * side) for side in box)) for image in made.values()]
-            rows.append(parts)
+            print(f"{name} {scale:g}x: gradients {gradients}; plain to dinotile {difference:.2f} of 255", flush=True)
+            box = [round(scale * side) for side in liveliest(source, round(2 * PART / scale))]
+            rows.append([image.crop(box) for image in made.values()])
         sheet(rows, arguments.out / f"sheet-{scale:g}x.png")
 
 

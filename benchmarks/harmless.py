@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,25 +20,13 @@ from skimage.metrics import peak_signal_noise_ratio
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from lib_dinotile.condition.conditioner import Conditioner
-from lib_dinotile.engine.flow import upscale
-from lib_dinotile.hosts.diffusers import load_host
-from lib_dinotile.images import read_image
+from benchmarks.photographs import LANCZOS, add_arguments, enlarged, given
 from lib_dinotile.settings import Generation, Settings
-from lib_dinotile.tiling.noise import NoiseField
-from tools.mini.images import HELD_OUT, package_roots, read_photo
 
 PLAIN, GUIDANCE, DEFAULTS = "plain", "guidance", "guidance and guard"
 WAYS = {PLAIN: {"guidance": 0.0, "guard": "off"}, GUIDANCE: {"guard": "off"}, DEFAULTS: {}}
 FARTHER, LOSS = 0.05, 0.1
 """The most that the share of the photo's gradients may be farther from 1 than in plain tiles, and dB of PSNR lost."""
-
-
-def painted(source: Image.Image, settings: Settings, denoise: float, seed: int = 0) -> np.ndarray:
-    """The source (RGB) enlarged with the built-in model, (H, W, 3) uint8."""
-    host = load_host(Generation(seed=seed, denoise=denoise))
-    conditioner = Conditioner.load(settings, host, {})
-    return np.asarray(upscale(host, source, settings, NoiseField(seed, host.channels), conditioner).image)
 
 
 def gradients(image: np.ndarray) -> float:
@@ -65,8 +52,11 @@ def grid_ratio(change: np.ndarray, patch: float) -> float:
 
 def measure(photo: Image.Image, denoise: float, settings: Settings, folder: Path | None, name: str) -> dict[str, dict]:
     """By way the figures of one photo (RGB)."""
-    source, truth = photo.resize((photo.width // 2, photo.height // 2), Image.Resampling.LANCZOS), np.asarray(photo)
-    images = {way: painted(source, replace(settings, **changes), denoise) for way, changes in WAYS.items()}
+    source, truth = photo.resize((photo.width // 2, photo.height // 2), LANCZOS), np.asarray(photo)
+    generation = Generation(denoise=denoise)
+    images = {
+        way: np.asarray(enlarged(source, replace(settings, **changes), generation)) for way, changes in WAYS.items()
+    }
     rows = {}
     for way, image in images.items():
         change = (image.astype(np.float64) - images[PLAIN]).mean(2)
@@ -81,34 +71,22 @@ def measure(photo: Image.Image, denoise: float, settings: Settings, folder: Path
     return rows
 
 
-def held_out(roots: Sequence[Path]) -> dict[str, Image.Image]:
-    """The held-out photographs that are installed, by name."""
-    found = {Path(photo.path).stem: read_photo(photo, package_roots(roots)) for photo in HELD_OUT}
-    return {name: Image.fromarray(pixels) for name, pixels in found.items() if pixels is not None}
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("photos", nargs="*", type=Path)
+    add_arguments(parser, largest=448)
     parser.add_argument("--json", action="store_true", help="one last line of JSON")
     parser.add_argument("--out", type=Path, help="folder for the images")
-    parser.add_argument("--root", type=Path, action="append", default=[], help="where else unpacked packages lie")
     parser.add_argument("--denoise", type=float, nargs="+", default=[0.35, 0.5])
-    parser.add_argument("--largest", type=int, default=448, help="the middle of a photo, of at most so many pixels")
     parser.add_argument("--set", nargs="*", default=[], metavar="NAME=VALUE", help="options that are not the default")
     arguments = parser.parse_args()
-    photos = {file.stem: read_image(file) for file in arguments.photos} or held_out(arguments.root)
-    given = dict(pair.split("=", 1) for pair in arguments.set)
-    settings = Settings.parse({name: Settings.option(name).parse(value) for name, value in given.items()})
+    changed = dict(pair.split("=", 1) for pair in arguments.set)
+    settings = Settings.parse({name: Settings.option(name).parse(value) for name, value in changed.items()})
     if arguments.out:
         arguments.out.mkdir(parents=True, exist_ok=True)
     figures, good = [], True
-    for name, photo in photos.items():
-        width, height = (min(side, arguments.largest) // 2 * 2 for side in photo.size)
-        left, upper = (photo.width - width) // 2, (photo.height - height) // 2
-        part = photo.crop((left, upper, left + width, upper + height))
+    for name, photo in given(arguments).items():
         for denoise in arguments.denoise:
-            rows = measure(part, denoise, settings, arguments.out, name)
+            rows = measure(photo, denoise, settings, arguments.out, name)
             for way, row in rows.items():
                 farther = abs(row["gradients"] - 1) - abs(rows[PLAIN]["gradients"] - 1)
                 lost = rows[PLAIN]["psnr"] - row["psnr"]
@@ -123,7 +101,7 @@ def main() -> int:
                 )
     print(f"harmless: {sum(row['harmless'] for row in figures)} of {len(figures)}")
     if arguments.json:
-        print(json.dumps({"settings": given if given else "defaults", "figures": figures}))
+        print(json.dumps({"settings": changed or "defaults", "figures": figures}))
     return 0 if good else 1
 
 

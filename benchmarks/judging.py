@@ -16,9 +16,8 @@ from benchmarks.arms import OTHER, PLAIN, Arms, Reader, interval, ratio_interval
 from benchmarks.world import gates
 from benchmarks.world.heads import calibrated_heads
 from benchmarks.world.host import GENERATION, SETTINGS, WEIGHTS, WorldHost, as_image
-from benchmarks.world.judge import GARBAGE, NONE, load_judge
+from benchmarks.world.judges import GARBAGE, NONE, Judge, SpectralJudge
 from benchmarks.world.scenes import NO_LABEL, Scene
-from benchmarks.world.spectral import SpectralJudge
 from lib_dinotile.condition.heads import FixedHeads, Heads
 from lib_dinotile.dino.encoder import load_encoder
 from lib_dinotile.dino.head import load_heads
@@ -46,7 +45,7 @@ class World:
             trained = load_heads(weights / "heads.safetensors", self.encoder.id, self.encoder.width)
             self.heads[TRAINED] = FixedHeads(trained, TRAINED)
         self.generation, self.host = generation, WorldHost(generation, None, weights)
-        self.judge, self.spectral = load_judge(weights), SpectralJudge.load(weights)
+        self.judge, self.spectral = Judge.load(weights), SpectralJudge.load(weights)
 
     def arms(self, settings: Settings = SETTINGS, heads: str = CALIBRATED, reader: Reader | None = None) -> Arms:
         """The ways of upscaling here; reader: the adapter of those that have one."""
@@ -65,7 +64,7 @@ class World:
         those patches do not count.
         """
         known = made.labels != NO_LABEL
-        first, second = self.judge.verdict(pixels[None])[0].numpy(), self.spectral.verdict(pixels)
+        first, second = self.judge.verdict(pixels), self.spectral.verdict(pixels)
         strange = known & (other.labels != NO_LABEL) & (other.labels != made.labels)
         counted = strange if control else known
         return {

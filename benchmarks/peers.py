@@ -14,7 +14,7 @@ all else that comes with a tile in them,
     seconds of the smaller + (1024 - tiles of the smaller) * difference of the seconds / difference of the tiles
 
 Ultimate SD Upscale paints every tile whatever the mask. It does the same for each, though: it is asked for its
-progress ten times a second, interrupted after so many tiles (WARM and then MEASURED), and the whole is
+progress twenty times a second, interrupted after so many tiles (WARM and then MEASURED), and the whole is
 
     start + tiles * seconds per tile + end
 
@@ -37,54 +37,57 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from PIL import Image
-from webui import DINOTILE, TILED, ULTIMATE, Reply, Request, WebUI, inpaint
 
-PHOTO = Path(__file__).parents[1] / "examples" / "photo.png"
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from benchmarks.photographs import example
+from benchmarks.webui import TILED, ULTIMATE, Request, WebUI, client, tiles
+
 TARGETS = {"usdu_1024": 0.9, "usdu_8192": 0.5, "tiled_diffusion": 0.9}
 WARM, MEASURED = 4, 16
 INNER = 0.1, 0.25
 """What of the large canvas is run."""
 
-Look = dict[str, Any]
 
-
-def dinotile_tiles(look: Look) -> tuple[int, int] | None:
+def dinotile_tiles(look: client.Progress) -> tuple[int, int] | None:
     """Tiles done and to do, as the WebUI's progress tells; None as long as it does not."""
-    found = re.search(r"DINO Tile: painting tiles: (\d+) of (\d+)", look.get("textinfo") or "")
+    found = re.search(r"DINO Tile: painting tiles: (\d+) of (\d+)", look.text)
     return (int(found[1]), int(found[2])) if found else None
 
 
-def ultimate_tiles(look: Look) -> tuple[int, int] | None:
+def ultimate_tiles(look: client.Progress) -> tuple[int, int] | None:
     """It makes every tile a job."""
-    done, total = look["state"]["job_no"], look["state"]["job_count"]
-    return (done, total) if total > 0 else None
+    return look.jobs if look.running else None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Side:
-    """One of two that are compared."""
+    """One of two that are compared, making an image of so many pixels a side in so many tiles."""
 
     name: str
     request: Request
-    tiles: Callable[[Look], tuple[int, int] | None] | None = None
+    size: int
+    expected: int
+    tiles: Callable[[client.Progress], tuple[int, int] | None] | None = None
     """None: it does not say."""
 
+    def check(self, reply: client.Reply, tiles: int | None) -> client.Reply:
+        """The same, if size and tiles are right."""
+        made = reply.images[-1].size  # a script that returns several returns the finished one last
+        if made != (self.size, self.size) or tiles != self.expected:
+            sys.exit(f"{self.name} made {made} in {tiles} tiles, not {self.size} x {self.size} in {self.expected}")
+        return reply
 
-def source(side: int) -> Image.Image:
-    return Image.open(PHOTO).convert("RGB").resize((side, side), Image.Resampling.LANCZOS)
-
-
-def check_size(name: str, reply: Reply, side: int) -> None:
-    if reply.image.size != (side, side):
-        sys.exit(f"{name} made {reply.image.size} and not {side} x {side}")
-
-
-def check_tiles(name: str, found: int | None, expected: int) -> None:
-    if found != expected:
-        sys.exit(f"{name} made {found} tiles and not {expected}")
+    def run(self, webui: WebUI, image: Image.Image, **more: object) -> tuple[client.Reply, int | None]:
+        """One run, and how many tiles it said that it had to do."""
+        job = webui.start(image, **self.request, **more)
+        if self.tiles is None:
+            reply = job.reply()
+            return reply, tiled_count(reply.infotexts[0], self.size)
+        total = max((known[1] for known in map(self.tiles, job.looks(preview=False)) if known), default=None)
+        return job.reply(), total
 
 
 def tiled_count(infotext: str, side: int) -> int:
@@ -93,84 +96,66 @@ def tiled_count(infotext: str, side: int) -> int:
     return math.ceil((side // 8 - overlap) / (tile - overlap)) ** 2
 
 
-def compare(
-    webui: WebUI, sides: tuple[Side, Side], expected: int, runs: int, small: int = 256, large: int = 1024
-) -> float:
+def compare(webui: WebUI, sides: tuple[Side, Side], runs: int) -> float:
     """The ratio of the medians of whole runs."""
-    image, seconds = source(small), {side.name: [] for side in sides}
+    image, seconds = example(256), {side: [] for side in sides}
     for side in sides:
-        if side.tiles is None:
-            reply = webui.img2img(image, side.request)
-            counted = tiled_count(reply.infotext, large)
-        else:
-            job = webui.start(image, side.request)
-            seen = [side.tiles(look) for _, look in job.looks()]
-            reply, counted = job.reply(), next((total for _, total in filter(None, reversed(seen))), None)
-        check_size(side.name, reply, large)
-        check_tiles(side.name, counted, expected)
+        side.check(*side.run(webui, image))
     for _ in range(runs):
         for side in sides:
-            reply = webui.img2img(image, side.request)
-            check_size(side.name, reply, large)
-            seconds[side.name].append(reply.seconds)
-    return report(seconds, {side.name: expected for side in sides})
+            reply = webui.img2img(image, **side.request)
+            seconds[side].append(side.check(reply, side.expected).seconds)
+    return report(seconds)
 
 
-def report(seconds: dict[str, list[float]], tiles: dict[str, int]) -> float:
+def report(seconds: dict[Side, list[float]]) -> float:
     """Prints both sides; the ratio of the first to the second."""
-    medians = {name: statistics.median(values) for name, values in seconds.items()}
-    for name, values in seconds.items():
-        each = f"{medians[name] / tiles[name]:.3f} s a tile"
-        print(f"  {name:<24} {medians[name]:9.1f} s  {each}  ({min(values):.1f} to {max(values):.1f})")
+    medians = {side: statistics.median(values) for side, values in seconds.items()}
+    for side, values in seconds.items():
+        each = f"{medians[side] / side.expected:.3f} s a tile"
+        print(f"  {side.name:<24} {medians[side]:9.1f} s  {each}  ({min(values):.1f} to {max(values):.1f})")
     first, second = medians.values()
     return first / second
 
 
-def beginning(webui: WebUI, side: Side, image: Image.Image, expected: int, size: int) -> float:
+def beginning(webui: WebUI, side: Side, image: Image.Image) -> float:
     """Seconds that a whole run would take, from its first tiles."""
-    job, last, ends, stopped = webui.start(image, side.request), 0, {}, 0.0
-    began = None
-    for now, look in job.looks():
-        began = began or now
+    job, last, ends, stopped, began, total = webui.start(image, **side.request), 0, {}, 0.0, None, None
+    for look in job.looks(preview=False):
+        began = began or look.when
         known = side.tiles(look)
         if known is None or stopped:
             continue
         done, total = known
-        if done:
-            check_tiles(side.name, total, expected)
         if done > last:
-            ends[done], last = now, done
+            ends[done], last = look.when, done
         if done >= WARM + MEASURED:
-            webui.call("interrupt", {})
-            stopped = now
-    reply = job.reply()
-    check_size(side.name, reply, size)
-    finished = began + reply.seconds
+            webui.post("interrupt")
+            stopped = look.when
+    finished = began + side.check(job.reply(), total).seconds
     warm = next(done for done in sorted(ends) if done >= WARM)
     each = (ends[last] - ends[warm]) / (last - warm)
     start, end = ends[warm] - began - warm * each, finished - stopped
     print(f"    {side.name:<22} {each:.3f} s a tile, start {start:.1f} s, end {end:.1f} s")
-    return start + expected * each + end
+    return start + side.expected * each + end
 
 
-def through_masks(webui: WebUI, side: Side, image: Image.Image, expected: int, size: int) -> float:
+def through_masks(webui: WebUI, side: Side, image: Image.Image) -> float:
     """Seconds that a whole run would take, from two on parts of the canvas."""
     runs = []
     for part in INNER:
         margin = round(image.width * (1 - part) / 2)
         mask = Image.new("L", image.size)
         mask.paste(255, (margin, margin, image.width - margin, image.height - margin))
-        job = webui.start(image, {**side.request, **inpaint(mask)})
-        total = max((known[1] for known in (side.tiles(look) for _, look in job.looks()) if known), default=0)
-        reply = job.reply()
-        check_size(side.name, reply, size)
-        runs.append((total, reply.seconds))
+        inpaint = {"mask_blur": 0, "inpainting_fill": 1, "inpaint_full_res": False}  # starts from what is there
+        reply, total = side.run(webui, image, mask=client.encode(mask), **inpaint)
+        runs.append((total or 0, side.check(reply, side.expected).seconds))
     (few, short), (many, long) = runs
-    if not 0 < few < many < expected:
-        sys.exit(f"{side.name} made {few} and {many} tiles through masks, of {expected}")
+    if not 0 < few < many < side.expected:
+        sys.exit(f"{side.name} made {few} and {many} tiles through masks, of {side.expected}")
     each = (long - short) / (many - few)
     print(f"    {side.name:<22} {each:.3f} s a tile, {short:.1f} s for {few} and {long:.1f} s for {many} of them")
-    return short + (expected - few) * each
+    return short + (side.expected - few) * each
 
 
 def main() -> None:
@@ -183,44 +168,43 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="one last line of JSON")
     arguments = parser.parse_args()
 
-    webui = WebUI(arguments.webui, arguments.steps, arguments.denoise)
-    webui.need(DINOTILE, ULTIMATE, TILED)
-    tiles, figures = {"tile": 320, "overlap": 64, "batch": 4, "order": "chess"}, {}
+    webui = WebUI(arguments.webui, steps=arguments.steps, denoising_strength=arguments.denoise)
+    webui.need(client.SCRIPT, ULTIMATE, TILED)
+    figures: dict[str, float] = {}
 
-    def ultimate(scale: float) -> tuple[Side, Side]:
+    def ultimate(scale: float, *expected: int) -> tuple[Side, Side]:
+        own = tiles(scale=scale, tile=320, overlap=64, batch=4, order="chess")
         peer = webui.ultimate(scale, 256, 32, "chess")
         return (
-            Side("dinotile", webui.dinotile(scale=scale, **tiles), dinotile_tiles),
-            Side("Ultimate SD Upscale", peer, ultimate_tiles),
+            Side("dinotile", own, *expected, dinotile_tiles),
+            Side("Ultimate SD Upscale", peer, *expected, ultimate_tiles),
         )
 
-    def show(key: str) -> None:
-        print(f"  {key}: {figures[key]:.3f} (target: at most {TARGETS[key]})", flush=True)
+    def show(key: str, figure: float) -> None:
+        figures[key] = round(figure, 4)
+        print(f"  {key}: {figure:.3f} (target: at most {TARGETS[key]})", flush=True)
 
-    print(f"{webui.call('options')['sd_model_checkpoint']}, {arguments.steps} steps at {arguments.denoise}")
+    model = webui.get("sdapi/v1/options").json()["sd_model_checkpoint"]
+    print(f"{model}, {arguments.steps} steps at {arguments.denoise}")
     print("1024 x 1024, 16 tiles of 320")
-    figures["usdu_1024"] = compare(webui, ultimate(4.0), 16, arguments.runs)
-    show("usdu_1024")
+    show("usdu_1024", compare(webui, ultimate(4.0, 1024, 16), arguments.runs))
+    own = tiles(scale=4.0, tile=256, overlap=64, batch=4, order="fused")
     fused = (
-        Side(
-            "dinotile, fused", webui.dinotile(scale=4.0, tile=256, overlap=64, batch=4, order="fused"), dinotile_tiles
-        ),
-        Side("Tiled Diffusion", webui.tiled(4.0, 256, 64, 4)),
+        Side("dinotile, fused", own, 1024, 25, dinotile_tiles),
+        Side("Tiled Diffusion", webui.tiled(4.0, 256, 64, 4), 1024, 25),
     )
     print("1024 x 1024, 25 tiles of 256 advancing together")
-    figures["tiled_diffusion"] = compare(webui, fused, 25, arguments.runs)
-    show("tiled_diffusion")
+    show("tiled_diffusion", compare(webui, fused, arguments.runs))
     if arguments.large:
         print("8192 x 8192, 1024 tiles of 320, extrapolated")
-        image, sides = source(1024), ultimate(8.0)
-        seconds: dict[str, list[float]] = {side.name: [] for side in sides}
+        sides = ultimate(8.0, 8192, 1024)
+        seconds: dict[Side, list[float]] = {side: [] for side in sides}
         for _ in range(max(1, arguments.runs - 2)):
             for side, measure in zip(sides, (through_masks, beginning)):
-                seconds[side.name].append(measure(webui, side, image, 1024, 8192))
-        figures["usdu_8192"] = report(seconds, {side.name: 1024 for side in sides})
-        show("usdu_8192")
+                seconds[side].append(measure(webui, side, example(1024)))
+        show("usdu_8192", report(seconds))
     if arguments.json:
-        print(json.dumps({key: round(value, 4) for key, value in figures.items()}))
+        print(json.dumps(figures))
 
 
 if __name__ == "__main__":

@@ -32,7 +32,6 @@ from __future__ import annotations
 
 import argparse
 import functools
-import importlib.util
 import itertools
 import json
 import sys
@@ -42,19 +41,22 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
+from scipy.ndimage import uniform_filter
 from torch import Tensor
-from webui import DINOTILE, TILED, ULTIMATE, WebUI
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+from benchmarks.photographs import EXAMPLE, installed, middle
+from benchmarks.webui import TILED, ULTIMATE, WebUI, client, tiles
 from lib_dinotile.engine.flow import upscale
 from lib_dinotile.hosts.diffusers import load_host
+from lib_dinotile.images import read_image
 from lib_dinotile.settings import Generation, Settings
 from lib_dinotile.tiling.noise import NoiseField
 from lib_dinotile.tiling.plan import TilePlan
 from lib_dinotile.tiling.seams import SEAMS, seam_passes
+from tools.mini.images import Photo
 
-ROOT = Path(__file__).parents[1]
 TARGET = 1.02
 SIDE, SCALE = 256, 2
 """Of the sources, and how much larger the canvases are."""
@@ -74,9 +76,9 @@ BESIDE = 6
 """Columns elsewhere that a column is held against on either side."""
 WINDOWS = {"step": range(1), "strip": range(-4, 4)}
 PHOTOS = {
-    "skimage": "astronaut.png coffee.png rocket.jpg motorcycle_left.png retina.jpg hubble_deep_field.jpg brick.png "
-    "grass.png gravel.png camera.png coins.png moon.png",
-    "sklearn": "china.jpg flower.jpg",
+    "skimage/data/": "astronaut.png coffee.png rocket.jpg motorcycle_left.png retina.jpg hubble_deep_field.jpg "
+    "brick.png grass.png gravel.png camera.png coins.png moon.png",
+    "sklearn/datasets/images/": "china.jpg flower.jpg",
 }
 
 
@@ -147,17 +149,6 @@ def plan_lines(plan: TilePlan, settings: Settings) -> tuple[Lines, Lines]:
     return both
 
 
-def mean_around(energy: np.ndarray, radius: int = 8) -> np.ndarray:
-    """The mean over squares of 2 * radius + 1 pixels."""
-    width = 2 * radius + 1
-    for axis in (0, 1):
-        pad = [(radius + 1, radius) if i == axis else (0, 0) for i in (0, 1)]
-        total = np.pad(energy, pad, mode="edge").cumsum(axis)
-        high, low = (np.take(total, range(start, start + energy.shape[axis]), axis) for start in (width, 0))
-        energy = (high - low) / width
-    return energy
-
-
 def columns(image: np.ndarray, reference: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Energies (W,) from each column's left neighbour to it, of both images, relative to what is around."""
     energies = []
@@ -165,7 +156,7 @@ def columns(image: np.ndarray, reference: np.ndarray) -> tuple[np.ndarray, np.nd
         energy = np.zeros(pixels.shape[:2])
         energy[:, 1:] = (np.diff(pixels, axis=1) ** 2).mean(2)
         energies.append(energy)
-    around = mean_around(sum(energies) / 2) + 1
+    around = uniform_filter(sum(energies) / 2, 17, mode="nearest") + 1
     return tuple((energy / around).mean(0) for energy in energies)
 
 
@@ -227,17 +218,9 @@ def gradients() -> dict[str, Image.Image]:
 
 def photos() -> dict[str, Image.Image]:
     """The middles of photographs that the repository and installed packages have."""
-    files = [ROOT / "examples" / "photo.png"]
-    for package, names in PHOTOS.items():
-        spec = importlib.util.find_spec(package)
-        folder = Path(spec.origin).parent / ("data" if package == "skimage" else "datasets/images") if spec else None
-        files += [folder / name for name in names.split()] if folder else []
-    found = {}
-    for file in filter(Path.is_file, files):
-        image = Image.open(file).convert("RGB")
-        left, top = (image.width - SIDE) // 2, (image.height - SIDE) // 2
-        found[file.stem] = image.crop((left, top, left + SIDE, top + SIDE))
-    return found
+    files = [Photo(folder + name, "", "") for folder, names in PHOTOS.items() for name in names.split()]
+    found = {"photo": read_image(EXAMPLE), **installed(files)}
+    return {name: middle(image, SIDE, SIDE) for name, image in found.items()}
 
 
 def cut(reference: Image.Image, tile: int, levels: int, seed: int) -> Image.Image:
@@ -312,11 +295,11 @@ def fill_peers(
                 squares.add(line - base.overlap // 2, line + base.overlap // 2)
             for order, seams in itertools.product(("chess", "linear"), SEAMS) if ULTIMATE in installed else ():
                 request = webui.ultimate(SCALE, inner, base.overlap // 2, order, seams, base.seam_denoise)
-                result = webui.img2img(image, {**request, "seed": seed}).image
+                result = webui.img2img(image, **request, seed=seed).images[-1]
                 table.pool(f"Ultimate SD Upscale {order}, {seams}", group).add(result, reference, (squares, squares))
             for method in ("MultiDiffusion", "Mixture of Diffusers") if TILED in installed else ():
                 request = webui.tiled(SCALE, base.tile, base.overlap, base.batch, method)
-                result = webui.img2img(image, {**request, "seed": seed}).image
+                result = webui.img2img(image, **request, seed=seed).images[-1]
                 table.pool(f"Tiled Diffusion, {method}", group).add(result, reference, plan_lines(plan, base))
 
 
@@ -345,13 +328,12 @@ def main() -> None:
 
     if arguments.webui:
         webui, table = WebUI(arguments.webui), Table(groups)
-        webui.need(DINOTILE)
+        webui.need(client.SCRIPT)
 
         def there(image: Image.Image, settings: Settings, seed: int) -> Image.Image:
-            options = {
-                name: getattr(settings, name) for name in ("scale", "tile", "overlap", "batch", "order", "seams")
-            }
-            return webui.img2img(image, {**webui.dinotile(**options), "seed": seed}).image
+            names = ("scale", "tile", "overlap", "batch", "order", "seams")
+            options = tiles(**{name: getattr(settings, name) for name in names})
+            return webui.img2img(image, **options, seed=seed).image
 
         few = {group: dict(itertools.islice(images.items(), arguments.images)) for group, images in groups.items()}
         fill(table, there, few, WEBUI_TILES, PERIOD)

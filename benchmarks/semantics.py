@@ -88,7 +88,6 @@ def main() -> int:
     parser.add_argument("--quick", action="store_true", help="few images and steps")
     parser.add_argument("--json", action="store_true", help="one last line of JSON")
     parser.add_argument("--images", type=int, help="how many images")
-    parser.add_argument("--tune", action="store_true", help="try settings, on images that are not reported")
     parser.add_argument("--adapter", action="store_true", help="measure the trained adapters; with --quick one of them")
     parser.add_argument(
         "--adapters", type=Path, default=evidence.ADAPTERS, help="with --adapter: their folder; with --model a file"
@@ -114,9 +113,6 @@ def main() -> int:
         if arguments.photos is None:
             parser.error("--model wants a folder of photos")
         figures = photos(arguments)
-    elif arguments.tune:
-        evidence.tune(*models(arguments), arguments.images or 4)
-        return 0
     else:
         figures = closed_world(arguments)
     if figures is None:

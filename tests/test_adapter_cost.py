@@ -2,8 +2,8 @@
 
 import pytest
 
-from benchmarks.adapter_cost import PARAMETERS, SHARE, UNETS, counted
-from benchmarks.cost import adapter_calls
+from benchmarks.models import UNETS
+from benchmarks.speed import PARAMETERS, SHARE, adapter_calls, counted
 
 
 @pytest.mark.parametrize("name", UNETS)

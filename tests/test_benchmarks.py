@@ -1,39 +1,106 @@
 """The benchmarks run; what they measure is not looked at here."""
 
-import sys
 from dataclasses import replace
-from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 
-from lib_dinotile.condition.conditioner import MINI, Conditioner
+from benchmarks import models
+from lib_dinotile.condition.conditioner import Conditioner
 from lib_dinotile.hosts.diffusers import load_host
 
 
 @pytest.fixture
-def engine(monkeypatch):
-    monkeypatch.setattr(sys, "path", [str(Path(__file__).parents[1] / "benchmarks"), *sys.path])
-    import engine
+def speed(monkeypatch):
+    from benchmarks import speed
 
-    monkeypatch.setattr(engine, "SETTINGS", replace(engine.SETTINGS, tile=64, overlap=16))
-    return engine
-
-
-def test_the_engine_costs_something_beside_the_model(engine):
-    host = load_host(engine.GENERATION)
-    conditioner = Conditioner.load(
-        replace(engine.SETTINGS, adapter="mini"), host, {"mini": MINI / "adapter.safetensors"}
-    )
-    image = engine.source(32)
-    assert engine.overhead(host, None, image) > 1
-    assert engine.overhead(host, conditioner, image) > 1
-    assert engine.per_tile(host, image, 2) > 0
+    monkeypatch.setattr(speed, "SETTINGS", replace(speed.SETTINGS, tile=64, overlap=16))
+    return speed
 
 
-def test_a_cut_is_a_seam(engine):
-    import seams
+def test_the_engine_costs_something_beside_the_model(speed):
+    host, image = load_host(speed.GENERATION), speed.noise(32)
+    conditioner = Conditioner.load(replace(speed.SETTINGS, adapter="mini"), host, speed.ADAPTERS)
+    plain, adapted = (speed.Watched(host).run(image, speed.SETTINGS, given) for given in (None, conditioner))
+    assert speed.overhead([plain]) > 1 and speed.overhead([adapted]) > 1
+    assert adapted.ours.calls > plain.ours.calls > 0  # residuals beside the noise
+    assert min(speed.per_tile([speed.Watched(host, 2).run(image, speed.SETTINGS)])) > 0
 
-    image = engine.source(seams.SIDE)
+
+def test_a_run_that_is_broken_off_shares_out_what_is_done_once_over_all_its_tiles(speed):
+    run = speed.Watched(load_host(speed.GENERATION), 2).run(speed.noise(32), speed.SETTINGS)
+    assert run.done < run.result.total
+    run.began, run.ended, run.whole.seconds, run.model.seconds, run.ours.seconds = 1.0, 9.0, 10.0, 7.0, 1.0
+    assert speed.per_tile([run]) == (6 / run.done, 2 / run.done + 2 / run.result.total)
+
+
+def test_with_a_model_that_does_nothing_the_engine_still_works(speed):
+    """Its pixels are not the source's, or colour correction would have nothing to do."""
+    source = speed.example(128)
+    run = speed.Null(source).run(source, replace(speed.OWN, tile=128, overlap=16))
+    by_tile, once = run.own
+    assert run.result.complete and run.done == run.result.total == 9 and by_tile > 0 < once
+    assert run.reference.calls > run.done / speed.OWN.batch
+    shown = run.decode(torch.zeros(1, 4, 32, 32)).mean((0, 2, 3)) * 255
+    assert (shown - torch.tensor(np.array(source).mean((0, 1)))).abs().max() > 3
+
+
+class Small:
+    """A host whose memory holds no more than so many tiles."""
+
+    def __init__(self, host, most):
+        self.__dict__ = {**vars(host), "_small": host, "_most": most}
+
+    def __getattr__(self, name):
+        return getattr(self._small, name)
+
+    def decode(self, latents):
+        if len(latents) > self._most:
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+        return self._small.decode(latents)
+
+
+@pytest.fixture
+def speed_gpu(monkeypatch):
+    from benchmarks import speed_gpu
+
+    monkeypatch.setattr(speed_gpu, "ACROSS", 2)
+    monkeypatch.setattr(speed_gpu, "RUNS", 1)
+    return speed_gpu
+
+
+def test_what_a_gpu_decides_can_be_tried_without_one(speed_gpu, capsys):
+    found = speed_gpu.gpu([models.TINY], "cpu", batches=(1, 2))
+    assert found["torch"] == torch.__version__ and found["date"] in capsys.readouterr().out
+    assert found["calibration_seconds"] > 0
+    tiny = found[models.TINY]
+    assert tiny["seconds"]["1"] > 0 < tiny["seconds"]["2"] and tiny["peak_gib"] == {"1": 0.0, "2": 0.0}
+    assert tiny["overhead"] > 1 and tiny["guidance"] > 0 and tiny["tiles_an_hour"] > 0
+    assert None not in (tiny["guard"], tiny["adapter"])
+
+
+def test_what_the_memory_does_not_hold_is_no_figure_and_not_the_end(speed_gpu):
+    """Also though the engine itself would make do with fewer tiles at once."""
+    host = Small(models.random_host(models.TINY), most=2)
+    assert speed_gpu.with_batch(host, 2)[0] > 0
+    assert speed_gpu.with_batch(host, 4) == (None, None)
+    assert speed_gpu.fitting(speed_gpu.with_batch, Small(host, most=0), 1) is None
+    with pytest.raises(ZeroDivisionError):
+        speed_gpu.fitting(lambda: 1 / 0)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_one_line_says_so(speed, capsys):
+    assert speed.main(["--gpu", "--json"]) == 2
+    out, error = capsys.readouterr()
+    assert out == "" and len(error.strip().splitlines()) == 1 and "cuda" in error
+
+
+def test_a_cut_is_a_seam(speed):
+    from benchmarks import seams
+
+    image = speed.noise(seams.SIDE)
     edges = seams.Lines.of(range(0, seams.SIDE, 64), 64, seams.SIDE)
     table = seams.Table(["noise"])
     table.pool("cut", "noise").add(seams.cut(image, 64, 40, 0), image, (edges, edges))

@@ -7,13 +7,13 @@ import pytest
 import torch
 
 from benchmarks import evidence, evidence_plot, judging
-from benchmarks.arms import ADAPTER, ADAPTER_OTHER, ALL, BOTH, OTHER, PLAIN, ZERO, interval, ratio_interval
+from benchmarks.arms import ADAPTER, ADAPTER_OTHER, ALL, BOTH, OTHER, PLAIN, ZERO, auc, interval, ratio_interval
 from benchmarks.evidence import UNTRAINED
 from benchmarks.world import gates
-from benchmarks.world.guard_test import auc, guard_auc
+from benchmarks.world.guard_test import guard_auc
 from benchmarks.world.heads import calibrated_heads
 from benchmarks.world.host import SETTINGS
-from benchmarks.world.judge import NONE
+from benchmarks.world.judges import NONE
 from benchmarks.world.scenes import NO_LABEL, repainted, scene, wrong_classes
 from lib_dinotile import DinotileError
 from lib_dinotile.condition.heads import CalibratedHeads, FixedHeads
@@ -40,9 +40,9 @@ def test_scenes_are_the_same_by_seed_and_their_source_does_not_hold_the_texture(
 def test_the_judges_know_every_texture_and_the_lack_of_one(world):
     for made in gates.evaluation_scenes(3, seed=5):
         known = made.labels != NO_LABEL
-        for verdict in (world.judge.verdict(made.sharp[None])[0].numpy(), world.spectral.verdict(made.sharp)):
+        for verdict in (world.judge.verdict(made.sharp), world.spectral.verdict(made.sharp)):
             assert (verdict == made.labels)[known].mean() > 0.97
-        assert (world.judge.verdict(made.blurred[None]) == NONE).float().mean() > 0.97
+        assert (world.judge.verdict(made.blurred) == NONE).mean() > 0.97
 
 
 def test_the_guard_prefers_the_true_texture(world):
@@ -145,7 +145,8 @@ def test_targets_are_told_from_the_figures(measured):
 
 
 def test_statistics():
-    assert auc(np.array([3.0, 4.0]), np.array([1.0, 2.0])) == 1 and auc(np.arange(9.0), np.arange(9.0) + 20) == 0
+    assert auc([np.array([3.0]), np.array([4.0])], [np.array([1.0, 2.0])]) == 1
+    assert auc([np.arange(9.0)], [np.arange(9.0) + 20]) == 0 and auc([np.ones(3)], [np.ones(2)]) == 0.5
     low, high = interval([0.2, 0.4, 0.6, 0.8])
     assert 0.2 <= low < 0.5 < high <= 0.8
     low, high = ratio_interval([1.0, 2.0], [2.0, 4.0])

@@ -16,9 +16,8 @@ import torch.nn.functional as F
 from accelerate.utils import set_seed
 from torch import Tensor
 
-from benchmarks.world.denoiser import CROP
-from benchmarks.world.host import WorldHost
-from benchmarks.world.pictures import Scenes
+from benchmarks.world.heads import Scenes
+from benchmarks.world.host import CROP, WorldHost
 from benchmarks.world.scenes import PATCH, SIDE
 from benchmarks.world.textures import CLASSES
 from lib_dinotile.condition.adapter import Adapter

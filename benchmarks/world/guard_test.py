@@ -9,18 +9,27 @@ import argparse
 import contextlib
 import json
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Iterator, Mapping
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.world.heads import LAYERS, TILE, calibrated_heads, in_windows, source_features
+from benchmarks.arms import auc
+from benchmarks.world.heads import LAYERS, TILES, calibrated_heads, in_windows, source_features
 from benchmarks.world.host import WEIGHTS
-from benchmarks.world.scenes import EVALUATION_ATLAS, FACTOR, NO_LABEL, SIDE, Scene, repainted, scene, wrong_classes
+from benchmarks.world.scenes import (
+    EVALUATION_ATLAS,
+    FACTOR,
+    NO_LABEL,
+    PATCH,
+    SIDE,
+    Scene,
+    repainted,
+    scene,
+    wrong_classes,
+)
 from lib_dinotile import DinotileError
 from lib_dinotile.condition.guard import GUARD_LAYER
 from lib_dinotile.condition.heads import ByLayer, Heads
@@ -31,66 +40,38 @@ from lib_dinotile.settings import CALIBRATED
 
 CONTEXTS = (0, 1, 2, 4)
 """Patches of the blurred canvas around a tile, at least, that are seen with it."""
+Scores = Mapping[str, list[np.ndarray]]
 
 
-@dataclass(frozen=True)
-class Pair:
-    """The truth and a picture that has, in every region, the texture of another class, of one source."""
-
-    true: Scene
-    wrong: Scene
-
-    @property
-    def known(self) -> np.ndarray:
-        """(16, 16) bool: patches that have a label."""
-        return (self.true.labels != NO_LABEL) & (self.wrong.labels != NO_LABEL)
-
-
-def pairs(count: int, seed: int) -> Iterator[Pair]:
-    """Fresh pairs; the same seed, the same."""
+def pairs(count: int, seed: int) -> Iterator[tuple[Scene, Scene, np.ndarray]]:
+    """Fresh ones: the truth, the same with the texture of another class in every region, and the patches that have a
+    label in both, (16, 16) bool."""
     for i in range(count):
         rng = np.random.default_rng((seed, i, 98))
         true = scene(rng, EVALUATION_ATLAS)
-        yield Pair(true, repainted(rng, true, wrong_classes(rng, true), EVALUATION_ATLAS))
-
-
-def auc(good: np.ndarray, bad: np.ndarray) -> float:
-    """The probability that a value of `good` is above one of `bad` (Mann and Whitney)."""
-    ranks = np.concatenate([good, bad]).argsort().argsort()
-    return float((ranks[: len(good)].mean() - (len(good) - 1) / 2) / len(bad))
-
-
-def tiles(pixels: Tensor) -> Tensor:
-    """(3, SIDE, SIDE) -> (n, 3, TILE, TILE), rows first."""
-    return pixels.unfold(1, TILE, TILE).unfold(2, TILE, TILE).permute(1, 2, 0, 3, 4).flatten(0, 1)
-
-
-def _joined(features: Tensor) -> Tensor:
-    """Features of tiles (n, D, h, w) -> those of the picture (D, H, W)."""
-    across = SIDE // TILE
-    return features.unflatten(0, (across, across)).permute(2, 0, 3, 1, 4).flatten(3, 4).flatten(1, 2)
+        wrong = repainted(rng, true, wrong_classes(rng, true), EVALUATION_ATLAS)
+        yield true, wrong, (true.labels != NO_LABEL) & (wrong.labels != NO_LABEL)
 
 
 def seen_alone(encoder: PatchEncoder, result: Tensor, layer: int) -> Tensor:
     """(D, 16, 16): every tile of the result by itself."""
-    return _joined(encoder(tiles(result), layer))
+    features = result.new_empty(encoder.width, SIDE // PATCH, SIDE // PATCH)
+    for tile in TILES:
+        seen = encoder(result[(slice(None), *tile.slices)][None], layer)[0]
+        features[(slice(None), *tile.shrink(PATCH).slices)] = seen
+    return features
 
 
-def seen_whole(encoder: PatchEncoder, result: Tensor, layer: int) -> Tensor:
-    """(D, 16, 16): the finished result as a whole."""
-    return encoder(result[None], layer)[0]
-
-
-def scores(features: Tensor, wanted: Tensor) -> dict[str, Tensor]:
+def scores(features: Tensor, wanted: Tensor) -> dict[str, np.ndarray]:
     """Features of a result and of its source (D, h, w) -> cosines (h, w), plain and without the source's mean."""
     mean = wanted.mean((1, 2), keepdim=True)
     return {
-        "cosine": F.cosine_similarity(features, wanted, dim=0),
-        "centred": F.cosine_similarity(features - mean, wanted - mean, dim=0),
+        "cosine": F.cosine_similarity(features, wanted, dim=0).numpy(),
+        "centred": F.cosine_similarity(features - mean, wanted - mean, dim=0).numpy(),
     }
 
 
-def of_world(heads: Heads, layers: Sequence[int]) -> ByLayer:
+def of_world(heads: Heads, layers: tuple[int, ...]) -> ByLayer:
     """The heads of some layers for the world's sources and canvases."""
     return heads.of((SIDE // FACTOR, SIDE // FACTOR), (SIDE, SIDE), layers)
 
@@ -98,14 +79,13 @@ def of_world(heads: Heads, layers: Sequence[int]) -> ByLayer:
 @torch.no_grad()
 def guard_auc(encoder: PatchEncoder, heads: Heads, count: int, seed: int) -> float:
     """As the guard looks by default: layer, each tile in its window of the blurred canvas, through the head, cosine."""
-    good, bad = [], []
-    head = of_world(heads, [GUARD_LAYER])[GUARD_LAYER]
-    for pair in pairs(count, seed):
-        wanted = head(source_features(encoder, pair.true, GUARD_LAYER)[None])[0]
-        for picture, values in ((pair.true, good), (pair.wrong, bad)):
-            seen = in_windows(encoder, picture.sharp, pair.true.blurred, GUARD_LAYER)
-            values.append(F.cosine_similarity(seen, wanted, dim=0).numpy()[pair.known])
-    return auc(np.concatenate(good), np.concatenate(bad))
+    head, found = of_world(heads, (GUARD_LAYER,))[GUARD_LAYER], ([], [])
+    for *pictures, known in pairs(count, seed):
+        wanted = head(source_features(encoder, pictures[0], GUARD_LAYER)[None])[0]
+        for picture, values in zip(pictures, found):
+            seen = in_windows(encoder, picture.sharp, picture.blurred, GUARD_LAYER)
+            values.append(scores(seen, wanted)["cosine"][known])
+    return auc(*found)
 
 
 def measure(encoder: PatchEncoder, heads: Mapping[str, ByLayer], count: int, seed: int) -> dict[str, float]:
@@ -113,46 +93,42 @@ def measure(encoder: PatchEncoder, heads: Mapping[str, ByLayer], count: int, see
 
     `relative` scores have that of the plain upscaled picture, seen the same way, taken off.
     """
-    good: dict[str, list[np.ndarray]] = defaultdict(list)
-    bad: dict[str, list[np.ndarray]] = defaultdict(list)
-    for pair in pairs(count, seed):
-        blurred = pair.true.blurred
+    good: Scores = defaultdict(list)
+    bad: Scores = defaultdict(list)
+    for true, wrong, known in pairs(count, seed):
+        pictures = (true.sharp, wrong.sharp, true.blurred)
         for layer in LAYERS:
-            source = source_features(encoder, pair.true, layer)
+            source = source_features(encoder, true, layer)
             targets = {name: each[layer](source[None])[0] for name, each in heads.items() if layer in each}
-            targets["none"] = source
-            first, second = pair.true.sharp, pair.wrong.sharp
             ways = {
-                "alone": [seen_alone(encoder, x, layer) for x in (first, second, blurred)],
-                "whole": [seen_whole(encoder, x, layer) for x in (first, second, blurred)],
+                "alone": [seen_alone(encoder, x, layer) for x in pictures],
+                "whole": [encoder(x[None], layer)[0] for x in pictures],
             }
             for context in CONTEXTS:
-                seen = [in_windows(encoder, x, blurred, layer, context) for x in (first, second, blurred)]
-                ways[f"context {context}"] = seen
+                ways[f"context {context}"] = [in_windows(encoder, x, true.blurred, layer, context) for x in pictures]
             for way, seen in ways.items():
-                for target, wanted in targets.items():
+                for target, wanted in {**targets, "none": source}.items():
                     found = [scores(features, wanted) for features in seen]
                     for score in found[0]:
-                        values = [each[score].numpy()[pair.known] for each in found]
+                        first, second, plain = (each[score][known] for each in found)
                         name = f"layer {layer} / {way} / {target} / {score}"
-                        good[name].append(values[0])
-                        bad[name].append(values[1])
-                        good[f"{name}, relative"].append(values[0] - values[2])
-                        bad[f"{name}, relative"].append(values[1] - values[2])
-    return {name: auc(np.concatenate(good[name]), np.concatenate(bad[name])) for name in good}
+                        good[name].append(first)
+                        bad[name].append(second)
+                        good[f"{name}, relative"].append(first - plain)
+                        bad[f"{name}, relative"].append(second - plain)
+    return {name: auc(good[name], bad[name]) for name in good}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.world.guard_test", description=__doc__)
     parser.add_argument("--scenes", type=int, default=20)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--weights", type=Path, default=WEIGHTS)
-    parser.add_argument("--encoder", default="encoder", help="its folder in --weights")
+    parser.add_argument("--encoder", default="encoder", help="its folder in benchmarks/world/weights")
     args = parser.parse_args()
-    encoder = load_encoder(str(args.weights / args.encoder))
-    heads = {CALIBRATED: of_world(calibrated_heads(encoder, args.weights), CALIBRATED_LAYERS)}
+    encoder = load_encoder(str(WEIGHTS / args.encoder))
+    heads = {CALIBRATED: of_world(calibrated_heads(encoder), CALIBRATED_LAYERS)}
     with contextlib.suppress(DinotileError):  # trained heads are for one of the encoders
-        heads["trained"] = load_heads(args.weights / "heads.safetensors", encoder.id, encoder.width)
+        heads["trained"] = load_heads(WEIGHTS / "heads.safetensors", encoder.id, encoder.width)
     with torch.no_grad():
         found = measure(encoder, heads, args.scenes, args.seed)
     for name, value in sorted(found.items(), key=lambda item: -item[1]):

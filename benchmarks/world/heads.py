@@ -1,18 +1,18 @@
-"""The restoration heads of the world's encoders, and the probe that reads classes from its features."""
+"""The restoration heads of the world's encoders, the probe that reads classes from its features, and their pictures."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from benchmarks.world.host import SETTINGS, WEIGHTS
-from benchmarks.world.pictures import Scenes
+from benchmarks.world.host import SETTINGS, WEIGHTS, as_image
 from benchmarks.world.scenes import NO_LABEL, PATCH, SIDE, TRAIN_ATLAS, Scene, scene
 from lib_dinotile import DinotileError
 from lib_dinotile.condition.guard import GUARD_LAYER
@@ -27,10 +27,7 @@ from lib_dinotile.tiling.plan import Rect
 from lib_dinotile.train.head import prepared_pairs
 from lib_dinotile.train.head import train_heads as fit_heads
 from lib_dinotile.train.loop import Schedule
-from lib_dinotile.train.pictures import Prepared
-
-if TYPE_CHECKING:
-    from sklearn.linear_model import LogisticRegression
+from lib_dinotile.train.pictures import Picture, Prepared
 
 LAYERS = (-1, -2, -3)
 """Of the trained heads."""
@@ -40,6 +37,31 @@ CALIBRATION_PICTURES, CALIBRATION_SEED = 48, 41
 TILE = 64
 """Side of what is judged at once, in px."""
 TILES = [Rect(x, y, TILE, TILE) for y in range(0, SIDE, TILE) for x in range(0, SIDE, TILE)]
+
+
+@dataclass(frozen=True)
+class KnownPicture(Picture):
+    """A picture whose truth is known."""
+
+    truth: np.ndarray | None = None
+    """(SIDE, SIDE) int64: the class of each pixel."""
+
+
+class Scenes:
+    """So many scenes of a seed; `Pictures` of lib_dinotile.train."""
+
+    def __init__(self, count: int, seed: int) -> None:
+        self._count, self._seed = count, seed
+
+    def __len__(self) -> int:
+        return self._count
+
+    def key(self, index: int) -> Any:
+        return ["scene", self._seed, index]
+
+    def __getitem__(self, index: int) -> KnownPicture:
+        made = scene(np.random.default_rng((self._seed, index, 15)), TRAIN_ATLAS)
+        return KnownPicture(as_image(made.sharp), as_image(made.source), truth=made.class_map)
 
 
 def source_features(encoder: PatchEncoder, made: Scene, layer: int = -1) -> Tensor:
@@ -101,25 +123,17 @@ def calibrate_heads(export: Path, encoder: str) -> None:
     print(*store.notes, sep="\n")
 
 
-def fit_probe(tokens: Sequence[Tensor], labels: Sequence[np.ndarray]) -> LogisticRegression:
-    """Logistic regression from features (D, 16, 16) of some pictures to the classes of their labelled patches."""
+def train_probe(export: Path) -> None:
+    """A linear probe, logistic regression, that names a patch's class from the last layer's tokens of the source."""
     from sklearn.linear_model import LogisticRegression
 
-    known = [label != NO_LABEL for label in labels]
-    rows = [each.permute(1, 2, 0).numpy()[some] for each, some in zip(tokens, known)]
-    classes = [label[some] for label, some in zip(labels, known)]
-    return LogisticRegression(max_iter=300, C=0.1).fit(np.concatenate(rows), np.concatenate(classes))
-
-
-def probe_scenes(count: int = 150, seed: int = 11) -> Iterator[Scene]:
-    """Pictures that probes learn from."""
-    return (scene(np.random.default_rng((seed, i, 12)), TRAIN_ATLAS) for i in range(count))
-
-
-def train_probe(export: Path) -> None:
-    """A linear probe that names a patch's class from the last layer's tokens of the source."""
-    encoder, scenes = load_encoder(str(export / "encoder")), list(probe_scenes())
-    probe = fit_probe([source_features(encoder, made) for made in scenes], [made.labels for made in scenes])
+    encoder, tokens, classes = load_encoder(str(export / "encoder")), [], []
+    for number in range(150):
+        made = scene(np.random.default_rng((11, number, 12)), TRAIN_ATLAS)
+        known = made.labels != NO_LABEL
+        tokens.append(source_features(encoder, made).permute(1, 2, 0).numpy()[known])
+        classes.append(made.labels[known])
+    probe = LogisticRegression(max_iter=300, C=0.1).fit(np.concatenate(tokens), np.concatenate(classes))
     arrays = {"weight": probe.coef_, "bias": probe.intercept_}
     tensors = {name: torch.from_numpy(array).half().contiguous() for name, array in arrays.items()}
     save_file(tensors, export / "probe.safetensors")

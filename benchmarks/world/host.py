@@ -1,4 +1,8 @@
-"""dinotile's engine on the world's denoiser, told what each pixel shows, or not."""
+"""dinotile's engine on the world's denoiser, told what each pixel shows, or not.
+
+The denoiser is a diffusers UNet on pixel-unshuffled latents whose further input channels are the one-hot class map, all
+zero where nothing is told. It knows all textures, and draws the one it is told, or any.
+"""
 
 from __future__ import annotations
 
@@ -7,11 +11,11 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from diffusers import DDIMScheduler, UNet2DConditionModel
 from PIL import Image
 from torch import Tensor, nn
 
-from benchmarks.world.denoiser import CHANNELS, CROP, one_hot
 from benchmarks.world.scenes import FACTOR, PATCH, SIDE
 from benchmarks.world.textures import CLASSES
 from lib_dinotile.engine.flow import upscale
@@ -20,12 +24,21 @@ from lib_dinotile.hosts.diffusers import DiffusersHost, PixelCodec
 from lib_dinotile.settings import Generation, Settings
 from lib_dinotile.tiling.noise import NoiseField
 
+CHANNELS, CODEC = 12, 2
+"""Of a latent; px of the canvas per cell of it."""
+CROP = 64
+"""Side of what the denoiser was trained on and of the tiles it draws, in px."""
 WEIGHTS = Path(__file__).parent / "weights"
 
 SETTINGS = Settings(scale=float(FACTOR), tile=CROP, overlap=0, batch=16, patches=SIDE // PATCH)
 """The defaults, but for the geometry that the world dictates."""
 GENERATION = Generation(steps=20, denoise=0.8, cfg=1.0)
 """For the world's figures: 16 tiles, 16 calls of the model for each."""
+
+
+def one_hot(classes: Tensor) -> Tensor:
+    """(n, H, W) int64 -> (n, CLASSES, H/2, W/2): what the model can be told."""
+    return F.one_hot(classes[:, ::CODEC, ::CODEC], CLASSES).permute(0, 3, 1, 2).float()
 
 
 class _Told(nn.Module):

@@ -107,17 +107,12 @@ def _palette(rng: np.random.Generator, count: int) -> tuple[np.ndarray, np.ndarr
     return bases.astype(np.float32), light.astype(np.float32)
 
 
-def usual_class(bases: np.ndarray) -> np.ndarray:
-    """Colours (n, 3) -> (n,) int64: the class that most regions of such a colour have where there is a habit."""
-    return ((bases > 0.5) * (1, 2, 4)).sum(1)
-
-
-def _marks(rng: np.random.Generator, regions: np.ndarray, classes: np.ndarray, area: float) -> np.ndarray:
+def _marks(rng: np.random.Generator, regions: np.ndarray, classes: np.ndarray) -> np.ndarray:
     """(SIDE, SIDE) float32 in 0..1: the marks of all regions, each within its own and apart from the others."""
     field, taken = np.zeros((SIDE, SIDE), np.float32), np.zeros((SIDE, SIDE), bool)
     for region, label in enumerate(classes):
         inside = regions == region
-        for _ in range(max(2, round(inside.sum() / area * rng.uniform(0.8, 1.2)))):
+        for _ in range(max(2, round(inside.sum() / MARK_AREA * rng.uniform(0.8, 1.2)))):
             for _ in range(30):
                 side = int(rng.integers(22, 27))
                 top, left = rng.integers(SIDE - side, size=2)
@@ -169,20 +164,14 @@ def _sharp(smooth: np.ndarray, tone: np.ndarray, texture: np.ndarray) -> Tensor:
     return torch.from_numpy(np.round(np.clip(smooth + tone * texture, 0, 1) * 255) / 255)
 
 
-def scene(
-    rng: np.random.Generator, seed: int = EVALUATION_ATLAS, mark_area: float = MARK_AREA, habit: float = 0.0
-) -> Scene:
-    """A picture; the same generator state and atlas `seed` give the same.
-
-    mark_area: see MARK_AREA, less is easier; habit: share of the regions whose class goes by their colour
-    (`usual_class`), not by chance.
-    """
+def scene(rng: np.random.Generator, seed: int = EVALUATION_ATLAS) -> Scene:
+    """A picture; the same generator state and atlas `seed` give the same."""
     regions = _regions(rng)
     count = int(regions.max()) + 1
     classes = rng.integers(CLASSES, size=count)
     bases, light = _palette(rng, count)
-    classes = np.where(rng.random(count) < habit, usual_class(bases), classes)
-    field = MARK * _marks(rng, regions, classes, mark_area) + SHADE * _shading(rng)
+    rng.random(count)  # drawn since the denoiser's pictures needed it; without it there would be other pictures
+    field = MARK * _marks(rng, regions, classes) + SHADE * _shading(rng)
     tone = light[regions].transpose(2, 0, 1)
     smooth = bases[regions].transpose(2, 0, 1) + tone * (field - 0.03)
     tone = TEXTURE * tone

@@ -1,4 +1,4 @@
-"""A running WebUI as these tests see it: requests go in, images and their PNG info come out."""
+"""A running WebUI as these tests and the benchmarks see it: requests go in, images and their PNG info come out."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import numpy as np
 import requests
 from PIL import Image
 
-TIMEOUT = 900
+TIMEOUT = 3600
 """Seconds that one generation may take."""
 POLL = 0.05
 """Seconds between two looks at the progress."""
@@ -73,6 +73,8 @@ class Reply:
     """PNG info, one for each image."""
     extra: dict[str, Any] = field(default_factory=dict)
     """What the API tells besides: `extra_generation_params`."""
+    seconds: float = 0.0
+    """From the request until the answer began to come."""
 
     @property
     def image(self) -> Image.Image:
@@ -94,6 +96,9 @@ class Progress:
     share: float
     text: str
     preview: Image.Image | None
+    jobs: tuple[int, int] = (0, 0)
+    """The one that it is at, from 0, and how many there are; (0, 0) where nothing runs."""
+    when: float = field(default_factory=time.perf_counter)
 
     @property
     def tiles(self) -> int | None:
@@ -117,10 +122,10 @@ class Job:
     def _run(self) -> None:
         self._answer.append(self._webui.post("img2img", self._body))
 
-    def looks(self) -> Iterator[Progress]:
+    def looks(self, preview: bool = True) -> Iterator[Progress]:
         """Looks at the progress, one after the other, until the generation is done."""
         while self._thread.is_alive():
-            yield self._webui.progress()
+            yield self._webui.progress(preview)
             time.sleep(POLL)
 
     def reply(self) -> Reply:
@@ -203,7 +208,8 @@ class WebUI:
         assert response.status_code == 200, response.text[:2000]
         answer = response.json()
         info = json.loads(answer["info"])
-        return Reply([decode(image) for image in answer["images"]], info["infotexts"], info["extra_generation_params"])
+        images, seconds = [decode(image) for image in answer["images"]], response.elapsed.total_seconds()
+        return Reply(images, info["infotexts"], info["extra_generation_params"], seconds)
 
     @staticmethod
     def refused(response: requests.Response) -> str:
@@ -214,11 +220,11 @@ class WebUI:
         assert "images" not in response.json()
         return line
 
-    def progress(self) -> Progress:
-        answer = self.get("sdapi/v1/progress").json()
-        preview = decode(answer["current_image"]) if answer.get("current_image") else None
-        running = answer["state"]["job_count"] > 0
-        return Progress(running, answer["progress"], answer.get("textinfo") or "", preview)
+    def progress(self, preview: bool = True) -> Progress:
+        answer = self.get("sdapi/v1/progress" + ("" if preview else "?skip_current_image=true")).json()
+        shown = decode(answer["current_image"]) if answer.get("current_image") else None
+        jobs = answer["state"]["job_no"], answer["state"]["job_count"]
+        return Progress(jobs[1] > 0, answer["progress"], answer.get("textinfo") or "", shown, jobs)
 
     def txt2img(self, **request: Any) -> Reply:
         """A generation without a source, and so without DINO Tile."""

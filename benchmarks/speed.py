@@ -1,0 +1,389 @@
+"""What dinotile costs beside the model: python benchmarks/speed.py [engine | cost | adapter | training] [--json]
+
+On a CPU seconds are those that this process computes, on one core: other work on the machine hardly shows in them. Runs
+take turns, and of their times the least counts, for what disturbs only ever adds to it.
+
+engine (the default), with the built-in model and tiles of 256 px:
+  overhead      1 + time of a run outside of its encode, sample and decode calls over that in them, at most 1.05. What
+                the sampler spends on noise and residuals is not the model's. adapter: with the built-in adapter.
+  canvas_ratio  seconds per tile on a canvas of 8192 x 8192 over those on one of 1024 x 1024, at most 1.03. The first
+                tiles of both are timed; what a run does once (upscaling, the finished image) is shared out over all.
+                Model calls are the same on both, so they count the same.
+  own           with a model that does nothing (latents of zeros, pixels off the source's colours), 2048 to 4096 x 4096
+                in tiles of 512 px, batch 4: from the first tile to the end of the last one and what follows for each,
+                less the model calls, by tile; over `torch.lerp(a, b, 0.3).clamp_(0, 1)` on (3, 512, 512) float32, timed
+                once a batch in between. At most 40. own_once: upscaling and the finished image, of the whole run.
+
+cost: guidance and guard at default settings, as shares of a tile's plain time.
+  guard         a tile not in doubt, what is done for the whole image shared out over its tiles, at most 0.05
+  guidance      at most 0.25
+  encoder_calls whole views of a 1024 x 1024 source, for an image upscaled twice with all on
+With `--shapes sd15` the models are like Stable Diffusion 1.5, TAESD and DINOv2 small (random weights; slow on a CPU),
+one tile of a canvas of 1024 x 1024 is painted, and guidance's floating-point operations are counted, too.
+
+adapter: parameters and operations of an adapter for Stable Diffusion 1.5 (tiles of 512 px) and XL (of 1024 px) against
+those of the UNet with one row, counted and not run: of a step, and of a tile, which also has the part that runs once.
+How often the parts run, with the built-in model. `--time sd15` also takes the seconds (XL in float32 wants 12 GB).
+
+training: operations of a training tile (forward, backward through the frozen UNet, adapter; latents and features from
+the cache) and of a bare UNet row; their seconds, on a GPU if there is one; tiles an hour. `--count` only counts.
+
+--gpu: what a GPU decides, see benchmarks/speed_gpu.py.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import UNet2DConditionModel
+from PIL import Image
+from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from benchmarks.models import (
+    PRECISIONS,
+    TINY,
+    UNETS,
+    Clock,
+    Operations,
+    Trainer,
+    Watched,
+    counted_training,
+    operations,
+    parameters,
+    random_encoder,
+    random_host,
+)
+from benchmarks.photographs import example, noise
+from lib_dinotile.condition import conditioner as conditioners
+from lib_dinotile.condition.adapter import Adapter, AdapterCondition
+from lib_dinotile.condition.conditioner import MINI, Conditioner
+from lib_dinotile.condition.guard import Guard
+from lib_dinotile.condition.guidance import Guide
+from lib_dinotile.condition.heads import FixedHeads
+from lib_dinotile.dino.calibration import LAYERS
+from lib_dinotile.dino.encoder import PatchEncoder, load_encoder
+from lib_dinotile.dino.head import RestorationHead
+from lib_dinotile.hosts.diffusers import DiffusersHost, load_host
+from lib_dinotile.settings import Generation, Settings
+
+TILES = 8
+"""How many tiles of each canvas are timed."""
+GENERATION = Generation(steps=10, denoise=0.2)  # two UNet steps a tile
+BLIND = {"batch": 4, "guidance": 0.0, "guard": "off"}
+SETTINGS = Settings(scale=4.0, tile=256, overlap=32, **BLIND)
+OWN = Settings(scale=2.0, tile=512, **BLIND)
+COST = Settings(scale=2.0, tile=512, overlap=64, batch=1, guard="report")
+
+STEPS = 7
+"""UNet calls of a tile: 20 steps at denoising strength 0.35."""
+PARAMETERS, SHARE = 60_000_000, 0.03
+"""Limits: the adapter's parameters for SD 1.5, and its part of a step."""
+ADAPTERS = {"mini": MINI / "adapter.safetensors"}
+
+
+class Null(Watched):
+    """A host whose model does nothing: what is left is the engine's own time."""
+
+    def __init__(self, source: Image.Image, scale: float = 2.0) -> None:
+        super().__init__(random_host(TINY))
+        pixels = torch.from_numpy(np.array(source)).permute(2, 0, 1)[None].float() / 255
+        self._pixels = torch.nn.functional.interpolate(pixels, scale_factor=scale) * 0.9 + 0.03
+        self._a, self._b = torch.rand(2, 3, 512, 512)
+        self.reference = Clock()
+
+    def encode(self, pixels: Tensor) -> Tensor:
+        count, _, height, width = pixels.shape
+        return self.model(torch.zeros, count, self.channels, height // self.factor, width // self.factor)
+
+    def sample(self, latents: Tensor, *more: Any) -> Tensor:
+        self.done += len(latents)
+        return latents
+
+    def decode(self, latents: Tensor) -> Tensor:
+        height, width = (side * self.factor for side in latents.shape[2:])
+        return self.model(self._pixels[..., :height, :width].repeat, len(latents), 1, 1, 1)
+
+    def progress(self, *told: Any) -> None:
+        super().progress(*told)
+        self.reference(lambda: torch.lerp(self._a, self._b, 0.3).clamp_(0, 1))
+
+    @property
+    def own(self) -> tuple[float, float]:
+        """(By tile, of what is done once), in operations of the reference."""
+        unit, beside = self.reference.seconds / self.reference.calls, self.model.seconds + self.reference.seconds
+        return (self.tiles - beside) / self.done / unit, (self.whole.seconds - self.tiles) / unit
+
+
+def overhead(runs: Sequence[Watched]) -> float:
+    """1 + the engine's time over that of the model calls."""
+    return 1 + min(run.whole.seconds - run.bare for run in runs) / min(run.bare for run in runs)
+
+
+def per_tile(runs: Sequence[Watched]) -> tuple[float, float]:
+    """Seconds per tile, of a run broken off, (of the model calls, of the rest); what is done once is shared out."""
+    rest = min((run.tiles - run.bare) / run.done for run in runs)
+    return min(run.bare / run.done for run in runs), rest + min(
+        (run.whole.seconds - run.tiles) / run.result.total for run in runs
+    )
+
+
+def engine(arguments: argparse.Namespace) -> dict[str, float]:
+    host, turns = load_host(GENERATION), range(arguments.runs)
+    conditioner = Conditioner.load(replace(SETTINGS, adapter="mini"), host, ADAPTERS)
+    small, medium, large, own_source = noise(128), noise(256), noise(2048), example(2048)
+    Watched(host, 4).run(small, SETTINGS)  # warm up
+    ways: dict[str, list[Watched]] = {name: [] for name in ("plain", "adapted", "1024", "8192", "own")}
+    for _ in turns:
+        ways["plain"].append(Watched(host).run(small, SETTINGS))
+        ways["adapted"].append(Watched(host).run(small, SETTINGS, conditioner))
+        ways["1024"].append(Watched(host, TILES).run(medium, SETTINGS))
+        ways["8192"].append(Watched(host, TILES).run(large, SETTINGS))
+        ways["own"].append(Null(own_source).run(own_source, OWN))
+    (model, at_1024), (other, at_8192) = per_tile(ways["1024"]), per_tile(ways["8192"])
+    model = min(model, other)
+    found = {
+        "overhead": overhead(ways["plain"]),
+        "canvas_ratio": (model + at_8192) / (model + at_1024),
+        "adapter": overhead(ways["adapted"]),
+        "own": statistics.median(run.own[0] for run in ways["own"]),
+        "own_once": statistics.median(run.own[1] for run in ways["own"]),
+    }
+    print(f"engine over bare model calls, tiles of {SETTINGS.tile}, {arguments.runs} runs")
+    print(f"  without a condition   {found['overhead']:.3f}   (at most 1.05)")
+    print(f"  with mini's adapter   {found['adapter']:.3f}")
+    print(f"seconds per tile: model calls {model:.3f}, and beside them")
+    print(f"  canvas 1024 x 1024    {at_1024:.4f}")
+    print(f"  canvas 8192 x 8192    {at_8192:.4f}")
+    print(f"  ratio                 {found['canvas_ratio']:.3f}   (at most 1.03)")
+    print(f"own time, in lerps of a tile: {found['own']:.1f} a tile (at most 40), once {found['own_once']:.0f}")
+    return found
+
+
+def models(name: str) -> tuple[DiffusersHost, PatchEncoder]:
+    if name == "mini":
+        return load_host(Generation()), load_encoder("mini")
+    return random_host(name), random_encoder(name)
+
+
+def blank_heads(encoder: PatchEncoder) -> FixedHeads:
+    """As calibration begins."""
+    head = {layer: RestorationHead(encoder.width, 0).eval().to(encoder.device) for layer in LAYERS}
+    return FixedHeads(head, "as it begins")
+
+
+def shares(run: Watched, *work: Any, **more: Any) -> tuple[float, float]:
+    """(guard's, guidance's) share of the tiles' plain time, of one run with both."""
+    guidance, guard, once = (Clock(run.device) for _ in range(3))
+    with (
+        guidance.method(Guide, "__call__"),
+        guard.method(Guard, "distances"),
+        once.method(Conditioner, "conditions"),
+    ):
+        run.run(*work, **more)
+    plain = run.tiles - guidance.seconds - guard.seconds
+    return (guard.seconds + once.seconds) / plain, guidance.seconds / plain
+
+
+def encoder_calls(make: Callable[[], Conditioner]) -> int:
+    """How often the encoder saw the whole of a source, in two runs on it."""
+    conditioners._features.clear()
+    clock = Clock()
+    with clock.method(PatchEncoder, "several"):
+        for _ in range(2):
+            make().features(example(1024), (2048, 2048))
+    return clock.calls
+
+
+def cost(arguments: argparse.Namespace) -> dict[str, float]:
+    shapes = arguments.shapes[0]
+    host, encoder = models(shapes)
+    source, more = example(512), {}
+
+    def make() -> Conditioner:
+        return Conditioner(COST, encoder, heads=blank_heads(encoder), decoder=host.guidance_decoder(COST.decoder))
+
+    def run() -> tuple[float, float]:
+        return shares(Watched(host), source, COST, make(), **more)
+
+    found: dict[str, float] = {}
+    calls = encoder_calls(make)
+    if shapes != "mini":
+        more["mask"] = Image.new("L", source.size)
+        more["mask"].paste(255, (0, 0, 128, 128))  # the upper left tile only
+        operations = Operations()
+        with operations, operations.method(Guide, "__call__"):
+            run()
+        found["guidance_operations"] = operations.inside / (operations.total - operations.inside)
+    guard, guidance = (statistics.median(values) for values in zip(*(run() for _ in range(arguments.runs))))
+    print(f"shares of a tile's plain time, models like {shapes}, {arguments.runs} runs, default settings")
+    print(f"  guard, nothing in doubt   {guard:.3f}   (at most 0.05)")
+    print(f"  guidance, as by default   {guidance:.3f}   (at most 0.25)")
+    for value in found.values():
+        print(f"  guidance, operations      {value:.3f}")
+    print(f"whole views of a 1024 x 1024 source, for two images of it: {calls}")
+    return {"guard": guard, "guidance": guidance, "encoder_calls": calls, **found}
+
+
+@torch.no_grad()
+def counted(name: str) -> dict[str, float]:
+    """Parameters, GFLOP, and the adapter's share of a step and of a whole tile, without a number being computed."""
+    pair = Trainer(name, "meta", 1, "no", False)
+    unet, _ = operations(pair.bare)
+    prepare, maps = operations(pair.adapter.prepare, pair.batch["features"], pair.latent)
+    forward, _ = operations(pair.adapter, maps, torch.ones(1, device="meta"))
+    return {
+        "parameters": parameters(pair.adapter),
+        "unet_parameters": parameters(pair.unet),
+        "unet_gflop": unet / 1e9,
+        "prepare_gflop": prepare / 1e9,
+        "forward_gflop": forward / 1e9,
+        "step_share": forward / unet,
+        "tile_share": (prepare + STEPS * forward) / (STEPS * unet),
+    }
+
+
+@torch.no_grad()
+def timed(name: str, runs: int) -> dict[str, float]:
+    """Seconds, and the share of a step and of a whole tile, in float32 on the CPU; medians of some runs.
+
+    A step of the adapter is `AdapterCondition.residuals` and adding them as a host does, the UNet's is its bare call;
+    each run times both.
+    """
+    pair = Trainer(name, "cpu", 1, "no", False)
+    for module in (pair.unet, pair.adapter.eval()):
+        module.to(memory_format=torch.channels_last)
+    condition = AdapterCondition(pair.adapter, pair.batch["features"], pair.latent)
+    skips = [torch.randn_like(residual) for residual in condition.residuals(1.0, 0.5)]
+
+    def add(condition: AdapterCondition) -> list[Tensor]:
+        return [skip + residual for skip, residual in zip(skips, condition.residuals(1.0, 0.5))]
+
+    rows = []
+    for _ in range(runs + 1):
+        clocks = prepare, forward, unet = Clock(), Clock(), Clock()
+        forward(add, prepare(AdapterCondition, pair.adapter, pair.batch["features"], pair.latent))
+        unet(pair.bare)
+        rows.append([clock.seconds for clock in clocks])
+    rows = rows[1:]  # the first one warms up
+    names = ("prepare_seconds", "forward_seconds", "unet_seconds")
+    return {
+        **{name: statistics.median(column) for name, column in zip(names, zip(*rows))},
+        "step_time_share": statistics.median(row[1] / row[2] for row in rows),
+        "tile_time_share": statistics.median((row[0] + STEPS * row[1]) / (STEPS * row[2]) for row in rows),
+    }
+
+
+def adapter_calls(batch: int, side: int = 128) -> dict[str, int]:
+    """How often the parts of the built-in adapter ran for an image of `side` px, enlarged with `batch` tiles at once.
+
+    prepare: the multi-scale part; forward: what depends on the noise level; unet: the UNet. And the tiles painted.
+    """
+    host = load_host(Generation(steps=20, denoise=0.35))
+    settings = Settings(scale=2.0, tile=128, overlap=32, **{**BLIND, "batch": batch}, adapter="mini")
+    prepare, forward, unet = Clock(), Clock(), Clock()
+    with (
+        prepare.method(Adapter, "prepare"),
+        forward.method(Adapter, "forward"),
+        unet.method(UNet2DConditionModel, "forward"),
+    ):
+        run = Watched(host).run(example(side), settings, Conditioner.load(settings, host, ADAPTERS))
+    return {"tiles": run.done, "prepare": prepare.calls, "forward": forward.calls, "unet": unet.calls}
+
+
+def adapter(arguments: argparse.Namespace) -> dict[str, Any]:
+    figures: dict[str, Any] = {}
+    for name in UNETS:
+        found = figures[name] = counted(name)
+        unet, step, once = (found[f"{part}_gflop"] for part in ("unet", "forward", "prepare"))
+        own, of = (found[key] / 1e6 for key in ("parameters", "unet_parameters"))
+        print(f"an adapter for {name}, against one row of the UNet")
+        print(f"  parameters, millions       {own:.2f} of {of:.0f}   (at most {PARAMETERS / 1e6:.0f} for sd15)")
+        print(f"  GFLOP: UNet, step, once    {unet:.1f}, {step:.2f}, {once:.2f}")
+        print(f"  share of a step's FLOP     {found['step_share']:.4f}   (at most {SHARE})")
+        print(f"  share of a tile's FLOP     {found['tile_share']:.4f}   ({STEPS} steps, and what runs once)")
+        if name in arguments.time:
+            found |= timed(name, arguments.runs)
+            unet, step, once = (found[f"{part}_seconds"] for part in ("unet", "forward", "prepare"))
+            print(
+                f"  seconds: UNet, step, once  {unet:.2f}, {step:.4f}, {once:.3f}   (medians of {arguments.runs} runs)"
+            )
+            print(f"  share of a step's seconds  {found['step_time_share']:.4f}   (at most {SHARE})")
+            print(f"  share of a tile's seconds  {found['tile_time_share']:.4f}")
+    for batch in (1, 4):
+        calls = figures[f"calls_batch_{batch}"] = adapter_calls(batch)
+        print(f"calls for an image, batch {batch}: " + ", ".join(f"{name} {count}" for name, count in calls.items()))
+    return figures
+
+
+def training(arguments: argparse.Namespace) -> dict[str, Any]:
+    device, found = "cuda" if torch.cuda.is_available() else "cpu", {}
+    for name in arguments.shapes:
+        figures = found[name] = counted_training(name)
+        print(
+            f"{name}: a tile {figures['train_tflop']:.2f} TFLOP, a bare UNet row {figures['row_tflop']:.2f}; in bf16 "
+            f"the UNet takes {figures['weights_gib']:.1f} GiB, a tile {figures['kept_gib']:.1f}, with gradient "
+            f"checkpointing {figures['kept_checkpointing_gib']:.1f}"
+        )
+        if not arguments.count:
+            trainer = Trainer(name, device, arguments.batch, arguments.precision, arguments.checkpointing)
+            figures |= trainer.measure(arguments.runs)
+            print(
+                f"  on {device}: a tile {figures['train_seconds']:.3f} s, a row {figures['row_seconds']:.3f} s, ratio "
+                f"{figures['ratio']:.2f}; {figures['tiles_an_hour']:.0f} tiles an hour; {figures['gib']:.1f} GiB"
+            )
+    return found
+
+
+def rounded(figures: Any) -> Any:
+    if isinstance(figures, dict):
+        return {name: rounded(value) for name, value in figures.items()}
+    return round(figures, 4) if isinstance(figures, float) else figures
+
+
+SECTIONS = {"engine": engine, "cost": cost, "adapter": adapter, "training": training}
+SHAPES = {"cost": ["mini"], "training": list(UNETS)}
+
+
+def main(given: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("section", nargs="?", choices=SECTIONS, default="engine")
+    parser.add_argument("--json", action="store_true", help="one last line of JSON")
+    parser.add_argument("--runs", type=int, default=3)
+    parser.add_argument("--shapes", nargs="+", choices=("mini", TINY, *UNETS), help="cost (one), training, --gpu")
+    parser.add_argument("--time", nargs="+", choices=UNETS, default=(), help="adapter: also in seconds")
+    parser.add_argument("--batch", type=int, default=1, help="training")
+    parser.add_argument("--precision", choices=PRECISIONS, default="bf16", help="training")
+    parser.add_argument("--checkpointing", action="store_true", help="training")
+    parser.add_argument("--count", action="store_true", help="training: count operations, time nothing")
+    parser.add_argument("--gpu", action="store_true", help="what a GPU decides, instead")
+    parser.add_argument("--device", default="cuda", help="--gpu: another device, to try it")
+    arguments = parser.parse_args(given)
+    if arguments.gpu:
+        from benchmarks.speed_gpu import gpu
+
+        figures = gpu(arguments.shapes or list(UNETS), arguments.device)
+        if figures is None:
+            print(f"{arguments.device}: there is no such device here", file=sys.stderr)
+            return 2
+    else:
+        torch.set_num_threads(1)
+        arguments.shapes = arguments.shapes or SHAPES.get(arguments.section)
+        figures = SECTIONS[arguments.section](arguments)
+    if arguments.json:
+        print(json.dumps(rounded(figures)))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,146 @@
+"""What names the texture of each patch of a picture, and nothing else uses: two judges, and a check on the world.
+
+The first judge is a small network, trained on an atlas and seeds of its own; it knows smooth patches and bad ones. The
+second has no network: power spectra of 32-px windows and Gaussians of one covariance (linear discriminant analysis).
+The classifier of windows says how much `WINDOW` px of the blurred picture tell of a patch, and no more.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from benchmarks.world.scenes import JUDGE_ATLAS, NO_LABEL, PATCH, TEXTURE, Scene, scene
+from benchmarks.world.textures import CLASSES, LOWEST
+
+NONE, GARBAGE = CLASSES, CLASSES + 1
+"""No texture; noise, mixtures of textures, overshot contrast, what an undertrained denoiser draws."""
+WINDOW = 2 * PATCH
+"""Side of what the spectral judge and the classifier look at around the middle of each patch, in px."""
+
+
+def _load(model: nn.Module, file: Path) -> nn.Module:
+    model.load_state_dict({name: tensor.float() for name, tensor in load_file(file).items()})
+    return model.eval().requires_grad_(False)
+
+
+class Judge(nn.Sequential):
+    """(n, 3, H, W) in 0..1 -> logits (n, CLASSES + 2, H / 16, W / 16); sees a patch and 6 px around it."""
+
+    def __init__(self) -> None:
+        layers: list[nn.Module] = []
+        widths, sides, strides = (3, 24, 48, 48, 96, 128, 128), (3, 3, 3, 3, 3, 2), (1, 2, 1, 2, 2, 2)
+        for before, after, side, stride in zip(widths, widths[1:], sides, strides):
+            layers += [nn.Conv2d(before, after, side, stride, int(side == 3)), nn.GELU()]
+        super().__init__(*layers, nn.Conv2d(128, CLASSES + 2, 1))
+
+    @classmethod
+    def load(cls, folder: Path) -> Judge:
+        return _load(cls(), folder / "judge.safetensors")
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        return super().forward(pixels * 4 - 2)
+
+    @torch.no_grad()
+    def verdict(self, pixels: Tensor) -> np.ndarray:
+        """(3, H, W) in 0..1 -> (H / 16, W / 16) int64: a class, NONE or GARBAGE."""
+        return self(pixels[None]).argmax(1)[0].numpy()
+
+
+class WindowClassifier(nn.Sequential):
+    """(n, 3, WINDOW, WINDOW) in 0..1 -> logits (n, CLASSES)."""
+
+    def __init__(self) -> None:
+        layers: list[nn.Module] = [nn.AvgPool2d(2)]  # a blurred picture has nothing finer
+        for before, after, stride in ((3, 48, 1), (48, 64, 1), (64, 96, 2), (96, 128, 2)):
+            layers += [nn.Conv2d(before, after, 3, stride, 1), nn.GELU()]
+        super().__init__(*layers, nn.Flatten(), nn.Linear(128 * 16, 128), nn.GELU(), nn.Linear(128, CLASSES))
+
+    @classmethod
+    def load(cls, folder: Path) -> WindowClassifier:
+        return _load(cls(), folder / "windows.safetensors")
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        return super().forward((pixels - pixels.mean((2, 3), keepdim=True)) * 8)
+
+
+def windows(made: Scene) -> tuple[Tensor, Tensor]:
+    """The blurred picture around all patches that have a label, (n, 3, WINDOW, WINDOW), and those (n,)."""
+    pixels = F.pad(made.blurred[None], ((WINDOW - PATCH) // 2,) * 4, mode="reflect")[0]
+    found = pixels.unfold(1, WINDOW, PATCH).unfold(2, WINDOW, PATCH).permute(1, 2, 0, 3, 4).flatten(0, 1)
+    labels = torch.from_numpy(made.labels).flatten()
+    return found[labels != NO_LABEL], labels[labels != NO_LABEL]
+
+
+def _spectra(pixels: Tensor) -> tuple[np.ndarray, np.ndarray]:
+    """(3, H, W) in 0..1 -> features (n, F) and contrast (n,), of all patches, rows first.
+
+    Features: the logarithm of the power of the luminance, in cells of 2 x 2 frequencies above `LOWEST`, as shares of
+    the whole. Contrast: the deviation of what is above `LOWEST`, 0..1.
+    """
+    grey = pixels.mean(0).numpy()
+    margin = (WINDOW - PATCH) // 2
+    grey = np.pad(grey, margin, mode="reflect")
+    windows = np.lib.stride_tricks.sliding_window_view(grey, (WINDOW, WINDOW))[::PATCH, ::PATCH].reshape(
+        -1, WINDOW, WINDOW
+    )
+    hann = np.hanning(WINDOW + 2)[1:-1]
+    taper = hann[:, None] * hann
+    mean = (windows * taper).sum((1, 2), keepdims=True) / taper.sum()
+    power = np.abs(np.fft.rfft2((windows - mean) * taper)) ** 2
+    fy, fx = np.abs(np.fft.fftfreq(WINDOW))[:, None], np.fft.rfftfreq(WINDOW)
+    power = power * (np.maximum(fy, fx) > LOWEST)
+    # Rows in the order of their frequency, without the highest column, so that cells of 2 x 2 fit.
+    power = np.fft.fftshift(power, axes=1)[:, :, :-1]
+    cells = power.reshape(len(power), WINDOW // 2, 2, WINDOW // 4, 2).sum((2, 4)).reshape(len(power), -1)
+    total = cells.sum(1, keepdims=True)
+    contrast = np.sqrt(2 * total[:, 0] / (taper**2).sum()) / WINDOW
+    return np.log(cells / np.maximum(total, 1e-12) + 1e-3), contrast
+
+
+class SpectralJudge:
+    """Names the texture of each patch."""
+
+    def __init__(self, means: np.ndarray, weights: np.ndarray, offsets: np.ndarray) -> None:
+        """means (F,): of all features; weights (CLASSES, F), offsets (CLASSES,): of the discriminants."""
+        self.means, self.weights, self.offsets = means, weights, offsets
+
+    def verdict(self, pixels: Tensor) -> np.ndarray:
+        """(3, H, W) in 0..1 -> (H / 16, W / 16) int64: a class, or NONE with less than a quarter of the contrast."""
+        features, contrast = _spectra(pixels)
+        named = ((features - self.means) @ self.weights.T + self.offsets).argmax(1)
+        grid = pixels.shape[1] // PATCH, pixels.shape[2] // PATCH
+        return np.where(contrast < TEXTURE / 4, NONE, named).reshape(grid)
+
+    def save(self, folder: Path) -> None:
+        tensors = {
+            name: torch.from_numpy(getattr(self, name)).half().contiguous() for name in ("means", "weights", "offsets")
+        }
+        folder.mkdir(parents=True, exist_ok=True)
+        save_file(tensors, folder / "spectral.safetensors")
+
+    @classmethod
+    def load(cls, folder: Path) -> SpectralJudge:
+        tensors = load_file(folder / "spectral.safetensors")
+        return cls(*(tensors[name].float().numpy() for name in ("means", "weights", "offsets")))
+
+
+def fit_spectral(export: Path, scenes: int = 150, seed: int = 6) -> None:
+    """On pictures of the judges' atlas."""
+    from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
+
+    features, labels = [], []
+    for i in range(scenes):
+        made = scene(np.random.default_rng((seed, i, 6)), JUDGE_ATLAS)
+        label = made.labels.flatten()
+        features.append(_spectra(made.sharp)[0][label != NO_LABEL])
+        labels.append(label[label != NO_LABEL])
+    x, y = np.concatenate(features), np.concatenate(labels)
+    middle = x.mean(0)
+    fitted = LinearDiscriminantAnalysis("lsqr", shrinkage=0.02, priors=np.full(CLASSES, 1 / CLASSES)).fit(x - middle, y)
+    SpectralJudge(middle, fitted.coef_, fitted.intercept_).save(export)
