@@ -20,7 +20,7 @@ from lib_dinotile.dino.calibrated import Store
 from lib_dinotile.dino.encoder import PatchEncoder, load_encoder
 from lib_dinotile.dino.field import feature_field
 from lib_dinotile.hosts.diffusers import load_host
-from lib_dinotile.images import read_image
+from lib_dinotile.images import endings, read_image
 from lib_dinotile.settings import Generation, Settings
 
 
@@ -44,8 +44,8 @@ def perceptual(network: str) -> Any:
 
 def photos(arguments: argparse.Namespace) -> dict[str, Any] | None:
     """Prints a table; the figures for the last line."""
-    endings = Image.registered_extensions()
-    files = sorted(file for file in Path(arguments.photos).iterdir() if file.suffix.lower() in endings)
+    kinds = endings()
+    files = sorted(file for file in Path(arguments.photos).iterdir() if file.suffix.lower() in kinds)
     files = files[: arguments.images] if arguments.images else files
     if not files or arguments.dino == arguments.eye:
         print(f"{arguments.photos} has no images" if not files else "--eye must be another encoder than --dino")

@@ -80,11 +80,52 @@ def read_mask(file: Path | BinaryIO, name: str = "", limit: int = MAX_PIXELS) ->
         return _on(image, "black").convert("L")
 
 
+def read_size(file: BinaryIO, name: str, limit: int = MAX_PIXELS) -> tuple[int, int]:
+    """(width, height) of what `read_image` gives, from the header alone: what is damaged behind it is not noticed.
+
+    DinotileError as there, but for that.
+    """
+    with _found(file, name, limit) as image:
+        _check_depth(image, name)
+        if image.format == "TIFF":  # newer versions of Pillow have exchanged the sides already
+            size, orientation = (image.tag_v2[256], image.tag_v2[257]), image.tag_v2.get(ExifTags.Base.Orientation)
+        else:
+            if image.format == "PNG" and _has_texts_behind(file):
+                image.load()
+            size, orientation = image.size, _orientation(image)
+        return size[::-1] if orientation in TURNS and orientation >= 5 else size
+
+
+def _has_texts_behind(png: BinaryIO) -> bool:
+    """Whether EXIF or XMP may stand behind the pixels of a PNG, where Pillow finds it only once it has decoded them."""
+    before, pixels, found = png.tell(), False, False
+    png.seek(8)
+    while not found and len(head := png.read(8)) == 8:
+        kind = head[4:]
+        pixels |= kind == b"IDAT"
+        found = pixels and kind in (b"eXIf", b"iTXt", b"tEXt", b"zTXt")
+        png.seek(int.from_bytes(head[:4], "big") + 4, os.SEEK_CUR)
+    png.seek(before)
+    return found
+
+
 @contextlib.contextmanager
 def _opened(
     file: Path | BinaryIO, name: str, limit: int, tell: Callable[[str], None] = lambda line: None
 ) -> Iterator[Image.Image]:
     """The first frame, upright; DinotileError for whatever is raised with it."""
+    with _found(file, name, limit) as found:
+        if not enough_memory(2 * 4 * found.width * found.height):
+            raise MemoryError
+        found.load()
+        yield _turned(_in_8_bits(found, name))
+        if found.format in PAGED and _has_more(found):  # which goes to the second
+            tell("holds several images, the first is taken")
+
+
+@contextlib.contextmanager
+def _found(file: Path | BinaryIO, name: str, limit: int) -> Iterator[Image.Image]:
+    """The image as its header tells of it, not decoded yet; DinotileError for whatever is raised with it."""
     if isinstance(file, Path) and not os.path.isfile(file):  # a pipe would be waited for
         raise DinotileError(f"{name} is no file" if os.path.lexists(file) else f"{name} is not there")
     Image.init()
@@ -95,12 +136,7 @@ def _opened(
             opened = Image.open(stream, formats=[kind for kind in FORMATS if kind in Image.OPEN])
             if opened.width * opened.height > limit:
                 raise Image.DecompressionBombError
-            if not enough_memory(2 * 4 * opened.width * opened.height):
-                raise MemoryError
-            opened.load()
-            yield _turned(_in_8_bits(opened, name))
-            if opened.format in PAGED and _has_more(opened):  # which goes to the second
-                tell("holds several images, the first is taken")
+            yield opened
     except DinotileError:
         raise
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
@@ -123,22 +159,32 @@ def _has_more(image: Image.Image) -> bool:
 
 
 def _turned(image: Image.Image) -> Image.Image:
-    """Upright. Damaged EXIF turns nothing; ImageOps.exif_transpose wants to write it anew, and stumbles over it."""
+    """Upright. ImageOps.exif_transpose wants to write EXIF anew, and stumbles over it if it is damaged."""
     if image.format == "TIFF":  # these Pillow turns when it loads them, and its older versions still say how
         return image
-    try:
-        orientation = image.getexif().get(ExifTags.Base.Orientation)
-    except Exception:  # it raises whatever it likes, too
-        return image
-    turn = TURNS.get(orientation) if isinstance(orientation, int) else None
+    turn = TURNS.get(_orientation(image))
     return image if turn is None else image.transpose(turn)
+
+
+def _orientation(image: Image.Image) -> int | None:
+    """By EXIF or XMP; damaged ones say nothing."""
+    try:
+        # PNG's own decodes the picture, for EXIF behind it: that is known here, or was looked for.
+        orientation = Image.Image.getexif(image).get(ExifTags.Base.Orientation)
+    except Exception:  # it raises whatever it likes, too
+        return None
+    return orientation if isinstance(orientation, int) else None
+
+
+def _check_depth(image: Image.Image, name: str) -> None:
+    if image.mode == "F" or (image.mode == "I" and image.format == "TIFF"):
+        raise DinotileError(f"{name} has numbers for colours whose white is not known: save it with 8 or 16 bits")
 
 
 def _in_8_bits(image: Image.Image, name: str) -> Image.Image:
     """Greys of 12 or 16 bits scaled to 8, where Pillow would cut them off at 255; others as they are."""
     tags = image.tag_v2 if image.format == "TIFF" else {}
-    if image.mode == "F" or (image.mode == "I" and tags):
-        raise DinotileError(f"{name} has numbers for colours whose white is not known: save it with 8 or 16 bits")
+    _check_depth(image, name)
     if not image.mode.startswith("I"):
         return image
     values = np.asarray(image).clip(0, 65535).astype(np.uint16)

@@ -33,12 +33,16 @@ NONE = "None"
 AUTOMATIC = "Automatic"
 """The choice that stands for what fits best: of encoders the one that the adapter names, of decoders a cheap one."""
 
+AUTO = "auto"
+"""The device, and the precision, that are usual on this machine."""
+
 CALIBRATED = "calibrated"
 """The choice that stands for the restoration heads that dinotile makes for an encoder by itself."""
 
 TAESD, APPROXIMATE, FULL_VAE = "TAESD", "approximate", "full VAE"
 DECODERS = (AUTOMATIC, TAESD, APPROXIMATE, FULL_VAE)
 PREDICTIONS = (AUTOMATIC, "epsilon", "v_prediction")
+PRECISIONS = (AUTO, "fp32", "fp16", "bf16")
 SEMANTIC, CONSISTENCY, BOTH = "semantic", "consistency", "both"
 MAPS = ("none", SEMANTIC, CONSISTENCY, BOTH)
 
@@ -480,6 +484,18 @@ class Generation(Options):
         "Prediction",
         "What the checkpoint's UNet predicts. Automatic: what the file or its configuration says, else epsilon.",
         choices=PREDICTIONS,
+    )
+    device: str = option(
+        AUTO,
+        "Device",
+        "Where the model computes, as torch names it: cpu, cuda, cuda:1, xpu, mps ... auto: a GPU (CUDA or ROCm, else "
+        "XPU, else MPS) if there is any, else the CPU.",
+    )
+    precision: str = option(
+        AUTO,
+        "Precision",
+        "What the model computes in. auto: fp16 on a GPU, fp32 on a CPU and for mini.",
+        choices=PRECISIONS,
     )
     width: int = option(
         0, "Width", "With --target 'img2img size'; 0: in proportion to the height.", minimum=0, maximum=MAX_SIDE, step=1

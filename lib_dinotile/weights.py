@@ -59,8 +59,12 @@ def check_shapes(found: Mapping[str, tuple[int, ...]], wanted: Mapping[str, tupl
         raise DinotileError(f"{file} is damaged: tensor {odd[0]} does not fit its metadata")
 
 
-def stamp(name: str) -> Any:
-    """Sizes and times of a file, or of all files of a folder; None if it is neither."""
+Stamp = tuple[tuple[str, int, int], ...]
+
+
+def stamp(name: str | Path) -> Stamp | None:
+    """(name, size, time in ns) of a file, or of all files of a folder; None if it is neither."""
     path = Path(name)
     files = sorted(path.rglob("*")) if os.path.isdir(path) else [path]
-    return [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files if os.path.isfile(file)] or None
+    found = ((file.name, file.stat()) for file in files if os.path.isfile(file))
+    return tuple((name, state.st_size, state.st_mtime_ns) for name, state in found) or None

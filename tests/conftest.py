@@ -8,6 +8,9 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, settings
 
+# One thread: models this small are slower on several, and sums of floats depend on their number.
+os.environ["OMP_NUM_THREADS"] = "1"
+
 # No timed tests: machines differ, and a test run may share one with other work.
 settings.register_profile("dinotile", deadline=None, max_examples=60)
 # pytest tests/test_bad_input.py --hypothesis-profile=thorough: over 10,000 examples, some 10 minutes.
@@ -43,6 +46,11 @@ def pytest_configure(config: pytest.Config) -> None:
     ]
     if wrong:
         raise pytest.UsageError(f"not what {os.environ['DINOTILE_PINS']} pins: {'; '.join(wrong)}")
+
+
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
+    """Processes that share all tests, none where only some are asked for: each takes 2 GB and some seconds to start."""
+    return min(os.cpu_count() or 1, 4) if config.args_source == config.ArgsSource.TESTPATHS else 0
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

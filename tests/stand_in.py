@@ -10,6 +10,9 @@ import sys
 import types
 from collections.abc import Iterator
 
+OURS = ("lib_dinotile.webui", "lib_dinotile.hosts")
+"""What may import the WebUI's modules."""
+
 
 class _AnyAttribute(type):
     """The type of classes that have whatever they are asked for."""
@@ -54,3 +57,18 @@ def stand_in(package: str) -> Iterator[None]:
         sys.meta_path.remove(finder)
         for name in [name for name in sys.modules if name.split(".")[0] == package]:
             del sys.modules[name]
+
+
+@contextlib.contextmanager
+def webui() -> Iterator[None]:
+    """Within, what is for the WebUIs can be imported, anew and without one; what they have is a stand-in's."""
+    known = set(sys.modules)
+    with stand_in("modules"):
+        try:
+            yield
+        finally:
+            for name in [name for name in sys.modules if name.startswith(OURS) and name not in known]:
+                del sys.modules[name]
+                package, _, last = name.rpartition(".")
+                if package in sys.modules:
+                    vars(sys.modules[package]).pop(last, None)

@@ -10,7 +10,7 @@ from PIL import Image
 from safetensors.torch import load, save
 from torch import nn
 
-from lib_dinotile.sampling import is_out_of_memory
+from lib_dinotile.engine.memory import is_out_of_memory
 from tests import accelerator
 from tests.accelerator import DEVICE
 

@@ -52,6 +52,15 @@ def test_an_untrained_adapter_gives_exactly_nothing():
         assert not residual.any()
 
 
+@pytest.mark.parametrize("sigma", [0.03, 1.0, 14.6])
+def test_half_precision_tells_noise_levels_as_float32_does(sigma):
+    full, half = random_adapter(), random_adapter().to(torch.bfloat16)
+    known = torch.tensor([sigma])
+    seen, wanted = (adapter.noise(known).float() for adapter in (half, full))
+    assert half.noise(known).dtype == torch.bfloat16
+    assert (seen - wanted).abs().max() < 0.01 * wanted.abs().max()
+
+
 def test_every_output_learns_from_the_first_step():
     adapter = Adapter(SMALL)
     residuals = adapter(adapter.prepare(torch.randn(1, 12, 4, 4), (16, 16)), torch.tensor([1.0]))

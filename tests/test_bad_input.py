@@ -22,14 +22,14 @@ import psutil
 import pytest
 from hypothesis import HealthCheck, event, example, given, settings
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import Image, ImageFile
 
 from lib_dinotile import DinotileError
 from lib_dinotile import __main__ as cli
 from lib_dinotile.cli import upscale as upscale_command
 from lib_dinotile.engine.flow import canvas_size
 from lib_dinotile.hosts import diffusers
-from lib_dinotile.images import FORMATS, MAX_PIXELS, endings, read_image, read_mask
+from lib_dinotile.images import FORMATS, MAX_PIXELS, endings, read_image, read_mask, read_size
 from lib_dinotile.settings import Generation, Settings
 from tests.strategies import ODD_TEXTS, SIZES, UPRIGHT, File, encoded, files, good, option_sets, stored, wrong
 
@@ -196,6 +196,50 @@ def test_an_image_is_read_right_or_refused(file: File):
         assert pixels.shape == file.shown.shape and abs(pixels - file.shown).max() <= file.tolerance
 
 
+@given(file=files())
+def test_the_size_of_an_image_is_the_one_that_it_has_when_it_is_read(file: File):
+    """Of a file that cannot be read there may be one, too: more than the header is not looked at."""
+    try:
+        with no_hang():
+            size = read_size(io.BytesIO(file.data), "it")
+    except DinotileError as error:
+        assert is_one_line(str(error)) and str(error).startswith("it ") and file.state != "whole"
+        size = None
+    try:
+        read = read_image(io.BytesIO(file.data), "it").size
+    except DinotileError:
+        return
+    assert size == read
+
+
+@pytest.mark.parametrize("name", ["PNG", "JPEG", "WEBP", "TIFF", "BMP", "GIF", "PPM", "PSD", "QOI"])
+@pytest.mark.parametrize("orientation", [1, 6])
+def test_the_size_of_an_image_is_known_without_decoding_it(name, orientation, monkeypatch):
+    image = Image.new("RGB", (70, 30))
+    file = io.BytesIO(encoded(image.convert("P") if name == "GIF" else image, name, orientation))
+    upright = (30, 70) if orientation == 6 and name in ("PNG", "JPEG", "WEBP", "TIFF") else (70, 30)
+    assert read_image(io.BytesIO(file.getvalue())).size == upright
+
+    def decoded(*_):
+        pytest.fail("it was decoded")
+
+    for kind in (ImageFile.ImageFile, type(Image.open(io.BytesIO(file.getvalue())))):
+        monkeypatch.setattr(kind, "load", decoded)
+    assert read_size(file, "it") == upright
+
+
+@pytest.mark.parametrize("kind", ["eXIf", "iTXt"])
+def test_a_png_may_say_behind_its_pixels_how_it_is_turned(kind):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    xmp = b"XML:com.adobe.xmp\0\0\0\0\0<x tiff:Orientation='6' tiff:Orientation=\"6\"/>"
+    behind = chunk(kind.encode(), exif.tobytes()[6:] if kind == "eXIf" else xmp)
+    whole = encoded(Image.new("RGB", (70, 30)), "PNG")
+    end = whole.rindex(b"IEND") - 4
+    data = whole[:end] + behind + whole[end:]
+    assert read_size(io.BytesIO(data), "it") == read_image(io.BytesIO(data)).size == (30, 70)
+
+
 @pytest.mark.parametrize("orientation", range(1, 9))
 @pytest.mark.parametrize("mode", ["L", "RGB", "RGBA", "CMYK"])
 def test_a_tiff_on_its_side_is_read_alike_from_a_file_and_from_memory(mode, orientation, tmp_path):
@@ -324,7 +368,7 @@ for file in files:
                 print(error)
 print(codes)
 """
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(cli.__file__).parents[1])}
+    environment = {**os.environ, "PYTHONPATH": str(Path(cli.__file__).parents[1])}
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr[-2000:]
     *lines, codes = done.stdout.splitlines()
@@ -359,6 +403,9 @@ def test_the_limit_of_pixels_is_kept_to_the_pixel():
     assert read_image(file, limit=1000).size == (40, 25)
     with pytest.raises(DinotileError, match=r"^this has too many pixels: at most 999 are read$"):
         read_image(file, "this", limit=999)
+    assert read_size(file, "this", limit=1000) == (40, 25)
+    with pytest.raises(DinotileError, match=r"^this has too many pixels: at most 999 are read$"):
+        read_size(file, "this", limit=999)
     assert 65536**2 > MAX_PIXELS >= 16384**2
 
 

@@ -4,6 +4,7 @@ import itertools
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -19,7 +20,8 @@ from lib_dinotile.cli.common import parse_options
 from lib_dinotile.hosts.diffusers import DiffusersHost
 from lib_dinotile.images import read_image
 from lib_dinotile.settings import Generation, Settings
-from tests.processes import environment, run_two
+from tests.processes import run_two
+from tests.test_encoder import write_checkpoint
 from tests.test_settings import another
 from tests.test_tiling import random_image
 
@@ -284,14 +286,102 @@ def test_a_name_that_cannot_be_printed_stops_nothing(photo, tmp_path):
         assert done.returncode == 0 and b"Traceback" not in done.stderr and (tmp_path / "鳥.png").is_file()
 
 
-def test_resuming_with_other_settings_is_refused_and_starting_anew_is_not(photo, tmp_path, sampled, capsys):
-    sampled.stop = 1
+@pytest.mark.parametrize("resume", [(), ("--resume",)])
+def test_tiles_of_other_settings_are_left_alone_and_said_to_be_there(photo, tmp_path, sampled, capsys, resume):
+    tiles, whole, other = (tmp_path / name for name in ("out.png.tiles", "whole.png", "other.png"))
+    assert run(photo, whole, *QUICK, "--batch", 1) == 0
+    total, sampled[:], sampled.stop = len(sampled), [], 3
+    with pytest.raises(SystemExit):
+        run(photo, tmp_path / "out.png", *QUICK, "--batch", 1)
+    sampled[:], sampled.stop = [], None
+    kept = {file.name: file.read_bytes() for file in tiles.iterdir()}
+    assert run(photo, tmp_path / "out.png", *QUICK, "--batch", 1, "--overlap", 8, *resume) == 2 and not sampled
+    said = capsys.readouterr().err
+    assert said == (
+        f"dinotile: {tiles} holds tiles painted with another overlap (16, now 8): --resume with the same settings goes "
+        "on with them; to start anew, delete it or give another OUT\n"
+    )
+    assert {file.name: file.read_bytes() for file in tiles.iterdir()} == kept
+    assert run(photo, other, *QUICK, "--batch", 1, "--overlap", 8) == 0
+    sampled[:] = []
+    assert run(photo, tmp_path / "out.png", *QUICK, "--batch", 1, "--resume") == 0 and len(sampled) == total - 3
+    assert (tmp_path / "out.png").read_bytes() == whole.read_bytes() and not tiles.exists()
+
+
+def test_tiles_of_other_settings_beside_a_finished_image_are_left_alone(photo, tmp_path, sampled):
+    assert run(photo, tmp_path / "out.png", *QUICK) == 0
+    sampled[:], sampled.stop, tiles = [], 2, tmp_path / "out.png.tiles"
+    with pytest.raises(SystemExit):
+        run(photo, tmp_path / "out.png", *QUICK, "--batch", 1, "--overlap", 8)
+    kept = {file.name: file.read_bytes() for file in tiles.iterdir()}
+    assert len(kept) == 3
+    assert run(photo, tmp_path / "out.png", *QUICK, "--resume") == 0
+    assert {file.name: file.read_bytes() for file in tiles.iterdir()} == kept
+
+
+def test_an_image_of_an_encoder_that_was_exchanged_since_is_done_again(photo, tmp_path, sampled, monkeypatch):
+    """Also where it lies in the folder of encoders, and not at a path that is named."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    place = tmp_path / "cache" / "dinotile" / "encoders" / "tiny"
+    write_checkpoint(place)
+    arguments = [photo, tmp_path / "out.png", *QUICK, "--adapter", "None", "--dino", "tiny", "--guidance", 0]
+    assert run(*arguments) == 0
+    sampled[:] = []
+    assert run(*arguments, "--resume") == 0 and not sampled
+    shutil.rmtree(place)
+    write_checkpoint(place, seed=1)
+    assert run(*arguments, "--resume") == 0 and sampled
+
+
+def test_what_else_differs_is_counted_and_no_prompt_is_told_in_full(photo, tmp_path, sampled, capsys):
+    sampled.stop = 2
+    with pytest.raises(SystemExit):
+        run(photo, tmp_path / "out.png", *QUICK, "--batch", 1, "--prompt", "a\nlong " * 99)
+    photo.write_bytes(photo.read_bytes() + b" ")
+    other = [*QUICK, "--overlap", 8, "--seed", 3, "--prompt", "fur"]
+    assert run(photo, tmp_path / "out.png", *other) == 2
+    said = capsys.readouterr().err
+    assert "another overlap (16, now 8), prompt ('a\\nlong " in said and " and 1 more: --resume" in said
+    assert len(said) < 400 + len(str(tmp_path)) and said.count("\n") == 1
+
+
+def test_a_folder_of_tiles_without_a_tile_is_no_hindrance(photo, tmp_path, sampled):
+    sampled.stop = 2
     with pytest.raises(SystemExit):
         run(photo, tmp_path / "out.png", *QUICK, "--batch", 1)
     sampled.stop = None
-    assert run(photo, tmp_path / "out.png", *QUICK, "--batch", 1, "--overlap", 8, "--resume") == 2
-    assert "was painted with another overlap (16, now 8): give the same, or start anew" in capsys.readouterr().err
-    assert run(photo, tmp_path / "out.png", *QUICK, "--batch", 1, "--overlap", 8) == 0
+    for file in (tmp_path / "out.png.tiles").glob("*.safetensors"):
+        file.unlink()
+    assert run(photo, tmp_path / "out.png", *QUICK, "--overlap", 8) == 0
+    assert not (tmp_path / "out.png.tiles").exists()
+
+
+def test_other_files_among_the_tiles_stay(photo, tmp_path, sampled):
+    sampled.stop, tiles = 2, tmp_path / "out.png.tiles"
+    with pytest.raises(SystemExit):
+        run(photo, tmp_path / "out.png", *QUICK, "--batch", 1)
+    sampled.stop = None
+    (tiles / "thesis.txt").write_text("mine")
+    assert run(photo, tmp_path / "out.png", *QUICK, "--resume") == 0
+    assert [file.name for file in tiles.iterdir()] == ["thesis.txt"]
+
+
+def test_tiles_whose_recipe_cannot_be_read_now_are_left_alone(photo, tmp_path, sampled, capsys, monkeypatch):
+    sampled.stop, tiles = 2, tmp_path / "out.png.tiles"
+    with pytest.raises(SystemExit):
+        run(photo, tmp_path / "out.png", *QUICK, "--batch", 1)
+    sampled.stop, read = None, Path.read_text
+
+    def unreadable(path, *arguments, **more):
+        if path.name == "recipe.json":
+            raise PermissionError(13, "Permission denied")
+        return read(path, *arguments, **more)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "read_text", unreadable)
+        assert run(photo, tmp_path / "out.png", *QUICK) == 1
+    assert re.fullmatch(r"dinotile: \S*, where painted tiles .*Permission denied\n", capsys.readouterr().err)
+    assert run(photo, tmp_path / "out.png", *QUICK, "--resume") == 0 and not tiles.exists()
 
 
 def test_resuming_with_another_batch_goes_on_and_a_run_without_a_tile_keeps_what_was_painted(photo, tmp_path, sampled):
@@ -401,35 +491,27 @@ def two(tmp_path):
     return lambda *arguments: run_two(script, "upscale", *arguments)
 
 
-def apart(start, arguments):
-    command = [*map(str, start), "upscale", *map(str, arguments)]
-    return subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=600)
+SHARED = [*QUICK, "--batch", "1", "--seams", "bands"]
 
 
-def test_two_processes_give_the_image_of_one(photo, tmp_path, two):
-    """A wave of one image is shared out, and so are the images of a folder."""
-    (tmp_path / "in").mkdir()
-    for name in ("a.png", "b.png", "c.png"):
-        random_image(30, 20, seed=ord(name[0])).save(tmp_path / "in" / name)
-    more = [*QUICK, "--batch", "1", "--seams", "bands"]
-    for source, name in ((photo, ".png"), (tmp_path / "in", "")):
-        done = two(source, tmp_path / f"two{name}", *more)
-        assert done.returncode == 0, done.stderr[-2000:]
-        done = apart([sys.executable, "-m", "lib_dinotile"], [source, tmp_path / f"one{name}", *more])
-        assert done.returncode == 0, done.stderr[-2000:]
-    assert abs(pixels(tmp_path / "two.png") - pixels(tmp_path / "one.png")).max() == 0
-    for name in ("a.png", "b.png", "c.png"):
-        assert abs(pixels(tmp_path / "two" / name) - pixels(tmp_path / "one" / name)).max() == 0
+def test_two_processes_share_a_wave_and_give_the_image_of_one(photo, tmp_path, two):
+    done = two(photo, tmp_path / "two.png", *SHARED)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert run(photo, tmp_path / "one.png", *SHARED) == 0
+    assert (pixels(tmp_path / "two.png") == pixels(tmp_path / "one.png")).all()
 
 
-def test_a_bad_file_stops_no_process(tmp_path, two):
+def test_two_processes_share_a_folder_and_a_bad_file_stops_none(tmp_path, two):
     (tmp_path / "in").mkdir()
     for name in ("a.png", "c.png", "e.png"):
-        random_image(30, 20).save(tmp_path / "in" / name)
+        random_image(30, 20, seed=ord(name[0])).save(tmp_path / "in" / name)
     (tmp_path / "in" / "b.png").write_bytes(b"no image")
-    done = two(tmp_path / "in", tmp_path / "out", *QUICK)
+    done = two(tmp_path / "in", tmp_path / "two", *SHARED)
     assert done.returncode != 0 and "dinotile: 1 of 4 images were left out: b.png: " in done.stderr
-    assert sorted(file.name for file in (tmp_path / "out").iterdir()) == ["a.png", "c.png", "e.png"]
+    assert sorted(file.name for file in (tmp_path / "two").iterdir()) == ["a.png", "c.png", "e.png"]
+    assert run(tmp_path / "in", tmp_path / "one", *SHARED) == 2
+    for name in ("a.png", "c.png", "e.png"):
+        assert (pixels(tmp_path / "two" / name) == pixels(tmp_path / "one" / name)).all()
 
 
 def test_every_option_is_a_flag(capsys):

@@ -2,6 +2,8 @@
 
 import dataclasses
 import itertools
+import os
+import shutil
 import types
 from unittest.mock import Mock
 
@@ -15,11 +17,13 @@ from lib_dinotile.condition.adapter_file import save_adapter
 from lib_dinotile.condition.conditioner import Conditioner, installed_weights
 from lib_dinotile.dino import cache
 from lib_dinotile.dino import head as heads_module
-from lib_dinotile.dino.head import RestorationHead
+from lib_dinotile.dino.checkpoint import read_checkpoint
+from lib_dinotile.dino.head import RestorationHead, save_heads
 from lib_dinotile.settings import Settings
 from lib_dinotile.tiling.canvas import Canvas
 from lib_dinotile.tiling.plan import Rect, TilePlan
 from tests.test_adapter import SMALL, random_adapter
+from tests.test_encoder import write_checkpoint
 from tests.test_tiling import random_image
 
 HOST = types.SimpleNamespace(
@@ -118,6 +122,63 @@ def test_all_runs_on_one_source_look_at_it_once(adapters, calls, adapter, files,
         conditioner.conditions(source, features, Canvas(source.resize((128, 96)), plan), plan)
     counts = {name: call.call_count for name, call in calls.items()}
     assert counts == {"feature_fields": views, "load_encoder": 1, "load_adapter": 1, "load_heads": files}
+
+
+TIME = 1_700_000_000 * 10**9
+"""Of a file, in nanoseconds: 100 more are not seen in seconds of double precision."""
+
+
+@pytest.mark.parametrize("place", ["tiny", "org/tiny", "elsewhere"])
+@pytest.mark.parametrize("later", [-(10**9), 100])
+def test_an_encoder_that_is_exchanged_is_loaded_anew(tmp_path, place, later):
+    folder, name = tmp_path / "encoders", place
+    write_checkpoint(folder / "another")
+    os.utime(folder / "another" / "model.safetensors", ns=(TIME, TIME))
+    if place == "elsewhere":  # by its path, as on the command line
+        name = str(tmp_path / place)
+    asked = settings(adapter="None", guard="report", encoder=name)
+
+    def exchanged(seed, time):
+        shutil.rmtree(folder / name, ignore_errors=True)
+        write_checkpoint(folder / name, seed=seed)
+        os.utime(folder / name / "model.safetensors", ns=(time, time))
+        return Conditioner.load(asked, HOST, {}, folder).encoder
+
+    first, second = exchanged(0, TIME), exchanged(1, TIME + later)
+    assert first.fingerprint != second.fingerprint == read_checkpoint(folder / name).fingerprint
+    assert Conditioner.load(asked, HOST, {}, folder).encoder is second
+
+
+def test_an_encoder_takes_the_place_of_one_that_is_found_later(tmp_path):
+    """`folder/name` is looked up before `folder/<last part of name>`."""
+    asked = settings(adapter="None", guard="report", encoder="org/tiny")
+    write_checkpoint(tmp_path / "tiny")
+    first = Conditioner.load(asked, HOST, {}, tmp_path).encoder
+    write_checkpoint(tmp_path / "org" / "tiny", seed=1)
+    os.utime(tmp_path / "org" / "tiny" / "model.safetensors", ns=(TIME, TIME))
+    second = Conditioner.load(asked, HOST, {}, tmp_path).encoder
+    assert first.fingerprint != second.fingerprint == read_checkpoint(tmp_path / "org" / "tiny").fingerprint
+
+
+@pytest.mark.parametrize("what", ["adapter", "head"])
+def test_a_file_that_is_exchanged_is_read_anew(tmp_path, what):
+    file = tmp_path / "file.safetensors"
+
+    def exchanged(seed, time):
+        if what == "adapter":
+            save_adapter(random_adapter(CONFIG, seed), file, torch.float32)
+            asked = settings(adapter="file")
+        else:
+            head = RestorationHead(192, 0)
+            head.outer.bias.data.fill_(seed)
+            save_heads({-1: head}, file, "mini")
+            asked = settings(adapter="None", guard="report", head="file")
+        os.utime(file, ns=(time, time))
+        loaded = Conditioner.load(asked, HOST, {"file": file}, heads={"file": file})
+        return loaded._adapter if what == "adapter" else loaded._heads.heads[-1]
+
+    first, second = (exchanged(seed, TIME + 100 * seed).state_dict() for seed in (0, 1))
+    assert any(not torch.equal(first[name], second[name]) for name in first)
 
 
 def test_what_automatic_stood_for_is_told_and_gives_the_same_again(adapters):

@@ -9,7 +9,6 @@ import json
 import sys
 import time
 import types
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -43,15 +42,6 @@ def write_checkpoint(folder: Path, architecture: Architecture = TINY, seed: int 
     fields = dataclasses.asdict(architecture) | {"model_type": kind, "use_mask_token": False} | config
     (folder / "config.json").write_text(json.dumps(fields))
     return folder
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """Models this small are slower on several, where other work goes on."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture

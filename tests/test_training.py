@@ -7,8 +7,7 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
-from collections.abc import Callable
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -37,7 +36,7 @@ from lib_dinotile.train.adapter import AdapterLoss, AdapterTraining, Tiles, fitt
 from lib_dinotile.train.loop import _put, last_checkpoint
 from lib_dinotile.train.options import Training
 from lib_dinotile.train.pictures import Photos, Prepared, find_photos
-from tests.processes import environment, run_two
+from tests.processes import run_two
 from tests.test_diffusers import sd15, sdxl  # noqa: F401
 from tools.mini.textures import TEXTURES
 
@@ -58,6 +57,19 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
     Image.new("RGB", (40, 200)).save(folder / "narrow.png")
     (folder / "broken.jpg").write_text("no image")
     return folder
+
+
+@pytest.fixture(scope="module", autouse=True)
+def few_measured() -> Iterator[None]:
+    """A report measures on 64 tiles: more than all steps here train on."""
+    compare = AdapterLoss.compare
+
+    def on_few(self: AdapterLoss, model: torch.nn.Module, tiles: Tiles, count: int = 8) -> dict[str, float]:
+        return compare(self, model, tiles, count)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(AdapterLoss, "compare", on_few)
+        yield
 
 
 def train(photos: Path, out: Path, *more: str, code: int = 0) -> None:
@@ -104,14 +116,23 @@ def test_tensorboard_gets_losses_and_sample_tiles(photos: Path, tmp_path: Path) 
     assert (shown.width, shown.height) == (4 * 64, 64)
 
 
+SIX = ["--steps", "6"]
+
+
+@pytest.fixture(scope="module")
+def six_steps(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, torch.Tensor]:
+    """What six steps come to."""
+    out = tmp_path_factory.mktemp("six") / "whole.safetensors"
+    train(photos, out, *SIX)
+    return load_file(out)
+
+
 @pytest.mark.parametrize("at", [7, 8])
 def test_resuming_goes_on_to_the_same_adapter(
-    at: int, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    at: int, photos: Path, six_steps: dict[str, torch.Tensor], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Cancelled in the first or in the second batch of a step: that is finished, and then saved."""
-    more = ["--steps", "6", "--cache", str(tmp_path / "cache")]
-    train(photos, tmp_path / "whole.safetensors", *more)
-    calls, value = [], AdapterLoss.value
+    out, calls, value = tmp_path / "parts.safetensors", [], AdapterLoss.value
 
     def cancelled(*arguments: Any) -> torch.Tensor:
         calls.append(arguments)
@@ -122,13 +143,13 @@ def test_resuming_goes_on_to_the_same_adapter(
     handler = signal.getsignal(signal.SIGINT)
     with monkeypatch.context() as patch:
         patch.setattr(AdapterLoss, "value", cancelled)
-        train(photos, tmp_path / "parts.safetensors", *more, code=130)
-    assert read_metadata(tmp_path / "parts.safetensors")["steps"] == "4"
+        train(photos, out, *SIX, code=130)
+    assert read_metadata(out)["steps"] == "4"
     assert signal.getsignal(signal.SIGINT) is handler
-    train(photos, tmp_path / "parts.safetensors", *more, "--resume")
-    first, again = load_file(tmp_path / "whole.safetensors"), load_file(tmp_path / "parts.safetensors")
-    assert first.keys() == again.keys() and any(first[name].any() for name in first if name.startswith("outputs"))
-    assert all(torch.equal(first[name], again[name]) for name in first)
+    train(photos, out, *SIX, "--resume")
+    again = load_file(out)
+    assert six_steps.keys() == again.keys() and any(again[name].any() for name in again if name.startswith("outputs"))
+    assert all(torch.equal(six_steps[name], again[name]) for name in again)
 
 
 def test_a_checkpoint_of_another_run_is_not_gone_on_with_and_not_written_over(
@@ -190,21 +211,14 @@ def test_a_second_run_finds_all_in_the_cache(photos: Path, tmp_path: Path, reque
 
 
 def test_two_processes_make_the_same_steps_as_one_with_twice_the_batches(photos: Path, tmp_path: Path) -> None:
-    def run(name: str, accumulate: int, start: Callable[..., subprocess.CompletedProcess[str]]) -> None:
-        out = tmp_path / f"{name}.safetensors"
-        words = ["--base", "mini", "--images", photos, "--out", out, *QUICK, "--accumulate", accumulate]
-        done = start("-m", "lib_dinotile", "train", *words)
-        assert done.returncode == 0, done.stderr[-2000:]
-
-    def run_one(*words: object) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, *map(str, words)]
-        return subprocess.run(command, env=environment(), capture_output=True, text=True)
-
-    run("one", 2, run_one)
-    run("two", 1, run_two)
-    one, two = load_file(tmp_path / "one.safetensors"), load_file(tmp_path / "two.safetensors")
-    assert any(tensor.any() for name, tensor in one.items() if name.startswith("outputs"))
-    assert all(torch.allclose(one[name].float(), two[name].float(), atol=1e-4) for name in one)
+    one, two = tmp_path / "one.safetensors", tmp_path / "two.safetensors"
+    train(photos, one, "--accumulate", "2")
+    words = ["train", "--base", "mini", "--images", photos, "--out", two, *QUICK, "--accumulate", "1"]
+    done = run_two("-m", "lib_dinotile", *words)
+    assert done.returncode == 0, done.stderr[-2000:]
+    made, again = load_file(one), load_file(two)
+    assert any(tensor.any() for name, tensor in made.items() if name.startswith("outputs"))
+    assert all(torch.allclose(made[name].float(), again[name].float(), atol=1e-4) for name in made)
 
 
 @pytest.mark.parametrize("family", ["sd15", "sdxl"])
@@ -227,7 +241,7 @@ def test_the_loss_is_zero_for_the_true_prediction(
     kind: str, photos: Path, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
     host = load_host(Generation(request.getfixturevalue("sd15")))
-    host._scheduler.register_to_config(prediction_type=kind)
+    host.prediction = kind
     loss, generator = AdapterLoss(host, Training(batch=3)), torch.Generator().manual_seed(0)
     batch = {name: torch.randn(3, 4, 8, 8, generator=generator) for name in ("sharp", "degraded")}
     x, t = loss.noised(batch, generator)
@@ -294,6 +308,19 @@ def test_held_out_pictures_are_not_trained_on(photos: Path) -> None:
     trained_on, held_out, left_out = find_photos(photos, 64, 2)
     assert len(held_out) == 2 and not set(trained_on) & set(held_out) and len(left_out) == 2
     assert len(trained_on) == 4
+
+
+def test_only_images_are_photos_and_no_program_is_run_for_one(photos: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    """Pillow has programs such as Ghostscript open some of what it takes for an image."""
+    monkeypatch.setattr(subprocess, "Popen", lambda *_, **__: pytest.fail("a program was run"))
+    image = Image.new("RGB", (80, 80))
+    for name in ("page.eps", "page.pdf", "tall.png", "photo.JPG", "scan.tiff"):
+        image.save(tmp_path / name)
+    (tmp_path / "renamed.png").write_bytes((tmp_path / "page.eps").read_bytes())
+    (tmp_path / "film.mpg").write_bytes(b"film")
+    found, _, left_out = find_photos(tmp_path, 64, 0)
+    assert [file.name for file in found] == ["photo.JPG", "scan.tiff", "tall.png"]
+    assert len(left_out) == 1 and left_out[0].startswith("renamed.png cannot be read as an image: it is damaged, or")
 
 
 def test_a_picture_that_cannot_be_read_is_left_out(photos: Path, tmp_path: Path, capsys: Any) -> None:

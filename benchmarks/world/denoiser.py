@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from benchmarks.world.scenes import SIDE, TRAIN_ATLAS, scene
 from benchmarks.world.textures import CLASSES
+from lib_dinotile.engine.prediction import coefficients, to_x0
 from lib_dinotile.tiling.plan import Rect
 from lib_dinotile.train.loop import Schedule, fit
 
@@ -146,11 +147,11 @@ class DenoiserLoss:
         t = torch.where(random() < 0.04, high, t)
         share = 0.8 * random() * (t / 700).clamp(max=1) * (random() < 0.8)
         start = torch.lerp(sharp, blurred, share[:, None, None, None])
-        alpha = self.alphas[t][:, None, None, None]
-        a, s = alpha.sqrt(), (1 - alpha).sqrt()
+        a, s = coefficients(self.alphas, t)
         x = a * start + s * torch.randn(sharp.shape, generator=generator)
         inputs = torch.cat([x, told], 1).contiguous(memory_format=torch.channels_last)
-        x0 = a * x - s * model(inputs, t, encoder_hidden_states=None).sample.float()
+        prediction = model(inputs, t, encoder_hidden_states=None).sample
+        x0 = to_x0(x, prediction, a, s, SCHEDULER_CONFIG["prediction_type"])
         error = (x0 - sharp).square().mean((1, 2, 3))
         weight = (1 / s**2).clamp(max=25.0).flatten()
         known = told.flatten(1).any(1)

@@ -8,6 +8,7 @@ import dataclasses
 import hashlib
 import json
 import os
+import traceback
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -50,6 +51,7 @@ def run(arguments: argparse.Namespace) -> None:
     """Upscales an image, or all images of a folder."""
     from tqdm import tqdm
 
+    from lib_dinotile.hosts.devices import precision_of
     from lib_dinotile.hosts.diffusers import load_host
 
     quiet_transformers()
@@ -87,6 +89,7 @@ def run(arguments: argparse.Namespace) -> None:
         bar.refresh()
 
     host = load_host(generation, progress, team.rank)
+    generation = dataclasses.replace(generation, precision=precision_of(host.dtype))  # what auto stood for
     settings = settings.for_base(host.base)
 
     def getting_ready(text: str, share: float) -> None:
@@ -104,7 +107,7 @@ def run(arguments: argparse.Namespace) -> None:
         say(*(f"{source.name} {line}" for line in told))
         size = canvas_size(image.size, settings, (generation.width, generation.height))
         check_writable(target, size)
-        recipe = _recipe(used, generation, source)
+        recipe = _recipe(used, generation, source, conditioner and conditioner.encoder.fingerprint)
         if arguments.resume and _is_done(target, recipe):
             with contextlib.suppress(DinotileError):  # tiles of another recipe are not this image's
                 open_journal(target, recipe, True, sharing).close()
@@ -151,6 +154,8 @@ def run(arguments: argparse.Namespace) -> None:
         except DinotileError as error:
             if not folder or isinstance(error.__cause__, KeyboardInterrupt):
                 raise
+            if arguments.debug:
+                traceback.print_exc()
             failures.append((f"{source.name}: {error}", error.status_code))
     bar.close()
     # Before all are done none may end with an error: launchers stop the others then.
@@ -200,6 +205,7 @@ def _parameters(settings: Settings, generation: Generation, size: tuple[int, int
         "Size": f"{size[0]}x{size[1]}",
         "Model": generation.model,
         "Denoising strength": generation.denoise,
+        "Precision": generation.precision,
         **settings.infotext,
         **({"DINO Tile notes": "; ".join(notes)} if notes else {}),
     }
@@ -208,16 +214,16 @@ def _parameters(settings: Settings, generation: Generation, size: tuple[int, int
     return f"{generation.prompt}\nNegative prompt: {generation.negative}\n{listed}"
 
 
-def _recipe(settings: Settings, generation: Generation, source: Path) -> dict[str, Any]:
-    """Everything that an image depends on."""
+def _recipe(settings: Settings, generation: Generation, source: Path, encoder: str | None) -> dict[str, Any]:
+    """Everything that an image depends on. generation: its precision is known; encoder: fingerprint of its weights."""
     options = {**dataclasses.asdict(settings), **dataclasses.asdict(generation)}
-    del options["enabled"], options["batch"], options["maps"]
+    del options["enabled"], options["batch"], options["maps"], options["device"]
     names = {
         "source": str(source),
         **{key: options[key] for key in ("mask", "model", "config", "adapter", "encoder", "head")},
     }
     stamps = {f"{key}'s files": stamp(name) for key, name in names.items() if name}
-    return {"version": __version__, **options, **stamps}
+    return {"version": __version__, **options, **stamps, "encoder's weights": encoder}
 
 
 def _digest(recipe: Mapping[str, Any]) -> str:

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lib_dinotile.condition.shape import UNetShape
+from lib_dinotile.condition.steps import is_between
 
 NORM_GROUPS = 8
 
@@ -73,12 +74,14 @@ class NoiseLevel(nn.Module):
 
     def __init__(self, width: int) -> None:
         super().__init__()
-        self.register_buffer("frequencies", torch.exp(torch.linspace(0, math.log(64), width // 2)), persistent=False)
+        self._count = width // 2
         self.mlp = nn.Sequential(nn.Linear(width // 2 * 2, width), nn.SiLU(), nn.Linear(width, width), nn.SiLU())
 
     def forward(self, sigma: Tensor) -> Tensor:
         """sigma (n,), as in k-diffusion: standard deviation of the noise over that of the signal -> (n, width)."""
-        phase = sigma.clamp(min=1e-4).log()[:, None] / 4 * self.frequencies
+        # In float32 whatever the weights are in: the highest phases span many turns.
+        frequencies = torch.exp(torch.linspace(0, math.log(64), self._count, device=sigma.device))
+        phase = sigma.clamp(min=1e-4).log()[:, None] / 4 * frequencies
         return self.mlp(torch.cat([phase.cos(), phase.sin()], dim=1).to(self.mlp[0].weight.dtype))
 
 
@@ -167,7 +170,7 @@ class AdapterCondition:
 
         progress: fraction of the sampling steps already done, in [0, 1).
         """
-        if self._strength == 0 or progress < self._start or (progress >= self._end and self._end < 1):
+        if self._strength == 0 or not is_between(progress, self._start, self._end):
             return None
         if self._cached is None or self._cached[0] != sigma:
             with torch.no_grad():

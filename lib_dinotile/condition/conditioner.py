@@ -24,8 +24,8 @@ from lib_dinotile.condition.heads import ByLayer, FixedHeads, Heads, chosen, hea
 from lib_dinotile.condition.shape import UNetShape
 from lib_dinotile.dino.cache import FeatureCache
 from lib_dinotile.dino.calibrated import Store
-from lib_dinotile.dino.checkpoint import automatic_encoder, locate
-from lib_dinotile.dino.encoder import BUILT_IN, KNOWN, Facet, PatchEncoder, installed, load_encoder
+from lib_dinotile.dino.checkpoint import CONFIG, WEIGHTS, automatic_encoder, locate
+from lib_dinotile.dino.encoder import BUILT_IN, KNOWN, Facet, PatchEncoder, encoder_dtype, installed, load_encoder
 from lib_dinotile.dino.field import FeatureField
 from lib_dinotile.dino.head import Floor, RestorationHead, forget_heads, heads_in
 from lib_dinotile.dino.look import Look
@@ -33,6 +33,7 @@ from lib_dinotile.dino.once import Progress
 from lib_dinotile.settings import AUTOMATIC, BOTH, DECODERS, NONE, SEMANTIC, Settings
 from lib_dinotile.tiling.canvas import Canvas
 from lib_dinotile.tiling.plan import Rect, TilePlan
+from lib_dinotile.weights import Stamp, stamp
 
 MINI = Path(__file__).parents[1] / "mini"
 """The built-in model's folder."""
@@ -59,12 +60,15 @@ _features = FeatureCache()
 
 
 @functools.lru_cache(maxsize=1)
-def _adapter(path: Path, modified: float, device: torch.device, dtype: torch.dtype) -> Adapter:
+def _adapter(path: Path, state: Stamp | None, device: torch.device, dtype: torch.dtype) -> Adapter:
     return load_adapter(path, device, dtype)
 
 
 @functools.lru_cache(maxsize=1)
-def _encoder(name: str, folder: Path | None, modified: float, device: torch.device, dtype: torch.dtype) -> PatchEncoder:
+def _encoder(
+    name: str, folder: Path | None, found: tuple[object, ...], device: torch.device, dtype: torch.dtype
+) -> PatchEncoder:
+    """found: the checkpoint's folder and its files' stamps, so that an exchanged checkpoint is loaded again."""
     return load_encoder(name, folder, device=device, dtype=dtype, download=False)
 
 
@@ -146,7 +150,7 @@ class Conditioner:
                     f"adapter {name!r}: this checkpoint's UNet takes no residuals; choose adapter {NONE}"
                 )
             check_fit(config, name, host.base, host.shape)
-        dtype = host.dtype if device.type == "cuda" else torch.float32
+        dtype = encoder_dtype(device, host.dtype)
         store = store or Store()
         named = config.encoder if config else None
         encoder = _eye(settings, named, encoders, device, dtype, trusted, store.progress)
@@ -156,7 +160,7 @@ class Conditioner:
         if config:
             check_encoder(config, name, encoder.id, encoder.width, encoder.depth)
             own = adapters[name]
-            adapter = _adapter(own, own.stat().st_mtime, device, host.dtype)
+            adapter = _adapter(own, stamp(own), device, host.dtype)
             if config.restored:
                 head = heads_in(own, encoder).get(config.layer)
                 if head is None:
@@ -337,10 +341,8 @@ def _eye(
     if not trusted and wanted not in choices:
         listed = ", ".join([AUTOMATIC, *choices])
         raise DinotileError(f"encoder: {wanted!r} is not installed in {folder}, give one of {listed}")
-    locate(wanted, folder, download=chosen, progress=progress)
-    files = folder.glob("*/model.safetensors") if folder else ()
-    modified = max((file.stat().st_mtime for file in files), default=0.0)
-    return _encoder(wanted, folder, modified, device, dtype)
+    _, place = locate(wanted, folder, download=chosen, progress=progress)
+    return _encoder(wanted, folder, (place, stamp(place / CONFIG), stamp(place / WEIGHTS)), device, dtype)
 
 
 def to_tensor(image: Image.Image) -> Tensor:

@@ -14,7 +14,6 @@ grids do not. benchmarks/world/README.md has figures with and without.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -22,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lib_dinotile.condition.steps import first_step, is_between
 from lib_dinotile.dino.look import Look
 from lib_dinotile.tiling.canvas import Canvas
 from lib_dinotile.tiling.plan import Rect
@@ -64,9 +64,8 @@ class Guidance:
 
     def at_work(self, step: int, total: int) -> bool:
         """Whether a step (from 0) of so many is one of its own."""
-        progress = step / max(total, 1)
-        first = math.ceil(self.start * total)
-        return self.start <= progress and (progress < self.end or self.end == 1) and (step - first) % self.every == 0
+        first = first_step(self.start, total)
+        return is_between(step / max(total, 1), self.start, self.end) and (step - first) % self.every == 0
 
     def of(
         self,
@@ -105,8 +104,10 @@ class Guide:
             return None
         tiles = self._tiles if chosen is None else [self._tiles[number] for number in chosen]
         with torch.inference_mode(False), torch.enable_grad():
-            # Convolutions on a CPU are a third faster so.
-            x = x0.detach().float().clone(memory_format=torch.channels_last).requires_grad_()
+            # Convolutions on a CPU are a third faster so; on MPS their gradients may be wrong
+            # (pytorch/pytorch#140902).
+            layout = torch.channels_last if x0.device.type in ("cpu", "cuda") else torch.contiguous_format
+            x = x0.detach().float().clone(memory_format=layout).requires_grad_()
             (gradient,) = torch.autograd.grad(self._distance(x, tiles, step), x)
         if x.isfinite().all() and not gradient.isfinite().all():
             self._note("guidance was left out where its decoder or encoder gave what is not a number")

@@ -16,7 +16,17 @@ from lib_dinotile.dino.backends import keys, load_blocks
 from lib_dinotile.dino.checkpoint import BUILT_IN, KNOWN, Checkpoint, installed, locate, read_checkpoint
 from lib_dinotile.dino.once import Progress, unseen
 
-__all__ = ["BUILT_IN", "KNOWN", "Facet", "PatchEncoder", "installed", "interpolate_positions", "load_encoder"]
+__all__ = [
+    "BUILT_IN",
+    "KNOWN",
+    "Facet",
+    "PatchEncoder",
+    "bicubic",
+    "encoder_dtype",
+    "installed",
+    "interpolate_positions",
+    "load_encoder",
+]
 
 Facet = Literal["tokens", "keys"]
 """What of a layer: the tokens that it gives out, or the keys of its attention."""
@@ -26,6 +36,17 @@ FACETS = get_args(Facet)
 _MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 _GRIDS_KEPT = 8
+
+
+def bicubic(images: Tensor, size: Sequence[int], antialias: bool) -> Tensor:
+    """Images (k, C, H, W) at another size (h, w), on their device, computed on the CPU where that may not be able to.
+
+    MPS lacks bicubic interpolation in torch 2.5 (pytorch/pytorch#77764), the antialiased one in 2.7 (#149378) and its
+    gradient in 2.9 (#169785); XPU once lacked the antialiased one (intel/torch-xpu-ops#1106).
+    """
+    able = images if images.device.type in ("cpu", "cuda") else images.cpu()
+    resized = F.interpolate(able, tuple(size), mode="bicubic", align_corners=False, antialias=antialias)
+    return resized.to(images.device)
 
 
 def interpolate_positions(positions: Tensor, grid: tuple[int, int], antialias: bool) -> Tensor:
@@ -38,7 +59,7 @@ def interpolate_positions(positions: Tensor, grid: tuple[int, int], antialias: b
     side = round(positions.shape[1] ** 0.5)
     square = positions.float().reshape(1, side, side, -1).permute(0, 3, 1, 2)
     if grid != (side, side):
-        square = F.interpolate(square, size=grid, mode="bicubic", align_corners=False, antialias=antialias)
+        square = bicubic(square, grid, antialias)
     return square.flatten(2).transpose(1, 2)
 
 
@@ -165,11 +186,17 @@ class PatchEncoder(nn.Module):
         return super().train(False)
 
 
+def encoder_dtype(device: torch.device, dtype: torch.dtype) -> torch.dtype:
+    """What an encoder computes in beside a model of that dtype: the same; on a CPU float32, which is faster there."""
+    return torch.float32 if device.type == "cpu" else dtype
+
+
 def without_autocast(device: torch.device) -> contextlib.AbstractContextManager[Any]:
     """The weights' dtype is what is computed in, whatever the host has autocast set to."""
-    if device.type in ("cuda", "cpu"):
+    try:
         return torch.autocast(device.type, enabled=False)
-    return contextlib.nullcontext()
+    except (RuntimeError, AssertionError):  # it has none, as MPS in torch 2.3
+        return contextlib.nullcontext()
 
 
 def load_encoder(

@@ -11,10 +11,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from lib_dinotile.dino.encoder import Facet, PatchEncoder
+from lib_dinotile.dino.encoder import Facet, PatchEncoder, bicubic
 from lib_dinotile.tiling.blend import Blend
 from lib_dinotile.tiling.plan import Rect, TilePlan
 
@@ -60,7 +59,9 @@ def _sample(field: Tensor, dim: int, start: int, length: int, count: int, canvas
     for offset in range(-math.ceil(box / 2), math.ceil(box / 2) + 2):
         index = position.floor() + offset
         taken = field.index_select(dim, index.clamp(0, cells - 1).long().to(field.device))
-        sampled = sampled + taken * _tent(position - index, box).to(field).view(shape)
+        # Not every device has float64: only what is float32 goes there.
+        weight = _tent(position - index, box).to(field.dtype).to(field.device)
+        sampled = sampled + taken * weight.view(shape)
     return sampled
 
 
@@ -132,5 +133,4 @@ def feature_fields(
 
 def _resize(image: Tensor, height: int, width: int) -> Tensor:
     """(3, H, W) -> (3, height, width), bicubic with antialiasing, kept in [0, 1]."""
-    resized = F.interpolate(image[None], (height, width), mode="bicubic", align_corners=False, antialias=True)
-    return resized[0].clamp(0, 1)
+    return bicubic(image[None], (height, width), antialias=True)[0].clamp(0, 1)

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from lib_dinotile import DinotileError, one_line
 from lib_dinotile.dino.encoder import PatchEncoder
-from lib_dinotile.weights import check_shapes, open_tensors, shapes_of
+from lib_dinotile.weights import Stamp, check_shapes, open_tensors, shapes_of, stamp
 
 FORMAT, VERSION = "dinotile-head", "2"
 
@@ -35,6 +35,7 @@ class Floor:
 
     @classmethod
     def of(cls, values: Tensor) -> Floor:
+        values = values.cpu()
         median = values.median()
         return cls(float(median), max(float((values - median).abs().median()) * 1.4826, 1e-4))
 
@@ -144,7 +145,7 @@ def load_heads(
 
 def heads_in(file: Path, encoder: PatchEncoder) -> Mapping[int, RestorationHead]:
     """`load_heads` for an encoder, on its device; from memory if the file was read before."""
-    return _read(file, file.stat().st_mtime, encoder.id, encoder.width, encoder.device)
+    return _read(file, stamp(file), encoder.id, encoder.width, encoder.device)
 
 
 def forget_heads() -> None:
@@ -154,6 +155,6 @@ def forget_heads() -> None:
 
 @functools.lru_cache(maxsize=2)
 def _read(
-    file: Path, modified: float, encoder: str, features: int, device: torch.device
+    file: Path, state: Stamp | None, encoder: str, features: int, device: torch.device
 ) -> Mapping[int, RestorationHead]:
     return load_heads(file, encoder, features, device)

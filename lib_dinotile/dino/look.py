@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lib_dinotile.dino.encoder import Facet, PatchEncoder
+from lib_dinotile.dino.encoder import Facet, PatchEncoder, bicubic
 from lib_dinotile.dino.field import FeatureField
 from lib_dinotile.tiling.plan import Rect
 
@@ -119,7 +119,7 @@ class Look:
         """Windows (k, 3, H, W), as large as the encoder wants them for a grid of (rows, columns) of patches."""
         size = [cells * self.encoder.patch for cells in grid]
         if list(windows.shape[2:]) != size:
-            windows = F.interpolate(windows, size, mode="bicubic", align_corners=False, antialias=True)
+            windows = bicubic(windows, size, antialias=True)
         return windows
 
     def targets(self, tiles: Sequence[Rect]) -> Tensor:

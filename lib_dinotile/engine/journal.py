@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
-import shutil
 from collections.abc import Mapping, Sequence
 from fnmatch import fnmatch
 from pathlib import Path
@@ -19,7 +19,9 @@ from lib_dinotile.engine.team import Team
 from lib_dinotile.tiling.plan import Rect
 from lib_dinotile.weights import open_tensors
 
-RECIPE = "recipe.json"
+RECIPE, TILES = "recipe.json", "pass*-x*-y*.safetensors"
+TOLD = 3
+"""How many differences from another run's settings are named."""
 
 
 class Journal:
@@ -28,39 +30,46 @@ class Journal:
     def __init__(self, folder: Path, recipe: Mapping[str, Any], resume: bool, writes: bool = True) -> None:
         """recipe: everything that the image depends on, as JSON. resume: go on with what the folder holds.
 
-        Changes nothing yet: the tiles of an earlier run give way when the first is painted. DinotileError if those to
-        go on with were painted by another recipe, if those of this recipe are not gone on with, or if the folder holds
-        other files.
+        Changes nothing yet. DinotileError if the folder holds tiles that were painted by another recipe, or by this one
+        and are not gone on with, or if it holds other files.
         """
         self._folder, self._writes = folder, writes
         self._recipe = json.loads(json.dumps(recipe))
-        self._begun = False
-        try:
-            before = json.loads((folder / RECIPE).read_text(encoding="utf-8"))
-            before = before if isinstance(before, dict) else None
-        except (OSError, ValueError):
-            before = None  # not there, or cut off when the machine went down
-        if before is not None and resume:
-            self._check(before, self._recipe)
-            self._begun = True
-        if before == self._recipe and not resume:
-            raise DinotileError(
-                f"{folder} holds painted tiles of this image: --resume goes on with them; to start anew, delete it"
-            )
-        if before is None and os.path.lexists(folder) and not _holds_only_ours(folder):
+        before = self._recipe_before()
+        if before is not None and any(folder.glob(TILES)):
+            self._check(before, resume)
+        elif os.path.lexists(folder) and not _holds_only_ours(folder):
             raise DinotileError(f"{folder} holds other files, painted tiles are kept there: move it away")
+        self._begun = resume and before == self._recipe
+
+    def _recipe_before(self) -> dict[str, Any] | None:
+        """The recipe in the folder; None without one: tiles without a recipe are of no use to anybody."""
+        try:
+            before = json.loads((self._folder / RECIPE).read_text(encoding="utf-8"))
+        except (FileNotFoundError, NotADirectoryError, ValueError, RecursionError):
+            return None  # not there, or cut off when the machine went down
+        except OSError as error:  # that passes, perhaps, and the tiles are good
+            raise self._unusable(error) from error
+        return before if isinstance(before, dict) else None
 
     def _unusable(self, error: Exception) -> DinotileError:
         return DinotileError(f"{self._folder}, where painted tiles are kept, cannot be used: {one_line(error)}", 500)
 
-    def _check(self, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    def _check(self, before: Mapping[str, Any], resume: bool) -> None:
+        """DinotileError unless the painted tiles are of this recipe and to be gone on with."""
+        now = self._recipe
         other = [name for name in {**now, **before} if before.get(name) != now.get(name)]
         if other:
-            values = before.get(other[0]), now.get(other[0])
-            shown = "" if any(isinstance(value, list) for value in values) else " ({!r}, now {!r})".format(*values)
+            told = [_difference(name, before.get(name), now.get(name)) for name in other[:TOLD]]
+            more = f" and {len(other) - TOLD} more" if len(other) > TOLD else ""
             raise DinotileError(
-                f"--resume: {self._folder} was painted with another {other[0]}{shown}: give the same, or start anew "
-                "without --resume"
+                f"{self._folder} holds tiles painted with another {', '.join(told)}{more}: --resume with the same "
+                "settings goes on with them; to start anew, delete it or give another OUT"
+            )
+        if not resume:
+            raise DinotileError(
+                f"{self._folder} holds painted tiles of this image: --resume goes on with them; to start anew, delete "
+                "it"
             )
 
     def _file(self, step: str, tile: Rect) -> Path:
@@ -91,8 +100,8 @@ class Journal:
         file = self._file(step, tile)
         try:
             if not self._begun:
-                shutil.rmtree(self._folder, ignore_errors=True)
-                self._folder.mkdir()
+                self._folder.mkdir(exist_ok=True)
+                self._clear()  # of a run without a recipe or without a tile
                 recipe = self._folder / RECIPE
                 recipe.with_suffix(".part").write_text(json.dumps(self._recipe, indent=1), encoding="utf-8")
                 os.replace(recipe.with_suffix(".part"), recipe)
@@ -111,7 +120,14 @@ class Journal:
     def close(self) -> None:
         """The image is done: the tiles are no longer needed."""
         if self._writes and self._begun:
-            shutil.rmtree(self._folder, ignore_errors=True)
+            with contextlib.suppress(OSError):
+                self._clear()
+                self._folder.rmdir()
+
+    def _clear(self) -> None:
+        """Remove our files from the folder; others stay."""
+        for file in filter(_is_ours, list(self._folder.iterdir())):
+            file.unlink()
 
 
 def _holds_only_ours(folder: Path) -> bool:
@@ -119,7 +135,12 @@ def _holds_only_ours(folder: Path) -> bool:
 
 
 def _is_ours(file: Path) -> bool:
-    return file.name == RECIPE or file.suffix == ".part" or fnmatch(file.name, "pass*-x*-y*.safetensors")
+    return file.name == RECIPE or file.suffix == ".part" or fnmatch(file.name, TILES)
+
+
+def _difference(name: str, before: Any, now: Any) -> str:
+    """A part of a recipe in words, with both values where they can be read."""
+    return name if isinstance(before, list) or isinstance(now, list) else f"{name} ({before!r:.40}, now {now!r:.40})"
 
 
 def open_journal(target: Path, recipe: Mapping[str, Any], resume: bool, team: Team) -> Journal:

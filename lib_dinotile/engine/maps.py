@@ -35,7 +35,7 @@ def principal_colours(features: Tensor) -> Tensor:
     The components' signs, which are arbitrary, are set so that the largest part of each is positive: the same features
     have the same colours in every run. What lies beyond the 2nd and 98th percentile is cut off.
     """
-    rows = features.flatten(1).T.double().cpu()
+    rows = features.flatten(1).T.cpu().double()
     centred = rows - rows.mean(0)
     _, axes = torch.linalg.eigh(centred.T @ centred)
     axes = axes[:, -3:].flip(1)

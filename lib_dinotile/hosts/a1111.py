@@ -15,19 +15,11 @@ from torch import Tensor
 from lib_dinotile import DinotileError
 from lib_dinotile.condition.shape import UNetShape
 from lib_dinotile.engine.host import Batch, Views
+from lib_dinotile.engine.prediction import from_x0, timestep_to_sigma, to_x0
 from lib_dinotile.hosts.hints import crop_hint, is_spatial
 from lib_dinotile.hosts.ldm import LdmResiduals, cfg_rows
 from lib_dinotile.hosts.patched import in_float32, overridden
-from lib_dinotile.hosts.webui import WebUIHost, noise_for, picture_for
-
-
-def timestep_to_sigma(alphas_cumprod: Tensor, timestep: float) -> float:
-    """Noise level of a timestep, between two of the model's log-linearly as k-diffusion does (t_to_sigma)."""
-    log_sigmas = ((1 - alphas_cumprod) / alphas_cumprod).sqrt().log()
-    low = min(max(int(timestep), 0), len(log_sigmas) - 1)
-    high = min(low + 1, len(log_sigmas) - 1)
-    share = min(max(timestep - low, 0.0), 1.0)
-    return float(torch.lerp(log_sigmas[low].double(), log_sigmas[high].double(), share).exp())
+from lib_dinotile.hosts.webui import WebUIHost
 
 
 class A1111Host(WebUIHost):
@@ -47,10 +39,14 @@ class A1111Host(WebUIHost):
 
     def _picture(self, denoiser: Any, x: Tensor, output: Tensor, sigma: Tensor) -> Tensor:
         # Timestep samplers are answered with the noise, also in the callback.
-        return picture_for(x, output, self._alpha(denoiser, sigma)) if self._estimates_noise(denoiser) else output
+        if not self._estimates_noise(denoiser):
+            return output
+        return to_x0(x.float(), output, *self._coefficients(denoiser, sigma), "epsilon")
 
-    def _prediction(self, denoiser: Any, x: Tensor, picture: Tensor, sigma: Tensor) -> Tensor:
-        return noise_for(x, picture, self._alpha(denoiser, sigma)) if self._estimates_noise(denoiser) else picture
+    def _prediction(self, denoiser: Any, x: Tensor, x0: Tensor, sigma: Tensor) -> Tensor:
+        if not self._estimates_noise(denoiser):
+            return x0
+        return from_x0(x.float(), x0, *self._coefficients(denoiser, sigma), "epsilon")
 
     def full_decoder(self) -> Callable[[Tensor], Tensor]:
         model = self._p.sd_model

@@ -21,10 +21,12 @@ from lib_dinotile import DinotileError, one_line
 from lib_dinotile.condition.conditioner import MINI
 from lib_dinotile.condition.shape import UNetShape
 from lib_dinotile.engine.host import Batch, Views
+from lib_dinotile.engine.prediction import coefficients, from_x0, noise_level, to_x0
 from lib_dinotile.engine.progress import Progress
+from lib_dinotile.hosts.devices import empty_cache, find_device, find_dtype
 from lib_dinotile.hosts.memory_format import fast
 from lib_dinotile.hosts.patched import in_float32, overridden
-from lib_dinotile.settings import APPROXIMATE, AUTOMATIC, FULL_VAE, TAESD, Generation
+from lib_dinotile.settings import APPROXIMATE, AUTO, AUTOMATIC, FULL_VAE, TAESD, Generation
 from lib_dinotile.tiling.canvas import Canvas
 from lib_dinotile.tiling.noise import TileNoise
 from lib_dinotile.weights import open_tensors
@@ -52,7 +54,10 @@ class PixelCodec(nn.Module):
 
 
 class VaeCodec(nn.Module):
-    """A pipeline's VAE. Encodes to the mean of its distribution, so that a tile always gives the same latent."""
+    """A pipeline's VAE. Encodes to the mean of its distribution, so that a tile always gives the same latent.
+
+    Pixels and latents are float32, whatever it computes in.
+    """
 
     def __init__(self, vae: Any) -> None:
         super().__init__()
@@ -63,14 +68,20 @@ class VaeCodec(nn.Module):
         self._scale, self._shift = vae.config.scaling_factor, vae.config.get("shift_factor") or 0.0
 
     def encode(self, pixels: Tensor) -> Tensor:
-        return (self.vae.encode(pixels.to(self.vae.dtype)).latent_dist.mode() - self._shift) * self._scale
+        latents = self.vae.encode(pixels.to(self.vae.dtype)).latent_dist.mode().float()
+        return (latents - self._shift) * self._scale
 
     def decode(self, latents: Tensor) -> Tensor:
-        return self.vae.decode((latents / self._scale + self._shift).to(self.vae.dtype)).sample
+        return self.vae.decode((latents / self._scale + self._shift).to(self.vae.dtype)).sample.float()
 
 
 class DiffusersHost:
-    """img2img with a diffusers UNet and DPM-Solver++ 2M (arXiv 2211.01095), which draws no noise of its own."""
+    """img2img with a diffusers UNet and DPM-Solver++ 2M (arXiv 2211.01095), which draws no noise of its own.
+
+    Latents are float32, also between the steps: what the UNet in half precision rounds once a step, its input and its
+    output, is not rounded again by guidance and by the solver, which extrapolates from differences of x0. Beside the
+    UNet's activations it costs nothing.
+    """
 
     def __init__(
         self,
@@ -90,7 +101,7 @@ class DiffusersHost:
         self.device, self.dtype = unet.device, unet.dtype
         self._scheduler = DPMSolverMultistepScheduler.from_config(scheduler.config)
         self.alphas = self._scheduler.alphas_cumprod
-        self._sigmas = ((1 - self.alphas) / self.alphas).sqrt().tolist()
+        self._sigmas = noise_level(self.alphas).tolist()
         self.prediction: str = self._scheduler.config.prediction_type
         """What the UNet predicts: `epsilon`, `v_prediction` or `sample`."""
         self._guided = text is not None and generation.cfg > 1
@@ -115,10 +126,10 @@ class DiffusersHost:
         raise NotImplementedError(interrogator)
 
     def encode(self, pixels: Tensor) -> Tensor:
-        return self._codec.encode(fast((pixels * 2).sub_(1).to(self.device, self.dtype))).to(self.dtype)
+        return self._codec.encode(fast((pixels * 2).sub_(1).to(self.device)))
 
     def decode(self, latents: Tensor) -> Tensor:
-        return (self._codec.decode(fast(latents)).float() + 1) / 2
+        return (self._codec.decode(fast(latents)) + 1) / 2
 
     def sample(
         self,
@@ -131,7 +142,7 @@ class DiffusersHost:
     ) -> Tensor:
         steps, scheduler = self._generation.steps, self._scheduler
         denoise = self._generation.denoise if denoise is None else denoise
-        latents = latents.to(self.dtype)
+        latents = latents.to(self.device, torch.float32)
         scheduler.set_timesteps(steps)
         if denoise == 0:
             return latents
@@ -142,18 +153,9 @@ class DiffusersHost:
         free = None if mask is None else mask.to(latents)
         x = scheduler.add_noise(latents, start, timesteps[:1].repeat(len(latents)))
         for number, timestep in enumerate(timesteps):
-
-            def see(tiles: Tensor, batch: Batch, timestep: Tensor = timestep, number: int = number) -> Tensor:
-                progress = number / len(timesteps)
-                prediction = self._predict(scheduler.scale_model_input(tiles, timestep), timestep, batch, progress)
-                if batch.guide is None:
-                    return prediction
-                moved = batch.guide(self.picture(tiles, prediction, timestep), number, len(timesteps))
-                return prediction if moved is None else self._prediction_for(tiles, moved, timestep)
-
-            def known(x: Tensor = x, timestep: Tensor = timestep) -> Tensor:
-                return self._prediction_for(x, latents, timestep)
-
+            alpha, sigma = coefficients(self.alphas, timestep)
+            see = functools.partial(self._see, timestep=timestep, number=number, total=len(timesteps))
+            known = functools.partial(from_x0, x, latents, alpha, sigma, self.prediction)
             prediction = views(x, see, known)
             if free is not None:
                 prediction = torch.lerp(known(), prediction, free)
@@ -161,28 +163,19 @@ class DiffusersHost:
             self._show(self._progress.at((number + 1) / len(timesteps)), self._progress.text)
         return x if free is None else torch.lerp(latents, x, free)
 
+    def _see(self, tiles: Tensor, batch: Batch, timestep: Tensor, number: int, total: int) -> Tensor:
+        """The guided prediction for a batch at the step `number` of `total`; see `engine.host.See`."""
+        x = self._scheduler.scale_model_input(tiles, timestep)
+        prediction = self._predict(x, timestep, batch, number / total)
+        if batch.guide is None:
+            return prediction
+        alpha, sigma = coefficients(self.alphas, timestep)
+        moved = batch.guide(to_x0(tiles, prediction, alpha, sigma, self.prediction), number, total)
+        return prediction if moved is None else from_x0(tiles, moved, alpha, sigma, self.prediction)
+
     def steps(self, denoise: float | None = None) -> int:
         steps, denoise = self._generation.steps, self._generation.denoise if denoise is None else denoise
         return max(1, min(round(steps * denoise), steps)) if denoise else 0
-
-    def _prediction_for(self, x: Tensor, latents: Tensor, timestep: Tensor) -> Tensor:
-        """What the UNet would have to predict at x to say that these are the latents without noise."""
-        alpha = self.alphas[int(timestep)].to(x)
-        kind = self._scheduler.config.prediction_type
-        if kind == "sample":
-            return latents
-        epsilon = (x - alpha.sqrt() * latents) / (1 - alpha).sqrt()
-        return epsilon if kind == "epsilon" else alpha.sqrt() * epsilon - (1 - alpha).sqrt() * latents
-
-    def picture(self, x: Tensor, prediction: Tensor, timestep: Tensor) -> Tensor:
-        """The latents without noise that the UNet's prediction at x (k, C, h, w) stands for, float32."""
-        alpha = self.alphas.to(timestep.device)[timestep.long()].to(x.device).view(-1, 1, 1, 1)
-        x, prediction, kind = x.float(), prediction.float(), self._scheduler.config.prediction_type
-        if kind == "sample":
-            return prediction
-        if kind == "epsilon":
-            return (x - (1 - alpha).sqrt() * prediction) / alpha.sqrt()
-        return alpha.sqrt() * x - (1 - alpha).sqrt() * prediction
 
     def _predict(self, x: Tensor, timestep: Tensor, batch: Batch, progress: float) -> Tensor:
         """The UNet's prediction for k tiles, guided by the prompts if there are any (rows: prompts, then negative)."""
@@ -211,17 +204,21 @@ class DiffusersHost:
     def predict(
         self, x: Tensor, timestep: Tensor, words: Sequence[Tensor] = (), residuals: Sequence[Tensor] | None = None
     ) -> Tensor:
-        """The UNet's prediction for noisy latents (k, C, h, w), a row of `words` for each; timestep: () or (k,)."""
+        """The UNet's prediction for noisy latents (k, C, h, w), a row of `words` for each; timestep: () or (k,).
+
+        It computes in its own dtype, and what it gives has that of the latents.
+        """
+        dtype, x = x.dtype, x.to(self.dtype)
         inputs: dict[str, Any] = {"encoder_hidden_states": words[0].to(x) if words else None}
         if len(words) > 1:
             height, width = (side * self.factor for side in x.shape[-2:])
-            sizes = torch.tensor([[height, width, 0, 0, height, width]], device=x.device, dtype=x.dtype)
+            sizes = torch.tensor([[height, width, 0, 0, height, width]], device=x.device, dtype=torch.float32)
             inputs["added_cond_kwargs"] = {"text_embeds": words[1].to(x), "time_ids": sizes.expand(len(x), -1)}
         if residuals is not None:
             added = [residual.to(x) for residual in residuals]
             inputs["down_block_additional_residuals"] = added[:-1]
             inputs["mid_block_additional_residual"] = added[-1]
-        return self.unet(fast(x), timestep, **inputs, return_dict=False)[0]
+        return self.unet(fast(x), timestep, **inputs, return_dict=False)[0].to(dtype)
 
     def guidance_decoder(self, choice: str) -> tuple[str, Callable[[Tensor], Tensor]]:
         codec = self._codec
@@ -231,7 +228,7 @@ class DiffusersHost:
             raise DinotileError(f"decoder: only the WebUIs have an approximate decoder; choose {TAESD} or {FULL_VAE}")
         tiny = None if choice == FULL_VAE else _taesd(self.base, download=choice == TAESD)
         if tiny is None:
-            return FULL_VAE, lambda latents: (codec.decode(latents.to(codec.vae.dtype)).float() + 1) / 2
+            return FULL_VAE, lambda latents: (codec.decode(latents) + 1) / 2
         tiny.to(self.device, self.dtype)
         return TAESD, lambda latents: (tiny.decode(latents.to(tiny.dtype)).sample.float() + 1) / 2
 
@@ -243,12 +240,11 @@ class DiffusersHost:
     @contextlib.contextmanager
     def precise_codec(self) -> Iterator[None]:
         """While open, pictures are encoded and decoded in float32."""
-        with in_float32([self._codec]), overridden(self, dtype=torch.float32):
+        with in_float32([self._codec]):
             yield
 
     def free_memory(self) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
+        empty_cache(self.device)
 
     def interrupted(self) -> bool:
         return False
@@ -311,24 +307,18 @@ def load_host(
     generation: Generation,
     progress: Callable[[float, str], None] = lambda done, text: None,
     number: int = 0,
-    dtype: torch.dtype | None = None,
 ) -> DiffusersHost:
-    """The host for `generation.model`, on the GPU of that number, if there is any; dtype: None, what is usual there.
+    """The host for `generation.model`, where and in the precision that `generation` says; number: of this process.
 
-    DinotileError, one line, if the model is not there or no Stable Diffusion.
+    DinotileError, one line, if the model or the device is not there, or it is no Stable Diffusion.
     """
-    gpus = torch.cuda.device_count()
-    device = torch.device("cuda", number % gpus) if gpus else torch.device("cpu")
-    usual = torch.float16 if device.type == "cuda" else torch.float32
     name, path, is_file = generation.model, Path(generation.model), os.path.isfile(generation.model)
+    device = find_device(generation.device, number)
+    dtype = find_dtype("fp32" if name == "mini" and generation.precision == AUTO else generation.precision, device)
     diffusers_logging.set_verbosity_error()
     diffusers_logging.disable_progress_bar()
     if name == "mini":
-        unet = (
-            UNet2DConditionModel.from_pretrained(MINI / "unet", use_safetensors=True)
-            .to(device, dtype or torch.float32)
-            .eval()
-        )
+        unet = UNet2DConditionModel.from_pretrained(MINI / "unet", use_safetensors=True).to(device, dtype).eval()
         return DiffusersHost(
             unet, DDIMScheduler.from_pretrained(MINI / "scheduler"), PixelCodec(), "mini", generation, progress=progress
         )
@@ -347,8 +337,11 @@ def load_host(
         )
     if generation.prediction != AUTOMATIC:
         pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, prediction_type=generation.prediction)
-    pipe.to(device, dtype or usual)
     codec = VaeCodec(pipe.vae)
+    for part in pipe.components.values():  # before they move: the device may not have the memory for more
+        if isinstance(part, nn.Module) and not (part is pipe.vae and part.config.get("force_upcast")):
+            part.to(dtype)
+    pipe.to(device)
 
     def text(prompt: str) -> tuple[Tensor, ...]:
         for name, words in (("prompt", prompt), ("negative", generation.negative)):

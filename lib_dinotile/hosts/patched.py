@@ -39,3 +39,27 @@ def in_float32(modules: Sequence[nn.Module]) -> Iterator[None]:
         for weight, dtype in before:
             if weight.dtype != dtype:
                 weight.data = weight.data.to(dtype)
+
+
+@contextlib.contextmanager
+def seeded(device: torch.device, seed: int = 0) -> Iterator[None]:
+    """torch's generators for the CPU and for a device seeded for a while; then in the state that they were in.
+
+    Those of other devices are left alone; `torch.manual_seed` would seed them, too.
+    """
+    module: Any = getattr(torch, device.type, None)
+    if device.type == "cpu" or not hasattr(module, "get_rng_state"):  # none of its own, or none that can be put back
+        module = None
+    one = device.type == "mps"  # there is but one, and older versions of torch take no number
+    place = () if one else (device,)
+    cpu, own = torch.default_generator.get_state(), module and module.get_rng_state(*place)
+    try:
+        torch.default_generator.manual_seed(seed)
+        if module is not None:
+            with contextlib.nullcontext() if one else module.device(device):
+                module.manual_seed(seed)
+        yield
+    finally:
+        torch.default_generator.set_state(cpu)
+        if module is not None:
+            module.set_rng_state(own, *place)

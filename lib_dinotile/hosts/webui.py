@@ -16,12 +16,13 @@ from torch import Tensor
 from lib_dinotile import DinotileError
 from lib_dinotile.condition.shape import UNetShape
 from lib_dinotile.engine.host import Batch, Interrupted, Views
+from lib_dinotile.engine.prediction import coefficients, from_x0
 from lib_dinotile.engine.progress import Progress
 from lib_dinotile.hosts import decoders, upscalers
 from lib_dinotile.hosts.bars import Bars
 from lib_dinotile.hosts.interrogators import INTERROGATORS
 from lib_dinotile.hosts.memory_format import fast, fast_input
-from lib_dinotile.hosts.patched import overridden
+from lib_dinotile.hosts.patched import overridden, seeded
 from lib_dinotile.tiling.canvas import Canvas
 from lib_dinotile.tiling.noise import TileNoise
 
@@ -51,16 +52,6 @@ def _form(cond: Any) -> Any:
         return (entry["crossattn"] if isinstance(entry, dict) else entry).shape[0]
 
     return tuple((part.weight, tuple((at.end_at_step, length(at.cond)) for at in part.schedules)) for part in cond)
-
-
-def noise_for(x: Tensor, picture: Tensor, alpha: Tensor) -> Tensor:
-    """The noise that leaves this picture of x at a cumulated alpha, float32."""
-    return (x.float() - alpha.sqrt() * picture.float()) / (1 - alpha).sqrt()
-
-
-def picture_for(x: Tensor, noise: Tensor, alpha: Tensor) -> Tensor:
-    """The picture that this noise leaves of x, float32."""
-    return (x.float() - (1 - alpha).sqrt() * noise.float()) / alpha.sqrt()
 
 
 class SamplerNoise:
@@ -161,16 +152,8 @@ class WebUIHost:
     def _encode(self, tile: Tensor) -> Tensor:
         """One at a time, as the WebUI does. It draws from the VAE's distribution with whatever state torch's generator
         happens to have; here every tile gets the same draw, so that a tile always has the same latent."""
-        with self._own_random(), devices.autocast():
+        with seeded(self.device), devices.autocast():
             return sd_samplers_common.images_tensor_to_samples(fast(tile), model=self._p.sd_model)
-
-    @contextlib.contextmanager
-    def _own_random(self) -> Iterator[None]:
-        """torch's generators in a state that is always the same, and afterwards as they were."""
-        cuda = [self.device] if self.device.type == "cuda" else []
-        with torch.random.fork_rng(devices=cuda):
-            torch.manual_seed(0)
-            yield
 
     def decode(self, latents: Tensor) -> Tensor:
         return torch.cat([self._decode(latent) for latent in latents.split(1)])
@@ -320,12 +303,12 @@ class WebUIHost:
             raise failed[0]
 
     def _picture(self, denoiser: Any, x: Tensor, output: Tensor, sigma: Tensor) -> Tensor:
-        """The picture that an answer in the WebUI's after-CFG callback stands for; for most samplers it is that."""
+        """The x0 that an answer in the WebUI's after-CFG callback stands for; for most samplers it is that."""
         return output
 
-    def _prediction(self, denoiser: Any, x: Tensor, picture: Tensor, sigma: Tensor) -> Tensor:
+    def _prediction(self, denoiser: Any, x: Tensor, x0: Tensor, sigma: Tensor) -> Tensor:
         """The other way round."""
-        return picture
+        return x0
 
     @abstractmethod
     def full_decoder(self) -> Callable[[Tensor], Tensor]:
@@ -343,17 +326,17 @@ class WebUIHost:
         """What the denoiser would have to answer at x to say that these are the latents without noise."""
         if not self._estimates_noise(denoiser):
             return latents.to(x)
-        return noise_for(x, latents.to(x.device), self._alpha(denoiser, sigma)).to(x)
+        return from_x0(x, latents, *self._coefficients(denoiser, sigma), "epsilon")
 
     @staticmethod
-    def _alpha(denoiser: Any, sigma: Tensor) -> Tensor:
-        """Cumulated, (1,), for samplers whose noise levels are timesteps."""
-        return denoiser.inner_model.inner_model.alphas_cumprod.to(sigma.device)[sigma[:1].round().long()].float()
+    def _coefficients(denoiser: Any, sigma: Tensor) -> tuple[Tensor, Tensor]:
+        """alpha and sigma, see `coefficients`, for samplers whose noise levels are timesteps."""
+        return coefficients(denoiser.inner_model.inner_model.alphas_cumprod, sigma[:1].round())
 
     def _image_conditioning(self, latents: Tensor, views: Views, mask: Tensor | None) -> Tensor:
         """Zeros, but for inpainting, depth and editing checkpoints, which look at a tile's own pixels."""
         p = self._p
-        with self._own_random():
+        with seeded(self.device):
             if views.whole:
                 pixels = views.pixels().to(self.device)
                 seen = None if mask is None else F.interpolate(mask.to(pixels), scale_factor=self.factor)

@@ -27,6 +27,7 @@ from lib_dinotile.dino.head import RestorationHead
 from lib_dinotile.engine.flow import upscale
 from lib_dinotile.engine.latents import SourceLatents
 from lib_dinotile.engine.memory import PieceSize
+from lib_dinotile.engine.prediction import coefficients, to_x0
 from lib_dinotile.hosts.diffusers import DiffusersHost
 from lib_dinotile.settings import Settings
 from lib_dinotile.tiling.canvas import Canvas
@@ -169,13 +170,8 @@ class AdapterLoss:
         share = torch.where(draw[3] < o.restoration, draw[4] * (t / begin).clamp(max=1), 0.0)
         noise = torch.randn(sharp.shape, generator=generator).to(sharp)
         t, share = t.to(sharp.device), share.to(sharp)[:, None, None, None]
-        a, s = self._scales(t)
+        a, s = coefficients(self._alphas, t)
         return a * torch.lerp(sharp, batch["degraded"], share) + s * noise, t
-
-    def _scales(self, t: Tensor) -> tuple[Tensor, Tensor]:
-        """Of signal and noise, (k, 1, 1, 1)."""
-        alpha = self._alphas[t][:, None, None, None]
-        return alpha.sqrt(), (1 - alpha).sqrt()
 
     def value(
         self,
@@ -185,17 +181,17 @@ class AdapterLoss:
         features: Tensor,
         words: Sequence[Tensor],
     ) -> Tensor:
-        """min(SNR, gamma) * squared error of the predicted picture; `model` None: of the UNet alone.
+        """min(SNR, gamma) * squared error of the predicted x0; `model` None: of the UNet alone.
 
         On what a UNet predicts, noise or velocity, that is min-SNR's weight.
         """
         x, t = noised
-        a, s = self._scales(t)
+        a, s = coefficients(self._alphas, t)
         residuals = None if model is None else model(features, tuple(x.shape[-2:]), (s / a).flatten())
         # A checkpoint in half precision computes in that, as in use: autocast would take some layers to float32.
         with contextlib.nullcontext() if self._host.dtype == torch.float32 else without_autocast(x.device):
-            prediction = self._host.predict(x.to(self._host.dtype), t, words, residuals).float()
-        error = self._host.picture(x, prediction, t) - batch["sharp"]
+            prediction = self._host.predict(x, t, words, residuals)
+        error = to_x0(x, prediction, a, s, self._host.prediction) - batch["sharp"]
         return ((a / s).square().clamp(max=self._options.gamma) * error.square()).mean()
 
     @torch.no_grad()

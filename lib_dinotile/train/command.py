@@ -31,7 +31,6 @@ from lib_dinotile.train.options import Training
 from lib_dinotile.train.pictures import Photos, Prepared, find_photos, say_left_out
 from lib_dinotile.weights import check_out, stamp
 
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "no": torch.float32}
 KINDS = {FORMAT: "an adapter", HEAD_FORMAT: "a restoration head"}
 LASTING = ("base", "prediction", "encoder", "layer", "patches", "tile", "batch", "accumulate", "seed")
 ADAPTERS = ("width", "blocks")
@@ -152,8 +151,14 @@ def _train(job: Job, kind: str) -> None:
     if heads and -options.layer not in heads:
         there = ", ".join(str(-layer) for layer in sorted(heads, reverse=True))
         raise DinotileError(f"layer: {job.out} has heads for the layers {there}, give one of them")
-    generation = Generation(model=options.base, config=options.config, prediction=options.prediction)
-    host = load_host(generation, number=number, dtype=DTYPES[options.precision])
+    generation = Generation(
+        model=options.base,
+        config=options.config,
+        prediction=options.prediction,
+        device=str(device),
+        precision="fp32" if options.precision == "no" else options.precision,
+    )
+    host = load_host(generation)
     job.say(f"base {options.base}: {host.base}, predicts {host.prediction}")
     set_seed(options.seed)
     return _train_adapter(job, encoder, host, heads)

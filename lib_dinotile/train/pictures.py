@@ -20,10 +20,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm import tqdm
 
-from lib_dinotile import DinotileError
+from lib_dinotile import DinotileError, one_line
 from lib_dinotile.dino.degradation import degrade
 from lib_dinotile.engine.team import Team
-from lib_dinotile.images import read_image
+from lib_dinotile.images import endings, read_image, read_size
 from lib_dinotile.train.options import Training
 
 CELL = 8
@@ -65,15 +65,15 @@ def find_photos(folder: Path, least: int, held_out: int) -> tuple[list[Path], li
     """
     if not folder.is_dir():
         raise DinotileError(f"images: {folder} is not a folder")
-    endings, left_out = Image.registered_extensions(), []
-    files = [file for file in folder.rglob("*") if file.suffix.lower() in endings and file.is_file()]
+    kinds, left_out = endings(), []
+    files = [file for file in folder.rglob("*") if file.suffix.lower() in kinds and file.is_file()]
     found = []
     for file in sorted(files, key=lambda file: hashlib.sha256(file.name.encode()).hexdigest()):
         try:
-            with Image.open(file) as image:
-                size = image.size
-        except Exception as error:  # decoders of damaged files raise whatever they like
-            left_out.append(f"{file.name}: cannot be read as an image: {error}")
+            with file.open("rb") as opened:
+                size = read_size(opened, file.name)
+        except (DinotileError, OSError) as error:
+            left_out.append(one_line(error))
             continue
         if min(size) < least:
             left_out.append(f"{file.name}: {size[0]}x{size[1]} is smaller than a tile of {least}")

@@ -20,7 +20,6 @@ from lib_dinotile.options import Option
 from lib_dinotile.settings import AUTOMATIC, CALIBRATED, NONE, Settings
 from lib_dinotile.webui import first_minute, folders
 from lib_dinotile.webui.preview import Img2Img
-from lib_dinotile.webui.takeover import last_prompts
 
 TITLE = "DINO Tile"
 img2img = Img2Img()
@@ -144,7 +143,7 @@ def _follow_target(components: Mapping[str, Any]) -> None:
 
 def _add_captions(prompts: Any) -> None:
     button = gr.Button("Edit the captions of the last image", size="sm", elem_id="dinotile_take_captions")
-    button.click(fn=last_prompts, inputs=[], outputs=[prompts], show_progress=False)
+    img2img.copy_captions(button, prompts)
 
 
 def _add_refresh(name: str, component: Any) -> None:

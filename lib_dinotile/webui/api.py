@@ -21,7 +21,7 @@ from lib_dinotile.condition.conditioner import installed_weights
 from lib_dinotile.condition.description import describe
 from lib_dinotile.dino.state import states
 from lib_dinotile.engine.memory import is_out_of_memory
-from lib_dinotile.images import read_image
+from lib_dinotile.images import read_image, read_size
 from lib_dinotile.options import Option
 from lib_dinotile.settings import MAX_SIDE, Settings
 from lib_dinotile.webui import folders
@@ -240,7 +240,7 @@ def plan(request: PlanRequest) -> Any:
     if request.image is not None and (request.width or request.height):
         raise DinotileError("image: give an image, or a width and a height, not both")
     if request.image is not None:
-        size = _image(request.image).size
+        size = read_size(_file(request.image), "image")
     elif request.width and request.height:
         size = request.width, request.height
     else:
@@ -267,7 +267,7 @@ def semantic_map(request: MapRequest) -> Any:
 
     Nothing is painted. It is answered after what is being generated.
     """
-    settings, source = Settings.parse(request.options), _image(request.image)
+    settings, source = Settings.parse(request.options), read_image(_file(request.image), "image")
     prospect = _prospect(source.size, settings, request)
     with call_queue.queue_lock:
         try:
@@ -298,14 +298,14 @@ def _prospect(size: tuple[int, int], settings: Settings, request: Body) -> Prosp
     return prospect
 
 
-def _image(text: str) -> Any:
-    """The image that base64 text holds, as data URL or not."""
+def _file(text: str) -> io.BytesIO:
+    """The file that base64 text holds, as data URL or not."""
     text = text.split(",", 1)[1] if text.startswith("data:") and "," in text else text
     try:
         data = base64.b64decode("".join(text.split()), validate=True)
     except (ValueError, binascii.Error) as error:
         raise DinotileError("image: this is no base64") from error
-    return read_image(io.BytesIO(data), "image")
+    return io.BytesIO(data)
 
 
 def _described(files: Mapping[str, Path]) -> list[dict[str, Any]]:

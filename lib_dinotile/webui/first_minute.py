@@ -21,7 +21,7 @@ from lib_dinotile import DinotileError, one_line
 from lib_dinotile.condition.adapter_file import read_config
 from lib_dinotile.condition.conditioner import installed_weights
 from lib_dinotile.dino.checkpoint import BUILT_IN, automatic_encoder, encoders, install, installed
-from lib_dinotile.dino.encoder import load_encoder
+from lib_dinotile.dino.encoder import encoder_dtype, load_encoder
 from lib_dinotile.dino.once import Progress
 from lib_dinotile.dino.state import FIRST, EncoderState, megabytes, state_of
 from lib_dinotile.settings import AUTOMATIC, NONE
@@ -99,7 +99,7 @@ def get_ready(name: str, progress: Progress) -> None:
         time.sleep(PAUSE)
     try:
         device = torch.device(devices.device)
-        dtype = devices.dtype if device.type == "cuda" else torch.float32
+        dtype = encoder_dtype(device, devices.dtype)
         encoder = load_encoder(name, folder, device=device, dtype=dtype, download=False)
         store = folders.calibrated_heads(progress)
         store.heads(encoder, SCALE)

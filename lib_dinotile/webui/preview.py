@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import html
+import json
 import time
 from collections.abc import Mapping, Sequence
 from types import SimpleNamespace
@@ -11,11 +12,12 @@ from typing import Any
 
 import gradio as gr
 import torch
-from modules import call_queue, devices, errors, images, processing, sd_models, shared
+from modules import call_queue, devices, errors, images, infotext_utils, processing, sd_models, shared
 from PIL import Image, ImageOps
 
 from lib_dinotile import DinotileError
 from lib_dinotile.condition.conditioner import Conditioner, installed_weights
+from lib_dinotile.dino.encoder import encoder_dtype
 from lib_dinotile.engine import flow
 from lib_dinotile.engine.host import check_name
 from lib_dinotile.engine.retry import reserve
@@ -42,6 +44,8 @@ NUMBERS = {
 """img2img's own controls that a preview depends on."""
 LAST = "img2img_gallery"
 """By the time that this is there, all of them are."""
+INFORMATION = "generation_info_img2img"
+"""What a page keeps of the images that it shows, as JSON (`Processed.js`)."""
 
 SLOW = 5.0
 """Seconds of a first trial above which there is no other."""
@@ -107,7 +111,7 @@ class Prospect:
             dataclasses.replace(self.settings, maps=SEMANTIC, guard=OFF),
             folders.trained_heads(),
             device,
-            devices.dtype if device.type == "cuda" else torch.float32,
+            encoder_dtype(device, devices.dtype),
             installed_weights(folders.adapters()),
             folders.encoders(),
             trusted=False,
@@ -187,6 +191,7 @@ class Img2Img:
         self._place: str | None = None
         self._hidden: list[Any] = []
         self._own: tuple[Any, Any, Any, Mapping[str, Any]] | None = None
+        self._captions: tuple[Any, Any] | None = None
 
     def pick(self, component: Any, **arguments: Any) -> None:
         """Called with every component that is built, and the arguments that it is built with."""
@@ -205,10 +210,17 @@ class Img2Img:
             self._hidden.append(component)  # the numbers of the chosen tabs: of sources, and of sizes
         elif name == LAST:
             self._connect()
+        elif name == INFORMATION and self._captions is not None:
+            button, prompts = self._captions
+            button.click(fn=last_captions, inputs=[component], outputs=[prompts], show_progress=False)
 
     def show_in(self, button: Any, text: Any, picture: Any, options: Mapping[str, Any]) -> None:
         """What the preview is asked by and shown in, and the controls that its options come from."""
         self._own = button, text, picture, options
+
+    def copy_captions(self, button: Any, prompts: Any) -> None:
+        """What copies the captions of the last image, and the control that they are copied into."""
+        self._captions = button, prompts
 
     def _connect(self) -> None:
         if self._own is None:
@@ -233,6 +245,17 @@ class Img2Img:
             return answer(sources, int(chosen or 0), int(sizing or 0), img2img, told)
 
         button.click(fn=ask, inputs=inputs, outputs=[text, picture])
+
+
+def last_captions(information: str | None) -> Any:
+    """What the tiles of the last image of a page were told of their own, one line each.
+
+    information: of that page's images, and so of no other user's; without an image the control stays as it is.
+    """
+    texts = json.loads(information or "{}").get("infotexts")
+    if not texts:
+        return gr.update()
+    return infotext_utils.parse_generation_parameters(texts[-1], []).get(Settings.option("tile_prompts").infotext, "")
 
 
 def answer(

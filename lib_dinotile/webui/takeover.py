@@ -53,13 +53,6 @@ RIVALS = (
 )
 """Scripts that hand img2img parts of the image, or something else in its place."""
 
-_last_prompts = ""
-
-
-def last_prompts() -> str:
-    """What the tiles of the last image were told of their own, one line each."""
-    return _last_prompts
-
 
 def make_host(p: Any) -> WebUIHost:
     """The host for the WebUI that this runs in."""
@@ -286,8 +279,6 @@ class Takeover:
                 done = results + ([self._area.finish(error.result.image, source)] if error.result.painted else [])
                 where = self._keep(done, seeds, prompts)
                 raise flow.UnfinishedError(error.__cause__, error.result, where) from error.__cause__
-            global _last_prompts
-            _last_prompts = result.report.prompts
             p.__dict__[FOUND].append((result.report, result.maps))
             for line in result.report.lines:
                 p.comment(f"DINO Tile: {line}")

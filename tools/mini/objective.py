@@ -9,6 +9,8 @@ import torch.nn.functional as F
 from diffusers import DDIMScheduler
 from torch import Tensor
 
+from lib_dinotile.engine.prediction import coefficients, noise_level, to_x0
+
 SCHEDULER_CONFIG: dict[str, Any] = {
     "num_train_timesteps": 1000,
     "beta_schedule": "scaled_linear",
@@ -55,12 +57,11 @@ def restoration_inputs(
     high = torch.randint(HIGHEST_STEP, len(alphas), (n,), generator=generator)
     t = torch.where(torch.rand(n, generator=generator) < 0.05, high, t)
     begun = t + (torch.rand(n, generator=generator) * (HIGHEST_STEP - t).clamp(min=0)).long()
-    noise = ((1 - alphas) / alphas).sqrt()
+    noise = noise_level(alphas)
     kind = torch.rand(n, generator=generator)
     share = torch.where(kind < 0.5, 1.0, torch.where(kind < 0.85, noise[t] / noise[begun], 0.0))[:, None, None, None]
     start = sharp + share * (degraded - sharp)
-    alpha = alphas[t][:, None, None, None]
-    a, s = alpha.sqrt(), (1 - alpha).sqrt()
+    a, s = coefficients(alphas, t)
     return a * start + s * torch.randn(sharp.shape, generator=generator), t, a, s
 
 
@@ -72,7 +73,7 @@ def restoration_loss(
     Squared error weighted by min(1 / s^2, 100) (on v, this is uniform weight but for the lowest noise), and the
     absolute error of pixels and of their differences, which keeps edges crisp.
     """
-    x0 = a * x - s * prediction.float()
+    x0 = to_x0(x, prediction, a, s, SCHEDULER_CONFIG["prediction_type"])
     weight = (1 / s**2).clamp(max=100.0) / 50.0
     squared = (weight * (x0 - sharp) ** 2).mean()
     error = F.pixel_shuffle(x0 - sharp, 2)

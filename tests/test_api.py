@@ -1,0 +1,76 @@
+"""The routes, without a WebUI."""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import importlib
+import io
+import types
+from collections.abc import Iterator
+
+import pytest
+from PIL import Image
+
+from lib_dinotile import DinotileError
+from tests.stand_in import webui
+from tests.strategies import encoded
+
+pytest.importorskip("fastapi", reason="no FastAPI here, beside the WebUIs' packages there is one")
+pytest.importorskip("gradio", reason="no gradio here, beside the WebUIs' packages there is one")
+
+
+@pytest.fixture
+def api() -> Iterator[types.ModuleType]:
+    with webui():
+        yield importlib.import_module("lib_dinotile.webui.api")
+
+
+@pytest.fixture
+def planned(api, monkeypatch):
+    """The size that a plan is made for, for an image as it is sent."""
+    sizes = []
+
+    class Made(Exception):
+        pass
+
+    def prospect(size, *_):
+        sizes.append(size)
+        raise Made
+
+    def size(image: str) -> tuple[int, int]:
+        with pytest.raises(Made):
+            api.plan(api.PlanRequest(image=image))
+        return sizes.pop()
+
+    monkeypatch.setattr(api, "_prospect", prospect)
+    return size
+
+
+@pytest.mark.parametrize("name", ["PNG", "JPEG", "WEBP", "TIFF"])
+def test_a_plan_needs_no_more_of_an_image_than_its_header(planned, monkeypatch, name):
+    image = base64.b64encode(encoded(Image.new("RGB", (70, 30)), name, orientation=6)).decode()
+    # All formats' own come to this.
+    monkeypatch.setattr(Image.Image, "load", lambda *_: pytest.fail("it was decoded"))
+    for text in (image, f"data:image/{name.lower()};base64,{image}", "\n".join(image)):
+        assert planned(text) == (30, 70)
+
+
+@pytest.mark.parametrize(
+    "data, says",
+    [(b"no image", "cannot be read as an image"), (b"\x89PNG\r\n\x1a\n", "cannot be read as an image")],
+)
+def test_what_is_no_image_is_refused_in_one_line(api, data, says):
+    for text, line in ((base64.b64encode(data).decode(), says), ("?", "image: this is no base64")):
+        with pytest.raises(DinotileError, match=line) as error:
+            api.plan(api.PlanRequest(image=text))
+        assert "\n" not in str(error.value)
+
+
+def test_a_semantic_map_is_of_the_whole_image(api, monkeypatch):
+    image = base64.b64encode(encoded(Image.new("RGB", (70, 30), "red"), "PNG", orientation=6)).decode()
+    monkeypatch.setattr(api, "_prospect", lambda size, *_: types.SimpleNamespace(semantic_map=lambda source: source))
+    monkeypatch.setattr(api.call_queue, "queue_lock", contextlib.nullcontext(), raising=False)
+    answer = api.semantic_map(api.MapRequest(image=image))
+    assert Image.open(io.BytesIO(base64.b64decode(answer["image"]))).getcolors() == [(2100, (255, 0, 0))]
+    assert (answer["width"], answer["height"]) == (30, 70)
