@@ -131,7 +131,14 @@ class Models:
         values = {**PIPELINES[pipeline], "model": str(self._folder / PIPELINES[pipeline]["model"])}
         return load_host(
             Generation(
-                **values, device=str(device), precision=precision, prompt="a cat", steps=3, denoise=0.75, cfg=2.0, seed=1
+                **values,
+                device=str(device),
+                precision=precision,
+                prompt="a cat",
+                steps=3,
+                denoise=0.75,
+                cfg=2.0,
+                seed=1,
             )
         )
 
@@ -170,7 +177,11 @@ class Models:
 
         tolerance: of another precision.
         """
-        reference, guarded, tolerance = self.reference(cell), "guard" in CONDITIONS[cell.condition], tolerance or cell.precision
+        reference, guarded, tolerance = (
+            self.reference(cell),
+            "guard" in CONDITIONS[cell.condition],
+            tolerance or cell.precision,
+        )
         wrong = [line for line in result.report.lines if "not a number" in line or "out of memory" in line]
         assert result.complete
         assert not wrong
