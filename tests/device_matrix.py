@@ -129,18 +129,8 @@ class Models:
     def host(self, pipeline: str, precision: str, device: torch.device) -> DiffusersHost:
         """It stays loaded."""
         values = {**PIPELINES[pipeline], "model": str(self._folder / PIPELINES[pipeline]["model"])}
-        return load_host(
-            Generation(
-                **values,
-                device=str(device),
-                precision=precision,
-                prompt="a cat",
-                steps=3,
-                denoise=0.75,
-                cfg=2.0,
-                seed=1,
-            )
-        )
+        values |= {"device": str(device), "precision": precision, "prompt": "a cat", "cfg": 2.0}
+        return load_host(Generation(**values, steps=3, denoise=0.75, seed=1))
 
     @functools.cached_property
     def _taesd(self) -> AutoencoderTiny:
@@ -177,11 +167,8 @@ class Models:
 
         tolerance: of another precision.
         """
-        reference, guarded, tolerance = (
-            self.reference(cell),
-            "guard" in CONDITIONS[cell.condition],
-            tolerance or cell.precision,
-        )
+        reference, tolerance = self.reference(cell), tolerance or cell.precision
+        guarded = "guard" in CONDITIONS[cell.condition]
         wrong = [line for line in result.report.lines if "not a number" in line or "out of memory" in line]
         assert result.complete
         assert not wrong
