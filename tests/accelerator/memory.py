@@ -22,6 +22,8 @@ class Block:
         self.size = 0
 
     def __del__(self) -> None:
+        if memory is None:  # the interpreter is shutting down
+            return
         with memory.lock:
             del memory.blocks[self.key]
             memory.alive -= self.size

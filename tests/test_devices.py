@@ -1,0 +1,234 @@
+"""The whole engine on the pretend accelerator: devices and dtypes, memory that runs out, and what stays in it."""
+
+import contextlib
+import gc
+
+import numpy as np
+import pytest
+import torch
+
+from lib_dinotile.condition.guard import Guard
+from lib_dinotile.condition.guidance import Guide
+from lib_dinotile.dino import encoder
+from lib_dinotile.dino.calibration import calibrate
+from lib_dinotile.dino.encoder import load_encoder
+from lib_dinotile.engine import memory
+from lib_dinotile.engine.flow import UnfinishedError
+from lib_dinotile.engine.host import Interrupted
+from lib_dinotile.engine.memory import OutOfMemoryError
+from tests import accelerator
+from tests.accelerator import DEVICE
+from tests.device_matrix import CONDITIONS, FLOWS, Cell, cells, models, pixels  # noqa: F401
+from tests.test_tiling import random_image
+
+pytestmark = pytest.mark.skipif(not accelerator.AVAILABLE, reason="this torch takes no device from Python")
+
+FOUR = random_image(128, 32)
+"""Four tiles in a row when it is enlarged, if they do not overlap."""
+APART = {"overlap": 0, "tile_prompts": "", "batch": 4, "every": 2, "guard": "report"}
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize("cell", cells(), ids=str)
+def test_every_cell_of_the_matrix_is_what_it_is_on_the_cpu(models, cell):  # noqa: F811
+    models.check(cell, models.run(cell, DEVICE))
+
+
+def test_every_condition_and_every_flow_makes_another_image(models):  # noqa: F811
+    """... or the matrix would tell nothing of them."""
+
+    def image(condition, flow):
+        return pixels(models.reference(Cell("sd15", "fp32", condition, flow)))
+
+    plain = image("plain", "chess")
+    others = [(condition, "chess") for condition in CONDITIONS] + [("plain", flow) for flow in FLOWS]
+    assert [other for other in others if abs(image(*other) - plain).mean() <= 1] == [("plain", "chess")] * 2
+
+
+# Memory ---------------------------------------------------------------------------------------------------------------
+
+
+class Room:
+    """Watches calls of one function, and how much of the device's memory they take; may let them have no more."""
+
+    taken = 0
+    room: int | None = None
+
+    def __init__(self, monkeypatch, owner, name):
+        call = getattr(owner, name)
+
+        def watched(*arguments, **more):
+            before = accelerator.alive_bytes()
+            accelerator.reset()
+            with contextlib.nullcontext() if self.room is None else accelerator.limit(before + self.room):
+                result = call(*arguments, **more)
+            self.taken = max(self.taken, accelerator.peak() - before)
+            return result
+
+        monkeypatch.setattr(owner, name, watched)
+
+
+PLACES = {
+    "model": ("plain", "chess", lambda host: (host.unet, "forward")),
+    "fused": ("plain", "fused", lambda host: (host.unet, "forward")),
+    "decoder": ("plain", "chess", lambda host: (host, "decode")),
+    "backward pass": ("guidance", "chess", lambda host: (torch.autograd, "grad")),
+    "guidance": ("guidance", "fused", lambda host: (Guide, "__call__")),
+    "guard": ("guard", "chess", lambda host: (Guard, "distances")),
+}
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_out_of_memory_halves_the_batch(models, place, monkeypatch):  # noqa: F811
+    condition, flow, where = PLACES[place]
+    cell = Cell("sd15", "fp16", condition, flow)
+
+    room = Room(monkeypatch, *where(models.host("sd15", "fp16", DEVICE)))
+
+    def run(**more):
+        room.taken = 0
+        result = models.run(cell, DEVICE, FOUR, **{**APART, **more})
+        return room.taken, result
+
+    (four, plain), (two, _) = run(), run(batch=2)
+    room.room = (two + four) // 2
+    taken, halved = run()
+    assert taken <= room.room < four
+    assert not any("out of memory" in line for line in plain.report.lines)
+    assert halved.report.lines.count("out of memory with 4 tiles at once, went on with 2") == 1
+    assert abs(pixels(halved) - pixels(plain)).mean() < 0.1
+
+
+@pytest.mark.parametrize("condition", ["plain", "guidance"])
+def test_the_whole_run_keeps_within_the_memory_that_there_is(models, condition, monkeypatch):  # noqa: F811
+    monkeypatch.setattr(memory, "PIECE", 128)  # the codec, beside the tiles, is given no more than two of them
+    cell = Cell("sd15", "fp16", condition, "chess")
+
+    def peak(**more):
+        accelerator.reset()
+        result = models.run(cell, DEVICE, FOUR, **{**APART, **more})
+        return accelerator.peak(), result
+
+    peak()
+    (four, plain), (two, _) = peak(), peak(batch=2)
+    limit = (two + four) // 2
+    with accelerator.limit(limit):
+        most, halved = peak()
+    assert two <= most <= limit < four
+    assert halved.report.lines.count("out of memory with 4 tiles at once, went on with 2") == 1
+    assert abs(pixels(halved) - pixels(plain)).mean() < 0.1
+
+
+@pytest.mark.parametrize("flow", ["chess", "fused"])
+def test_a_device_without_float64_and_antialiasing_gives_the_same(models, flow):  # noqa: F811
+    cell = Cell("sd15", "fp32", "all", flow)
+    with accelerator.lacking("float64", "antialias"):
+        result = models.run(cell, DEVICE, maps="both")
+    models.check(cell, result, "fp16")
+    reference = models.run(cell, CPU, maps="both")
+    for name in ("semantic", "consistency"):
+        error = np.asarray(result.maps[name]).astype(int) - np.asarray(reference.maps[name])
+        assert abs(error).mean() < 4
+
+
+def test_so_it_does_where_an_encoder_is_calibrated():
+    pictures = [random_image(48, 48, seed).resize((160, 160)) for seed in range(4)]
+    with accelerator.lacking("float64", "antialias"):
+        there = calibrate(load_encoder("mini", device=DEVICE), pictures, 2.0, (-1,)).heads[-1]
+    here = calibrate(load_encoder("mini"), pictures, 2.0, (-1,)).heads[-1]
+    assert torch.allclose(there.floor.cpu(), here.floor, atol=1e-3)
+    assert torch.allclose(there.outer.weight.cpu(), here.outer.weight, atol=1e-3)
+
+
+# What is not a number -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("precision", ["fp16", "bf16"])
+@pytest.mark.parametrize("flow", ["chess", "fused"])
+@pytest.mark.parametrize("part", ["model", "encoder", "decoder"])
+def test_nan_in_half_precision_is_mended_in_float32(models, part, flow, precision, monkeypatch):  # noqa: F811
+    cell = Cell("sd15", precision, "adapter", flow)
+    host = models.host("sd15", precision, DEVICE)
+    vae = host._codec.vae
+    owner = {"model": host.unet, "encoder": vae.encoder, "decoder": vae.decoder}[part]
+    forward, seen = owner.forward, set()
+
+    def overflows(x, *arguments, **more):
+        seen.add(x.dtype)
+        output = forward(x, *arguments, **more)
+        wrong = 1 if x.dtype == torch.float32 else torch.nan
+        return (output[0] * wrong,) if isinstance(output, tuple) else output * wrong
+
+    monkeypatch.setattr(owner, "forward", overflows)
+    result = models.run(cell, DEVICE)
+    assert seen == {host.dtype, torch.float32}
+    assert any("full precision" in line for line in result.report.lines) or (part, flow) == ("decoder", "fused")
+    assert abs(pixels(result) - pixels(models.reference(cell))).mean() < 4
+
+
+# What stays -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def counting_only():
+    """No garbage collector: what is freed is freed by reference counting."""
+    gc.collect()
+    gc.disable()
+    yield
+    gc.enable()
+
+
+def _nothing(host, monkeypatch):
+    pass
+
+
+def _fails(error):
+    def patch(host, monkeypatch):
+        forward, calls = host.unet.forward, []
+
+        def failing(*arguments, **more):
+            calls.append(1)
+            if len(calls) == 2:
+                raise error()  # a new one: it holds all frames
+            return forward(*arguments, **more)
+
+        monkeypatch.setattr(host.unet, "forward", failing)
+
+    return patch
+
+
+def _runs_out_of_memory(host, monkeypatch):
+    room = Room(monkeypatch, host.unet, "forward")
+    room.room = 1000
+
+
+OUTCOMES = {
+    "done": (_nothing, None),
+    "error": (_fails(ValueError), ValueError),
+    "interrupt": (_fails(KeyboardInterrupt), KeyboardInterrupt),
+    "cancelled": (_fails(Interrupted), None),
+    "out of memory": (_runs_out_of_memory, OutOfMemoryError),
+}
+
+
+@pytest.mark.parametrize("outcome", OUTCOMES)
+@pytest.mark.parametrize("flow", ["chess", "fused", "seams"])
+def test_nothing_stays_on_the_device(models, flow, outcome, counting_only, monkeypatch):  # noqa: F811
+    monkeypatch.setattr(encoder, "_GRIDS_KEPT", 1000)
+    cell = Cell("sdxl", "fp16", "all", flow)
+    patch, expected = OUTCOMES[outcome]
+
+    def run():
+        with pytest.MonkeyPatch.context() as patched:
+            patch(models.host(cell.pipeline, cell.precision, DEVICE), patched)
+            try:
+                result = models.run(cell, DEVICE)
+            except UnfinishedError as error:
+                return type(error.__cause__)
+            return None if result.complete == (outcome != "cancelled") else result
+
+    assert run() is expected  # now models, prompts and position embeddings are loaded
+    before, there = accelerator.alive_bytes(), accelerator.alive()
+    assert run() is expected
+    assert accelerator.alive() == there
+    assert accelerator.alive_bytes() == before
