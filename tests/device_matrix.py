@@ -42,7 +42,7 @@ from tests.test_encoder import write_checkpoint
 from tests.test_tiling import random_image
 
 PRECISIONS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-TOLERANCE = {"fp32": 0.01, "fp16": 0.5, "bf16": 4.0}
+TOLERANCE = {"fp32": 0.01, "fp16": 1.0, "bf16": 4.0}
 """Mean difference from the image in float32 on the CPU, in levels of 255."""
 COSINES = {"fp32": 1e-3, "fp16": 0.02, "bf16": 0.1}
 """How far what the guard sees may be from what it sees there."""
@@ -66,7 +66,7 @@ FLOWS: dict[str, dict[str, Any]] = {
     "linear": {"order": "linear", "colour": "AdaIN", "decoder": "TAESD"},
     "fused": {"order": "fused"},
     "seams": {"seams": "bands", "seam_width": 16, "seam_denoise": 0.75},
-    "mask": {"decoder": "TAESD", "guard_strictness": 4.0},
+    "mask": {"decoder": "TAESD", "guard_strictness": 1.0},
 }
 SOURCE = random_image(40, 16, seed=4).resize((79, 31), Image.Resampling.BICUBIC)
 """Three tiles in a row when it is enlarged: fewer than the guard gives up for if all of them are in doubt."""
