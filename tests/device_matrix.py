@@ -6,6 +6,7 @@ precision, every condition and every flow.
 
 from __future__ import annotations
 
+import copy
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -146,7 +147,7 @@ class Models:
         settings = self.settings(cell, **more)
         mask = {"mask": MASK, "fill": fill} if cell.flow == "mask" else {}
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(module, "_taesd", lambda base, download: self._taesd if download else None)
+            patch.setattr(module, "_taesd", lambda base, download: copy.deepcopy(self._taesd) if download else None)
             conditioner = Conditioner.load(settings, host, self.adapters, self._folder / "encoders", self.heads)
             return upscale(host, source, settings, NoiseField(1, host.channels), conditioner, **mask)
 

@@ -330,6 +330,7 @@ def test_what_the_hub_s_cache_has_is_used_without_a_network(tiny, no_network, mo
 
 
 def test_unknown_names_are_one_line(tmp_path, no_network, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # where it may look for "../mine"
     write_checkpoint(tmp_path / "mine")
     assert_one_line("nonsense", "no DINOv2 encoder 'nonsense'", "mine, facebook/dinov2-small", folder=tmp_path)
     (tmp_path / "encoders").mkdir()
