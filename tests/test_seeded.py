@@ -96,7 +96,7 @@ def test_generators_are_seeded_and_put_back_and_those_of_other_devices_left_alon
     assert within == 2 * [[first] * len(within[0])]
 
 
-@pytest.mark.parametrize("name", ["privateuseone", "meta"])
+@pytest.mark.parametrize("name", ["vulkan", "meta"])
 def test_a_device_whose_generator_is_not_known_has_the_cpus_seeded(kinds, name):
     before = torch.get_rng_state().tolist(), {kind: module.states() for kind, module in kinds.items()}
     with seeded(torch.device(name)):

@@ -48,7 +48,8 @@ def seeded(device: torch.device, seed: int = 0) -> Iterator[None]:
     Those of other devices are left alone; `torch.manual_seed` would seed them, too.
     """
     module: Any = getattr(torch, device.type, None)
-    if device.type == "cpu" or not hasattr(module, "get_rng_state"):  # none of its own, or none that can be put back
+    # None of its own, or none that can be put back.
+    if device.type == "cpu" or not all(hasattr(module, name) for name in ("get_rng_state", "manual_seed")):
         module = None
     one = device.type == "mps"  # there is but one, and older versions of torch take no number
     place = () if one else (device,)
