@@ -15,8 +15,9 @@ from diffusers import AutoencoderKL, AutoencoderTiny, DDIMScheduler, UNet2DCondi
 from diffusers.utils import logging
 from PIL import Image
 from torch import Tensor, nn
+from torch.utils import flop_counter
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import Dinov2Config, Dinov2Model
+from torch.utils._pytree import tree_map
 
 from lib_dinotile.condition.adapter import Adapter, AdapterCondition, AdapterConfig
 from lib_dinotile.condition.conditioner import Conditioner
@@ -200,6 +201,8 @@ def random_host(name: str, device: str = "cpu", dtype: torch.dtype = torch.float
 
 def random_encoder(name: str, device: str = "cpu") -> PatchEncoder:
     """Like DINOv2 small."""
+    from transformers import Dinov2Config, Dinov2Model  # from 4.31 on
+
     width, depth = (24, 4) if name == TINY else (384, 12)
     with tempfile.TemporaryDirectory() as folder:
         config = Dinov2Config(hidden_size=width, num_hidden_layers=depth, num_attention_heads=6)
@@ -223,23 +226,25 @@ def parameters(module: nn.Module) -> int:
 
 
 class Operations(TorchDispatchMode):
-    """Floating-point operations of convolutions, matrix products and attention while it is open; torch 2.2 and newer.
+    """Floating-point operations of convolutions, matrix products and attention while it is open.
 
     Not torch's FlopCounterMode: that follows modules, and cannot when only a gradient for the input is asked for.
     """
 
     def __init__(self) -> None:
-        from torch.utils.flop_counter import flop_registry
-
         super().__init__()
-        self._count = flop_registry
+        self._counts = getattr(flop_counter, "flop_registry", None)
         self.total, self.inside = 0, 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
-        count = self._count.get(func._overloadpacket)
-        self.total += count(*args, **kwargs, out_val=out) if count else 0
+        if self._counts is None:  # torch 2.1
+            count, shapes = flop_counter.flop_mapping.get(func._overloadpacket), flop_counter.get_shape
+            args, kwargs, more = tree_map(shapes, (args, kwargs, {"out_shape": out}))
+        else:
+            count, more = self._counts.get(func._overloadpacket), {"out_val": out}
+        self.total += count(*args, **kwargs, **more) if count else 0
         return out
 
     def method(self, owner: type, name: str) -> AbstractContextManager[Any]:
