@@ -6,6 +6,7 @@ import contextlib
 import errno
 import gc
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -201,7 +202,7 @@ def later(host, stage: str, order: str, folder) -> int:
     counted = Fault(stage)
     with counted.armed():
         paint(host, order, folder)
-    lib_dinotile.engine.journal.shutil.rmtree(folder, ignore_errors=True)
+    shutil.rmtree(folder, ignore_errors=True)
     assert counted.calls > 1, counted
     return (counted.calls + 1) // 2
 
