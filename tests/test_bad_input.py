@@ -33,7 +33,7 @@ from lib_dinotile.images import FORMATS, MAX_PIXELS, endings, read_image, read_m
 from lib_dinotile.settings import Generation, Settings
 from tests.strategies import ODD_TEXTS, SIZES, UPRIGHT, File, encoded, files, good, option_sets, stored, wrong
 
-LONGEST_LINE = 500
+LONGEST_LINE = 600
 """Characters of a line that refuses: what is not an option's name is answered with all that are."""
 SECONDS = 60
 """That no example may take."""
@@ -107,6 +107,7 @@ def run(*arguments: str) -> tuple[int, str]:
 
 @given(values=option_sets(Settings))
 @example({"tile_prompt": "half \ud800"})
+@example({"x" * 300: 1})
 @example({"tile_prompt": " fur\n"})
 def test_options_of_a_request_are_taken_as_they_are_or_refused_by_name(values):
     try:
