@@ -57,6 +57,11 @@ def test_gates_are_cheap_to_check_and_hold():
     assert not gates.holds({**figures, "told_rate": 0.2})
 
 
+def test_the_denoiser_draws_the_texture_that_it_is_told():
+    told, untold = (gates.painting_rates(1, each, 5, judging.QUICK)["rate"] for each in (True, False))
+    assert told < 0.1 and untold > 0.5
+
+
 def test_the_world_has_the_default_settings_and_calibrated_heads(world):
     """But for the geometry, which the world dictates."""
     changed = {name for name in vars(SETTINGS) if getattr(SETTINGS, name) != getattr(Settings(), name)}

@@ -6,6 +6,7 @@ zero where nothing is told. It knows all textures, and draws the one it is told,
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 from benchmarks.world.scenes import FACTOR, PATCH, SIDE
 from benchmarks.world.textures import CLASSES
 from lib_dinotile.engine.flow import upscale
-from lib_dinotile.engine.host import Batch
+from lib_dinotile.engine.host import Batch, See, Views
 from lib_dinotile.hosts.diffusers import DiffusersHost, PixelCodec
 from lib_dinotile.settings import Generation, Settings
 from lib_dinotile.tiling.noise import NoiseField
@@ -67,12 +68,18 @@ class WorldHost(DiffusersHost):
         self.unet = _Told(unet)
         self.class_map = class_map
 
-    def _predict(self, x: Tensor, timestep: Tensor, batch: Batch, progress: float) -> Tensor:
-        self.unet.told = None
-        if self.class_map is not None:
-            crops = [torch.from_numpy(self.class_map[tile.slices].copy()) for tile in batch.tiles]
-            self.unet.told = one_hot(torch.stack(crops))
-        return super()._predict(x, timestep, batch, progress)
+    def sample(self, latents: Tensor, views: Views, *more: Any) -> Tensor:
+        def told(x: Tensor, see: See, known: Callable[[], Tensor]) -> Tensor:
+            def told_see(tiles: Tensor, batch: Batch) -> Tensor:
+                self.unet.told = None
+                if self.class_map is not None:
+                    crops = [torch.from_numpy(self.class_map[tile.slices].copy()) for tile in batch.tiles]
+                    self.unet.told = one_hot(torch.stack(crops))
+                return see(tiles, batch)
+
+            return views(x, told_see, known)
+
+        return super().sample(latents, told, *more)
 
 
 def as_image(pixels: Tensor) -> Image.Image:
