@@ -11,8 +11,8 @@ engine (the default), with the built-in model and tiles of 256 px:
                 Model calls are the same on both, so they count the same.
   own           with a model that does nothing (latents of zeros, pixels off the source's colours), 2048 to 4096 x 4096
                 in tiles of 512 px, batch 4: from the first tile to the end of the last one and what follows for each,
-                less the model calls, by tile; over `torch.lerp(a, b, 0.3).clamp_(0, 1)` on (3, 512, 512) float32, timed
-                once a batch in between. At most 40. own_once: upscaling and the finished image, of the whole run.
+                less the model calls, by tile; over `torch.lerp(a, b, 0.3).clamp_(0, 1)` on (3, 512, 512) float32, done
+                50 times on end between the runs. At most 40. own_once: upscaling and the finished image, of a run.
 
 cost: guidance and guard at default settings, as shares of a tile's plain time.
   guard         a tile not in doubt, what is done for the whole image shared out over its tiles, at most 0.05
@@ -99,8 +99,6 @@ class Null(Watched):
         super().__init__(random_host(TINY))
         pixels = torch.from_numpy(np.array(source)).permute(2, 0, 1)[None].float() / 255
         self._pixels = torch.nn.functional.interpolate(pixels, scale_factor=scale) * 0.9 + 0.03
-        self._a, self._b = torch.rand(2, 3, 512, 512)
-        self.reference = Clock()
 
     def encode(self, pixels: Tensor) -> Tensor:
         count, _, height, width = pixels.shape
@@ -114,15 +112,23 @@ class Null(Watched):
         height, width = (side * self.factor for side in latents.shape[2:])
         return self.model(self._pixels[..., :height, :width].repeat, len(latents), 1, 1, 1)
 
-    def progress(self, *told: Any) -> None:
-        super().progress(*told)
-        self.reference(lambda: torch.lerp(self._a, self._b, 0.3).clamp_(0, 1))
+    @property
+    def own(self) -> float:
+        """Seconds by tile."""
+        return (self.tiles - self.model.seconds) / self.done
 
     @property
-    def own(self) -> tuple[float, float]:
-        """(By tile, of what is done once), in operations of the reference."""
-        unit, beside = self.reference.seconds / self.reference.calls, self.model.seconds + self.reference.seconds
-        return (self.tiles - beside) / self.done / unit, (self.whole.seconds - self.tiles) / unit
+    def once(self) -> float:
+        return self.whole.seconds - self.tiles
+
+
+def lerp(times: int = 50) -> float:
+    """Seconds that a common operation takes on a tile, again and again, so that its operands are at hand."""
+    (a, b), clock = torch.rand(2, 3, 512, 512), Clock()
+    for number in range(2 * times):
+        clock = Clock() if number == times else clock  # the first half warms up
+        clock(lambda: torch.lerp(a, b, 0.3).clamp_(0, 1))
+    return clock.seconds / times
 
 
 def overhead(runs: Sequence[Watched]) -> float:
@@ -144,20 +150,22 @@ def engine(arguments: argparse.Namespace) -> dict[str, float]:
     small, medium, large, own_source = noise(128), noise(256), noise(2048), example(2048)
     Watched(host, 4).run(small, SETTINGS)  # warm up
     ways: dict[str, list[Watched]] = {name: [] for name in ("plain", "adapted", "1024", "8192", "own")}
+    lerps = [lerp()]
     for _ in turns:
         ways["plain"].append(Watched(host).run(small, SETTINGS))
         ways["adapted"].append(Watched(host).run(small, SETTINGS, conditioner))
         ways["1024"].append(Watched(host, TILES).run(medium, SETTINGS))
         ways["8192"].append(Watched(host, TILES).run(large, SETTINGS))
         ways["own"].append(Null(own_source).run(own_source, OWN))
+        lerps.append(lerp())
     (model, at_1024), (other, at_8192) = per_tile(ways["1024"]), per_tile(ways["8192"])
     model = min(model, other)
     found = {
         "overhead": overhead(ways["plain"]),
         "canvas_ratio": (model + at_8192) / (model + at_1024),
         "adapter": overhead(ways["adapted"]),
-        "own": statistics.median(run.own[0] for run in ways["own"]),
-        "own_once": statistics.median(run.own[1] for run in ways["own"]),
+        "own": min(run.own for run in ways["own"]) / min(lerps),
+        "own_once": min(run.once for run in ways["own"]) / min(lerps),
     }
     print(f"engine over bare model calls, tiles of {SETTINGS.tile}, {arguments.runs} runs")
     print(f"  without a condition   {found['overhead']:.3f}   (at most 1.05)")
