@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 from unittest import mock
@@ -21,8 +21,11 @@ from torch.utils._pytree import tree_map
 
 from lib_dinotile.condition.adapter import Adapter, AdapterCondition, AdapterConfig
 from lib_dinotile.condition.conditioner import Conditioner
+from lib_dinotile.condition.heads import FixedHeads
 from lib_dinotile.condition.shape import UNetShape
+from lib_dinotile.dino.calibration import LAYERS
 from lib_dinotile.dino.encoder import PatchEncoder, load_encoder
+from lib_dinotile.dino.head import RestorationHead
 from lib_dinotile.engine.flow import Result, upscale
 from lib_dinotile.engine.progress import Progress
 from lib_dinotile.hosts.diffusers import DiffusersHost, VaeCodec
@@ -154,6 +157,11 @@ class Watched:
         self._stamp()
 
 
+def overhead(runs: Sequence[Watched]) -> float:
+    """1 + the engine's time over that of the model calls."""
+    return 1 + min(run.whole.seconds - run.bare for run in runs) / min(run.bare for run in runs)
+
+
 def random_unet(name: str, device: str = "meta") -> tuple[UNet2DConditionModel, int]:
     """(UNet, side of a tile's latent)."""
     config, side = (_TINY_UNET, 8) if name == TINY else UNETS[name]
@@ -208,6 +216,12 @@ def random_encoder(name: str, device: str = "cpu") -> PatchEncoder:
         config = Dinov2Config(hidden_size=width, num_hidden_layers=depth, num_attention_heads=6)
         Dinov2Model(config).save_pretrained(folder)
         return load_encoder(folder, device=torch.device(device))
+
+
+def blank_heads(encoder: PatchEncoder) -> FixedHeads:
+    """As calibration begins."""
+    head = {layer: RestorationHead(encoder.width, 0).eval().to(encoder.device) for layer in LAYERS}
+    return FixedHeads(head, "as it begins")
 
 
 class Codec(nn.Module):

@@ -34,7 +34,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from benchmarks import evidence
 from benchmarks.judging import LABELLED, QUICK, REPORT_SEED, World
 from benchmarks.world import gates
-from benchmarks.world.guard_test import guard_auc
+from benchmarks.world.guard import guard_auc
 from benchmarks.world.host import GENERATION
 from lib_dinotile import DinotileError
 from lib_dinotile.settings import CALIBRATED
@@ -108,7 +108,7 @@ def main() -> int:
     if arguments.adapter and arguments.encoder != LABELLED:
         parser.error(f"--adapter: the adapters are trained for --encoder {LABELLED}")
     if arguments.model:
-        from benchmarks.photos import photos
+        from benchmarks.semantics_photos import photos
 
         if arguments.photos is None:
             parser.error("--model wants a folder of photos")

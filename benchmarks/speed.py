@@ -58,8 +58,10 @@ from benchmarks.models import (
     Operations,
     Trainer,
     Watched,
+    blank_heads,
     counted_training,
     operations,
+    overhead,
     parameters,
     random_encoder,
     random_host,
@@ -70,10 +72,7 @@ from lib_dinotile.condition.adapter import Adapter, AdapterCondition
 from lib_dinotile.condition.conditioner import MINI, Conditioner
 from lib_dinotile.condition.guard import Guard
 from lib_dinotile.condition.guidance import Guide
-from lib_dinotile.condition.heads import FixedHeads
-from lib_dinotile.dino.calibration import LAYERS
 from lib_dinotile.dino.encoder import PatchEncoder, load_encoder
-from lib_dinotile.dino.head import RestorationHead
 from lib_dinotile.hosts.diffusers import DiffusersHost, load_host
 from lib_dinotile.settings import Generation, Settings
 
@@ -131,11 +130,6 @@ def lerp(times: int = 50) -> float:
     return clock.seconds / times
 
 
-def overhead(runs: Sequence[Watched]) -> float:
-    """1 + the engine's time over that of the model calls."""
-    return 1 + min(run.whole.seconds - run.bare for run in runs) / min(run.bare for run in runs)
-
-
 def per_tile(runs: Sequence[Watched]) -> tuple[float, float]:
     """Seconds per tile, of a run broken off, (of the model calls, of the rest); what is done once is shared out."""
     rest = min((run.tiles - run.bare) / run.done for run in runs)
@@ -182,12 +176,6 @@ def models(name: str) -> tuple[DiffusersHost, PatchEncoder]:
     if name == "mini":
         return load_host(Generation()), load_encoder("mini")
     return random_host(name), random_encoder(name)
-
-
-def blank_heads(encoder: PatchEncoder) -> FixedHeads:
-    """As calibration begins."""
-    head = {layer: RestorationHead(encoder.width, 0).eval().to(encoder.device) for layer in LAYERS}
-    return FixedHeads(head, "as it begins")
 
 
 def shares(run: Watched, *work: Any, **more: Any) -> tuple[float, float]:

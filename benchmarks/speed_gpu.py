@@ -24,8 +24,18 @@ from typing import Any
 
 import torch
 
-from benchmarks.models import Clock, Trainer, Watched, peak, random_adapter, random_encoder, random_host
-from benchmarks.speed import blank_heads, example, overhead
+from benchmarks.models import (
+    Clock,
+    Trainer,
+    Watched,
+    blank_heads,
+    overhead,
+    peak,
+    random_adapter,
+    random_encoder,
+    random_host,
+)
+from benchmarks.photographs import example
 from lib_dinotile.condition.conditioner import Conditioner
 from lib_dinotile.dino.calibrated import Pictures
 from lib_dinotile.dino.calibration import FOLDS, calibrate

@@ -2,6 +2,7 @@
 
 import contextlib
 import gc
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,6 +17,9 @@ from lib_dinotile.engine import memory
 from lib_dinotile.engine.flow import UnfinishedError
 from lib_dinotile.engine.host import Interrupted
 from lib_dinotile.engine.memory import OutOfMemoryError
+from lib_dinotile.engine.painter import Painted, PaintedTile
+from lib_dinotile.engine.retry import Change
+from lib_dinotile.engine.team import Processes
 from tests import accelerator
 from tests.accelerator import DEVICE
 from tests.device_matrix import CONDITIONS, FLOWS, Cell, cells, models, pixels  # noqa: F401
@@ -232,3 +236,15 @@ def test_nothing_stays_on_the_device(models, flow, outcome, counting_only, monke
     assert run() is expected
     assert accelerator.alive() == there
     assert accelerator.alive_bytes() == before
+
+
+def test_what_processes_tell_each_other_goes_by_way_of_the_cpu(monkeypatch):
+    sent = []
+    monkeypatch.setattr("accelerate.utils.gather_object", lambda items: sent.extend(items) or items)
+    there = torch.ones(3, 8, 8, device=DEVICE)
+    painted = Painted([PaintedTile(there, there)], notes=["told"])
+    team = Processes(SimpleNamespace(process_index=0, num_processes=2))
+    team.gather((painted, [Change(None, there)], []))
+    ((found, (change,), _),) = sent
+    tensors = [found.tiles[0].change, found.tiles[0].latents, change.pixels]
+    assert found.notes == ["told"] and [tensor.device.type for tensor in tensors] == ["cpu"] * 3

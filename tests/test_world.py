@@ -10,7 +10,7 @@ from benchmarks import evidence, evidence_plot, judging
 from benchmarks.arms import ADAPTER, ADAPTER_OTHER, ALL, BOTH, OTHER, PLAIN, ZERO, auc, interval, ratio_interval
 from benchmarks.evidence import UNTRAINED
 from benchmarks.world import gates
-from benchmarks.world.guard_test import guard_auc
+from benchmarks.world.guard import guard_auc
 from benchmarks.world.heads import calibrated_heads
 from benchmarks.world.host import SETTINGS
 from benchmarks.world.judges import NONE

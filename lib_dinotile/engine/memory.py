@@ -29,7 +29,7 @@ def is_out_of_memory(error: BaseException) -> bool:
     """Whether an error says that memory, of the GPU or of the machine, has run out."""
     if isinstance(error, (MemoryError, OutOfMemoryError, torch.cuda.OutOfMemoryError)):
         return True
-    words = ("out of memory", "not enough memory", "can't allocate memory", "alloc_failed")
+    words = ("out of memory", "not enough memory", "not enough gpu", "can't allocate memory", "alloc_failed")
     return isinstance(error, RuntimeError) and any(word in str(error).lower() for word in words)
 
 

@@ -38,9 +38,9 @@ class PaintedTile:
     latents: Tensor
     """(C, h, w), half precision."""
 
-    def cpu(self) -> PaintedTile:
-        """The same in the machine's own memory."""
-        return PaintedTile(self.change.cpu(), self.latents.cpu())
+    def to(self, device: torch.device | str) -> PaintedTile:
+        """The same on a device."""
+        return PaintedTile(self.change.to(device), self.latents.to(device))
 
 
 @dataclass
@@ -57,9 +57,9 @@ class Painted:
     seconds: float | None = None
     """How long a tile took, where they were not kept."""
 
-    def cpu(self) -> Painted:
-        """The same in the machine's own memory."""
-        return Painted([tile.cpu() for tile in self.tiles], self.notes, self.error, self.kept, self.seconds)
+    def to(self, device: torch.device | str) -> Painted:
+        """The same on a device."""
+        return replace(self, tiles=[tile.to(device) for tile in self.tiles])
 
 
 @dataclass(frozen=True)
@@ -147,7 +147,7 @@ class TilePainter:
             self.tell_nan(tile, mended=True)
             return again.tiles[0]
         if again.error and not isinstance(again.error, NotFiniteError) and not is_out_of_memory(again.error):
-            raise again.error
+            raise_first([again])
         self._host.free_memory()
         self.tell_nan(tile, mended=False)
         return PaintedTile(self._finish(tile, seen, self._canvas.source(tile)), self.source(tile).half())

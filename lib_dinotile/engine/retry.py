@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
@@ -112,6 +112,10 @@ class Change:
     repainted: bool = False
     blended: float = 0.0
     """Share of its patches that are blended back to the source."""
+
+    def to(self, device: torch.device | str) -> Change:
+        """The same on a device; what is judged is on the CPU anyway."""
+        return replace(self, pixels=None if self.pixels is None else self.pixels.to(device))
 
 
 class Record(Protocol):

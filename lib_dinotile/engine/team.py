@@ -60,16 +60,17 @@ class Team:
 
 
 class Processes(Team):
-    """The processes that a launcher started. Tensors travel as they are, on the CPU."""
+    """The processes that a launcher started. Tensors travel as they are, by way of the CPU."""
 
     def __init__(self, state: Any) -> None:
         """state: accelerate's PartialState."""
         self.rank, self.size, self._state = state.process_index, state.num_processes, state
 
     def gather(self, mine: Any) -> list[Any]:
-        from accelerate.utils import gather_object
+        from accelerate.utils import gather_object, send_to_device
 
-        return gather_object([mine])
+        # A tensor on a GPU would arrive on the sender's.
+        return gather_object([send_to_device(mine, "cpu")])
 
     def close(self) -> None:
         torch.distributed.barrier()

@@ -96,7 +96,7 @@ class Fused(Views):
                 outputs += see(torch.cat([tile.shrink(self._factor).of(x) for tile in tiles]), part)
                 if part.condition is not None:
                     part.condition.forget()
-        return [out.cpu() for out in outputs] if self._team.size > 1 else outputs
+        return outputs
 
     def _part(self, tiles: tuple[Rect, ...]) -> Batch:
         if tiles not in self._parts:

@@ -244,18 +244,6 @@ class WebUIHost:
             step = denoiser.step
             self.bars.advance(step / max(denoiser.total_steps, 1))
 
-            def look(tiles: Tensor, batch: Batch, chosen: list[int], entries: Sequence[tuple[Any, Any]]) -> Tensor:
-                denoiser.step = step  # it counts its calls
-                cond, uncond = _stacked([entries[number] for number in chosen])
-                seen = extra["image_cond"]
-                seen = seen[chosen] if views.whole else tiles.new_zeros(len(chosen), *seen.shape[1:])
-                own = {"cond": cond, "uncond": uncond, "image_cond": seen}
-                with (
-                    self.seeing(batch, chosen, len(cond.batch[0])),
-                    self._steered(batch, chosen, denoiser, tiles[chosen], sigma),
-                ):
-                    return whole(tiles[chosen], sigma[:1].expand(len(chosen)), **{**extra, **own})
-
             def see(tiles: Tensor, batch: Batch) -> Tensor:
                 entries = [self._conditioning(prompt, views.tile_size) for prompt in batch.prompts]
                 alike: dict[Any, list[int]] = {}
@@ -263,7 +251,16 @@ class WebUIHost:
                     alike.setdefault(_form(cond), []).append(number)
                 outputs, noises = [], []
                 for chosen in alike.values():
-                    outputs.append(look(tiles, batch, chosen, entries))
+                    denoiser.step = step  # it counts its calls
+                    noisy, (cond, uncond) = tiles[chosen], _stacked([entries[number] for number in chosen])
+                    seen = extra["image_cond"]
+                    seen = seen[chosen] if views.whole else noisy.new_zeros(len(chosen), *seen.shape[1:])
+                    own = {"cond": cond, "uncond": uncond, "image_cond": seen}
+                    with (
+                        self.seeing(batch, chosen, len(cond.batch[0])),
+                        self._steered(batch, chosen, denoiser, noisy, sigma),
+                    ):
+                        outputs.append(whole(noisy, sigma[:1].expand(len(chosen)), **{**extra, **own}))
                     noises.append(denoiser.last_noise_uncond)
                 back = torch.tensor([number for chosen in alike.values() for number in chosen]).argsort()
                 if denoiser.need_last_noise_uncond:

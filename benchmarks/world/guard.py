@@ -1,6 +1,6 @@
 """Does a score prefer the true texture to a wrong one of the same colours and shapes? No generator needed.
 
-`python -m benchmarks.world.guard_test`: for each way to score a patch the area under the ROC curve, patch by patch.
+`python -m benchmarks.world.guard`: for each way to score a patch the area under the ROC curve, patch by patch.
 """
 
 from __future__ import annotations
@@ -120,7 +120,7 @@ def measure(encoder: PatchEncoder, heads: Mapping[str, ByLayer], count: int, see
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.world.guard_test", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.world.guard", description=__doc__)
     parser.add_argument("--scenes", type=int, default=20)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--encoder", default="encoder", help="its folder in benchmarks/world/weights")
