@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import statistics
 import tempfile
 import time
@@ -248,6 +249,9 @@ class Operations(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self._counts = getattr(flop_counter, "flop_registry", None)
+        if self._counts is not None:
+            names = inspect.signature(flop_counter.shape_wrapper(len), follow_wrapped=False).parameters
+            self._result = "out_val" if "out_val" in names else "out"  # torch 2.3
         self.total, self.inside = 0, 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -257,7 +261,7 @@ class Operations(TorchDispatchMode):
             count, shapes = flop_counter.flop_mapping.get(func._overloadpacket), flop_counter.get_shape
             args, kwargs, more = tree_map(shapes, (args, kwargs, {"out_shape": out}))
         else:
-            count, more = self._counts.get(func._overloadpacket), {"out_val": out}
+            count, more = self._counts.get(func._overloadpacket), {self._result: out}
         self.total += count(*args, **kwargs, **more) if count else 0
         return out
 

@@ -66,7 +66,7 @@ class Option:
         """
         if self.type in (int, float):
             number = isinstance(value, (int, float)) and not isinstance(value, bool)
-            # Also refuses what is not a number: nothing compares with it.
+            # Also refuses NaN: nothing compares with it.
             within = number and (self.minimum <= value <= self.maximum or (self.zero is not None and value == 0))
             if not within or (self.type is int and value != int(value)):
                 raise self._refuse(value)

@@ -208,7 +208,7 @@ def test_a_tile_that_failed_before_a_run_broke_off_is_named_after_all(photo, tmp
     with monkeypatch.context() as patch:
         patch.setattr(DiffusersHost, "sample", fails)
         assert run(photo, tmp_path / "out.png", *QUICK[1:], "--batch", 1) == 1
-    line = "tile 1 is kept from the source: the model gave what is not a number"
+    line = "tile 1 is kept from the source: the model returned NaN"
     assert f"in.png: {line}\n" in capsys.readouterr().out
     report = tmp_path / "report.jsonl"
     assert run(photo, tmp_path / "out.png", *QUICK[1:], "--batch", 1, "--resume", "--report", report) == 0

@@ -247,7 +247,7 @@ def test_what_overflows_in_half_precision_is_done_again_in_full(sd15, monkeypatc
 
     monkeypatch.setattr(host.unet, "forward", overflows)
     result = upscale(host, SOURCE, Settings(tile=128, overlap=16, scale=1.0), NoiseField(1, 4))
-    assert result.report.lines == ["tile 1 was done again in full precision: the model gave what is not a number"]
+    assert result.report.lines == ["tile 1 was done again in full precision: the model returned NaN"]
     assert set(seen) == {torch.bfloat16, torch.float32} and host.dtype == torch.bfloat16
     for name, tensor in host.unet.state_dict().items():
         assert tensor.dtype == torch.bfloat16 and torch.equal(tensor, weights[name])

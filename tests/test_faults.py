@@ -269,17 +269,17 @@ def test_in_a_larger_batch_memory_that_runs_out_is_told_and_the_image_is_made(ho
 
 
 NOTES = {
-    "encode": "the VAE gave what is not a number for the picture at 0, 0",
-    "unet": "tile 1 is kept from the source: the model gave what is not a number",
-    "decode": "tile 1 is kept from the source: the model gave what is not a number",
-    "guidance": "tile 1 is kept from the source: the model gave what is not a number",
+    "encode": "the VAE returned NaN for the picture at 0, 0",
+    "unet": "tile 1 is kept from the source: the model returned NaN",
+    "decode": "tile 1 is kept from the source: the model returned NaN",
+    "guidance": "tile 1 is kept from the source: the model returned NaN",
     "guard": r"guard: 4 of 4 tiles were in doubt \(still in doubt: 1-4\)",
-    "adapter": "tile 1 is kept from the source: the model gave what is not a number",
+    "adapter": "tile 1 is kept from the source: the model returned NaN",
 }
 MENDED = {
-    "encode": "the picture at 0, 0 was encoded again in full precision: the VAE gave what is not a number",
+    "encode": "the picture at 0, 0 was encoded again in full precision: the VAE returned NaN",
     **dict.fromkeys(
-        ("unet", "decode", "guidance"), "tile 1 was done again in full precision: the model gave what is not a number"
+        ("unet", "decode", "guidance"), "tile 1 was done again in full precision: the model returned NaN"
     ),
 }
 
@@ -308,7 +308,7 @@ def test_what_is_not_a_number_is_told_and_does_not_spread(host, good, stage, lin
 @pytest.mark.parametrize("after", [0, 3])
 def test_an_encoder_that_gives_no_numbers_is_an_error(host, good, folder, after):
     """Nothing could be steered or judged by it, and nobody would know."""
-    SAID["nan"] = "encoder: 'mini' gave what is not a number: choose another, .*"
+    SAID["nan"] = "encoder: 'mini' returned NaN: choose another, .*"
     result = check_breaks_off(host, good, folder, Fault("positions", "nan", after), "linear")
     assert (result is None) == (after == 0)
 
@@ -322,7 +322,7 @@ def test_a_gradient_that_is_no_number_is_told(host, good):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(DiffusersHost, "guidance_decoder", overflows)
         result = paint(host, "linear")
-    assert "guidance was left out where its decoder or encoder gave what is not a number" in result.report.notes
+    assert "guidance was left out where its decoder or encoder returned NaN" in result.report.notes
     assert result.image.tobytes() == paint(host, "linear", guidance=0.0).image.tobytes()
 
 

@@ -106,7 +106,7 @@ class FrailHost(StubHost):
 def test_what_the_encoder_makes_no_number_of_is_encoded_again_in_full_precision(order):
     settings, noise = Settings(tile=64, overlap=16, order=order, colour="none"), NoiseField(5, 4)
     plain, frail = (upscale(host, random_image(100, 70), settings, noise) for host in (StubHost(noisy), FrailHost()))
-    line = "the picture at 0, 0 was encoded again in full precision: the VAE gave what is not a number"
+    line = "the picture at 0, 0 was encoded again in full precision: the VAE returned NaN"
     assert frail.report.notes == [line] and frail.image.tobytes() == plain.image.tobytes()
 
 

@@ -271,7 +271,7 @@ def test_a_tile_that_is_not_a_number_is_done_again_then_kept_from_the_source(ord
     host = StubHost(see=lambda x: 1 - broken_at(x, lambda: mended and host.precise))
     result = run(host, source, overlap=0, order=order)
     outcome = "was done again in full precision" if mended else "is kept from the source"
-    assert result.complete and result.report.lines == [f"tile 2 {outcome}: the model gave what is not a number"]
+    assert result.complete and result.report.lines == [f"tile 2 {outcome}: the model returned NaN"]
     middle = (0, 255, 255) if mended else (255, 0, 0)
     assert result.image.getpixel((96, 30)) == middle and result.image.getpixel((10, 10)) == (255, 255, 0)
     assert not host.precise

@@ -63,9 +63,9 @@ def _encode(host: Host, canvas: Canvas, size: PieceSize, note: Callable[[str], N
         else:
             place = f"the picture at {piece.x}, {piece.y}"
             if not finite:
-                note(f"the VAE gave what is not a number for {place}")
+                note(f"the VAE returned NaN for {place}")
             elif latents is not first:
-                note(f"{place} was encoded again in full precision: the VAE gave what is not a number")
+                note(f"{place} was encoded again in full precision: the VAE returned NaN")
             return latents[0].to(first)
         del pixels
         host.free_memory()

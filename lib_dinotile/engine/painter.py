@@ -157,7 +157,7 @@ class TilePainter:
         known = self._report.of(tile)
         name = f"tile {known.number}" if known else f"the part of the picture at {tile.x}, {tile.y}"
         outcome = "was done again in full precision" if mended else "is kept from the source"
-        self._report.note(f"{name} {outcome}: the model gave what is not a number")
+        self._report.note(f"{name} {outcome}: the model returned NaN")
 
     def batch(self, tiles: Sequence[Rect]) -> Batch:
         """The tiles with all that they are conditioned by."""
