@@ -170,7 +170,7 @@ class Models:
         """
         reference, tolerance = self.reference(cell), tolerance or cell.precision
         guarded = "guard" in CONDITIONS[cell.condition]
-        wrong = [line for line in result.report.lines if "not a number" in line or "out of memory" in line]
+        wrong = [line for line in result.report.lines if "NaN" in line or "out of memory" in line]
         assert result.complete
         assert not wrong
         error = abs(pixels(result) - pixels(reference))

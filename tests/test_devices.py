@@ -144,7 +144,7 @@ def test_so_it_does_where_an_encoder_is_calibrated():
     assert torch.allclose(there.outer.weight.cpu(), here.outer.weight, atol=1e-3)
 
 
-# What is not a number -------------------------------------------------------------------------------------------------
+# NaN ------------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("precision", ["fp16", "bf16"])
