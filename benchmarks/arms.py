@@ -68,12 +68,12 @@ class Mistaken(Conditioner):
 
     mistake: Callable[[Features], Features] = staticmethod(lambda features: features)
     instead: Image.Image | None = None
-    told: FeatureField | None = None
+    fields: FeatureField | None = None
     """What the adapter is given in place of features."""
 
     def features(self, source: Image.Image, size: tuple[int, int]) -> Features:
         features = super().features(self.instead or source, size)
-        return self.mistake(replace(features, adapter=self.told) if self.told else features)
+        return self.mistake(replace(features, adapter=self.fields) if self.fields else features)
 
 
 def shuffle(features: Features) -> Features:
@@ -96,7 +96,7 @@ class Reader:
     adapter: Adapter
     head: RestorationHead | None = None
     """What it reads the source's features through."""
-    told: FeatureField | None = None
+    fields: FeatureField | None = None
     """What it is given in place of them."""
 
 
@@ -140,7 +140,7 @@ class Arms:
             made.instead = other
         if way.shuffled:
             made.mistake = shuffle
-        made.told = reader and reader.told
+        made.fields = reader and reader.fields
         return made
 
 

@@ -34,7 +34,7 @@ from benchmarks.photographs import LANCZOS, middle
 from lib_dinotile.condition.guard import GUARD_LAYER, Floor, Guard, rehearsal_size, rehearse
 from lib_dinotile.dino.encoder import PatchEncoder, load_encoder
 from lib_dinotile.dino.field import FeatureField, feature_field
-from lib_dinotile.dino.look import Look
+from lib_dinotile.dino.tile_features import TileFeatures
 from lib_dinotile.images import read_image
 from lib_dinotile.settings import Settings
 from lib_dinotile.tiling.canvas import Canvas
@@ -90,12 +90,12 @@ def field(encoder: PatchEncoder, source: Image.Image, kind: str, layer: int, pla
     return FeatureField(whole, size)
 
 
-def distances(look: Look, image: Image.Image, around: Image.Image, plan: TilePlan) -> Tensor:
+def distances(tile_features: TileFeatures, image: Image.Image, around: Image.Image, plan: TilePlan) -> Tensor:
     """Of the tiles' own patches, when each tile shows the image and its surroundings another."""
     canvas, shown, found = Canvas(around, plan), Canvas(image, plan), []
     for tile in plan.tiles:
-        cosines = look.similarity(canvas.crop, [tile], shown.source(tile)[None])[0]
-        found.append(1 - cosines[look.own(tile)].flatten())
+        cosines = tile_features.similarity(canvas.crop, [tile], shown.source(tile)[None])[0]
+        found.append(1 - cosines[tile_features.own(tile)].flatten())
     return torch.cat(found)
 
 
@@ -103,18 +103,20 @@ def doubt(encoder: PatchEncoder, each: Case, plan: TilePlan) -> dict[str, tuple[
     """Floor -> (share of the true picture's patches in doubt, of those of the picture upside down)."""
     plain, settings = each.source.resize(each.true.size, LANCZOS), Settings()
     canvas = Canvas(plain, plan)
-    look = Look(encoder, field(encoder, each.source, "whole", GUARD_LAYER, plan), plan.padded, GUARD_LAYER)
+    tile_features = TileFeatures(
+        encoder, field(encoder, each.source, "whole", GUARD_LAYER, plan), plan.padded, GUARD_LAYER
+    )
     shrunk = each.source.resize(rehearsal_size(each.source.size, each.true.size), LANCZOS)
-    rehearsal = rehearse(look.field, field(encoder, shrunk, "whole", GUARD_LAYER, plan))
-    floors = {"plain": (Floor.of(distances(look, plain, plain, plan)), False), "rehearsal": (rehearsal, True)}
+    rehearsal = rehearse(tile_features.field, field(encoder, shrunk, "whole", GUARD_LAYER, plan))
+    floors = {"plain": (Floor.of(distances(tile_features, plain, plain, plan)), False), "rehearsal": (rehearsal, True)}
     found = {}
     for name, (floor, relative) in floors.items():
-        guard, shares = Guard(look, canvas, floor, settings.guard_strictness, relative), []
+        guard, shares = Guard(tile_features, canvas, floor, settings.guard_strictness, relative), []
         for picture in (each.true, each.true.transpose(Image.Transpose.ROTATE_180)):
             shown, doubted = Canvas(picture, plan), []
             for tile in plan.tiles:
                 seen = guard.distances([tile], shown.source(tile)[None])[0]
-                doubted.append(guard.doubt(tile, seen)[look.own(tile)].flatten())
+                doubted.append(guard.doubt(tile, seen)[tile_features.own(tile)].flatten())
             shares.append(float(torch.cat(doubted).float().mean()))
         found[name] = shares[0], shares[1]
     return found
@@ -138,12 +140,12 @@ def main() -> None:
         for context in CONTEXTS:
             good, bad = [], []
             for each in cases:
-                look = Look(
+                tile_features = TileFeatures(
                     encoder, field(encoder, each.source, kind, layer, plan), plan.padded, layer, context=context
                 )
                 plain = each.source.resize(each.true.size, LANCZOS)
-                good.append(-distances(look, each.true, plain, plan).numpy())
-                bad.append(-distances(look, each.wrong, plain, plan).numpy())
+                good.append(-distances(tile_features, each.true, plain, plan).numpy())
+                bad.append(-distances(tile_features, each.wrong, plain, plan).numpy())
             aucs.append(auc(good, bad))
             figures[f"{layer} {kind} {context}"] = round(aucs[-1], 4)
         print(f"{layer:5}  {kind:14}" + "".join(f"  {each:9.3f}" for each in aucs), flush=True)

@@ -3,17 +3,17 @@
 __version__ = "0.1.0"
 
 LONGEST = 2000
-"""Characters of what a user is told at once."""
+"""Longest message to a user, in characters."""
 
 
 def one_line(error: BaseException) -> str:
-    """What an exception says, on one line and, unless it is one of ours, not endless."""
+    """The message of an exception on one line and, unless it is one of ours, cut to a length."""
     text = " ".join(str(error).split()) or type(error).__name__
     return text if len(text) <= 200 or isinstance(error, DinotileError) else text[:197] + "..."
 
 
 class DinotileError(Exception):
-    """What the user did or lacks, in one line that says what to do about it.
+    """A mistake of the user's, or something that is missing, in one line that says what to do about it.
 
     It stays one line whatever the names of files in it: what cannot be printed is written as in Python's strings.
     """

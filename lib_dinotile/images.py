@@ -34,8 +34,8 @@ MAX_PIXELS = 2**30
 them. A file of a few bytes can say that it holds any number; it is refused before memory is taken."""
 
 FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "AVIF", "TIFF", "BMP", "GIF", "ICO", "PPM", "PSD", "QOI", "TGA")
-"""What is read, by Pillow's names. Not all that it can: it has programs such as Ghostscript open EPS, and of JPEG 2000
-files that were cut off it may show nothing as if that were all."""
+"""Formats that are read, by Pillow's names. Not all that it can: it has programs such as Ghostscript open EPS, and of
+JPEG 2000 files that were cut off it may show nothing as if that were all."""
 PAGED = ("GIF", "PNG", "WEBP", "AVIF", "TIFF")
 """Those of them that can hold several images of equal rank."""
 
@@ -48,7 +48,7 @@ TURNS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-"""What makes a picture upright, by its EXIF orientation."""
+"""Transpositions that make a picture upright, by its EXIF orientation."""
 
 
 LONGEST_NAME = 200

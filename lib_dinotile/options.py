@@ -1,4 +1,4 @@
-"""What an option is, and what a table of them can do."""
+"""An option, and a table of options."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Option:
     step: float | None = None
     """Of the slider; an int must be a multiple of it, counted from zero."""
     zero: str | None = None
-    """What 0 stands for, of an int that may be 0 besides its range."""
+    """Meaning of 0, for an int that may be 0 besides its range."""
     choices: tuple[str, ...] | None = None
     """The allowed values where they are fixed. Lists that depend on what is installed are checked by the host."""
     infotext: str | None = None
@@ -48,7 +48,7 @@ class Option:
 
     @property
     def allowed(self) -> str:
-        """What values it takes, in words."""
+        """Its values, in words."""
         if self.choices is not None:
             return "one of " + ", ".join(self.choices)
         if self.type in (int, float):
@@ -119,7 +119,7 @@ def option(default: T, label: str, help: str, **more: Any) -> T:
 
 
 class Options:
-    """What `Settings` and `Generation` share: a frozen dataclass whose fields are made by `option`."""
+    """Base of `Settings` and `Generation`: a frozen dataclass whose fields are made by `option`."""
 
     @classmethod
     def table(cls) -> Iterator[Option]:

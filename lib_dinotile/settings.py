@@ -1,7 +1,7 @@
 """The table of options. The UI, the API, PNG info, X/Y/Z axes and the command line are all made from it.
 
-An option is one field of `Settings` (what the engine does; everywhere) or of `Generation` (what img2img is told by the
-WebUI's own controls; command line only). Adding an option is adding a field.
+An option is one field of `Settings` (the engine's; everywhere) or of `Generation` (img2img's, which has
+controls of its own in a WebUI; command line only). Adding an option is adding a field.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ def _looking(settings: Settings) -> bool:
 
 @dataclass(frozen=True)
 class Settings(Options):
-    """What dinotile does with the image."""
+    """Options of dinotile itself."""
 
     enabled: bool = option(False, "Enable", "Upscale the image tile by tile.")
     target: str = option(
@@ -192,13 +192,13 @@ class Settings(Options):
     tile_prompt: str = option(
         "",
         "Tile prompt",
-        "What every tile is told.",
+        "Prompt added to every tile.",
         infotext="DINO Tile tile prompt",
     )
     tile_prompt_mode: str = option(
         "follow",
         "Tile prompt mode",
-        "follow: what a tile is told comes after the main prompt; replace: in its place.",
+        "follow: a tile's prompt comes after the main prompt; replace: in place of it.",
         choices=PROMPT_MODES,
         infotext="DINO Tile tile prompt mode",
         only_with=lambda settings: settings.prompts_by_tile,
@@ -206,7 +206,7 @@ class Settings(Options):
     captions: str = option(
         NONE,
         "Captions",
-        "Asks one of the WebUI's interrogators what each tile shows, and tells the tile.",
+        "Prompts every tile with a caption of it, made by one of the WebUI's interrogators.",
         infotext="DINO Tile captions",
         only_with=lambda settings: settings.captions != NONE,
     )
@@ -424,7 +424,7 @@ class Settings(Options):
     )
 
     def for_base(self, base: str) -> Settings:
-        """What is automatic as it is for a checkpoint of that family, `sd15` and so on; see `Host.base`."""
+        """With automatic values resolved for a checkpoint of that family, `sd15` and so on; see `Host.base`."""
         return self if self.tile else dataclasses.replace(self, tile=512 if base in SMALL else 1024)
 
     @property
@@ -439,7 +439,7 @@ class Settings(Options):
 
     @property
     def prompts_by_tile(self) -> bool:
-        """Whether tiles are told anything but the main prompt."""
+        """Whether tiles have prompts of their own."""
         return bool(self.tile_prompt or self.tile_prompts) or self.captions != NONE
 
     @property
@@ -467,7 +467,7 @@ class Settings(Options):
 
 @dataclass(frozen=True)
 class Generation(Options):
-    """What the command line tells img2img; in a WebUI its own controls do."""
+    """Options of img2img, for the command line; a WebUI has controls of its own for them."""
 
     model: str = option(
         "mini",

@@ -19,7 +19,7 @@ MAX_HEADER = 8 << 20
 """Bytes. A whole SDXL checkpoint's header has under one million; safetensors itself reads up to a hundred."""
 
 DAMAGED = (AttributeError, KeyError, TypeError, ValueError, OverflowError, RecursionError)
-"""What comes of reading numbers and JSON out of metadata that is damaged, or made to do harm."""
+"""Errors from reading numbers and JSON in metadata that is damaged, or made to do harm."""
 
 
 def open_tensors(path: Path) -> Any:

@@ -36,6 +36,6 @@ class Script(scripts.Script):
 
 
 script_callbacks.on_before_ui(xyz.register)
-script_callbacks.on_after_component(accordion.img2img.pick)
+script_callbacks.on_after_component(accordion.img2img.on_component)
 script_callbacks.on_app_started(api.register)
-script_callbacks.on_app_started(accordion.mind_types)
+script_callbacks.on_app_started(accordion.restore_types)

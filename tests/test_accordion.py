@@ -92,10 +92,10 @@ def of_images(*texts: str | None) -> str:
 def test_captions_are_those_of_the_last_image_of_the_own_page(accordion):
     """The WebUI is one process for all its users."""
     with gr.Blocks() as page:
-        accordion.img2img.pick(gr.State(), elem_id="mode_img2img")
+        accordion.img2img.on_component(gr.State(), elem_id="mode_img2img")
         prompts = accordion.build()["tile_prompts"]
         information = gr.Textbox(visible=False)
-        accordion.img2img.pick(information, elem_id="generation_info_img2img")
+        accordion.img2img.on_component(information, elem_id="generation_info_img2img")
     if isinstance(page.fns, dict):  # gradio 4
         found = [(each.fn, each.inputs) for each in page.fns.values() if each.outputs == [prompts]]
     else:

@@ -34,7 +34,7 @@ def planned(api, monkeypatch):
     class Made(Exception):
         pass
 
-    def prospect(size, *_):
+    def preview(size, *_):
         sizes.append(size)
         raise Made
 
@@ -43,7 +43,7 @@ def planned(api, monkeypatch):
             api.plan(api.PlanRequest(image=image))
         return sizes.pop()
 
-    monkeypatch.setattr(api, "_prospect", prospect)
+    monkeypatch.setattr(api, "_preview", preview)
     return size
 
 
@@ -69,7 +69,7 @@ def test_what_is_no_image_is_refused_in_one_line(api, data, says):
 
 def test_a_semantic_map_is_of_the_whole_image(api, monkeypatch):
     image = base64.b64encode(encoded(Image.new("RGB", (70, 30), "red"), "PNG", orientation=6)).decode()
-    monkeypatch.setattr(api, "_prospect", lambda size, *_: types.SimpleNamespace(semantic_map=lambda source: source))
+    monkeypatch.setattr(api, "_preview", lambda size, *_: types.SimpleNamespace(semantic_map=lambda source: source))
     monkeypatch.setattr(api.call_queue, "queue_lock", contextlib.nullcontext(), raising=False)
     answer = api.semantic_map(api.MapRequest(image=image))
     assert Image.open(io.BytesIO(base64.b64decode(answer["image"]))).getcolors() == [(2100, (255, 0, 0))]

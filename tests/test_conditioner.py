@@ -183,12 +183,12 @@ def test_a_file_that_is_exchanged_is_read_anew(tmp_path, what):
 
 def test_what_automatic_stood_for_is_told_and_gives_the_same_again(adapters):
     def used(**values):
-        return Conditioner.load(settings(**values), HOST, adapters).used
+        return Conditioner.load(settings(**values), HOST, adapters).resolved
 
     told = used(adapter="fur", guidance=0.5)
     assert (told.encoder, told.head, told.decoder) == ("mini", "calibrated", "TAESD")
     again = Conditioner.load(told, HOST, adapters)
-    assert again.used == told
+    assert again.resolved == told
     assert again.notes == Conditioner.load(settings(guidance=0.5), HOST, adapters).notes
     alone = {"adapter": "None", "guard": "report"}
     assert Conditioner.load(used(**alone), HOST, {}).notes == Conditioner.load(settings(**alone), HOST, {}).notes != []

@@ -17,7 +17,7 @@ from lib_dinotile.engine import memory
 from lib_dinotile.engine.flow import UnfinishedError
 from lib_dinotile.engine.host import Interrupted
 from lib_dinotile.engine.memory import OutOfMemoryError
-from lib_dinotile.engine.painter import Painted, PaintedTile
+from lib_dinotile.engine.painter import PaintedBatch, PaintedTile
 from lib_dinotile.engine.retry import Change
 from lib_dinotile.engine.team import Processes
 from tests import accelerator
@@ -242,7 +242,7 @@ def test_what_processes_tell_each_other_goes_by_way_of_the_cpu(monkeypatch):
     sent = []
     monkeypatch.setattr("accelerate.utils.gather_object", lambda items: sent.extend(items) or items)
     there = torch.ones(3, 8, 8, device=DEVICE)
-    painted = Painted([PaintedTile(there, there)], notes=["told"])
+    painted = PaintedBatch([PaintedTile(there, there)], notes=["told"])
     team = Processes(SimpleNamespace(process_index=0, num_processes=2))
     team.gather((painted, [Change(None, there)], []))
     ((found, (change,), _),) = sent

@@ -26,9 +26,9 @@ class StubHost:
 
     base, shape, device, dtype, channels = "stub", None, "cpu", torch.float32, 4
 
-    def __init__(self, sample=lambda latents, noise: latents, factor=8, stop_after=None, see=None):
-        """see: the model, where the sampler is to call it through the views."""
-        self.factor, self._sample, self._stop_after, self._see = factor, sample, stop_after, see
+    def __init__(self, sample=lambda latents, noise: latents, factor=8, stop_after=None, model=None):
+        """model: where the sampler is to call one, through its tiles."""
+        self.factor, self._sample, self._stop_after, self._model = factor, sample, stop_after, model
         self.sampled, self.seen, self.denoised, self.batches = [], [], [], []
         self.freed, self.precise = 0, False
 
@@ -64,15 +64,15 @@ class StubHost:
     def decode(self, latents):
         return F.pixel_shuffle(latents, self.factor)
 
-    def sample(self, latents, views, noise, canvas, denoise=None, mask=None):
+    def sample(self, latents, tiled, noise, canvas, denoise=None, mask=None):
         self.sampled.append(len(latents))
         self.denoised.append(denoise)
 
-        def see(tiles, batch):
+        def model(tiles, batch):
             self.batches.append(batch)
-            return self.encode(self._see(self.decode(tiles)))
+            return self.encode(self._model(self.decode(tiles)))
 
-        result = latents if self._see is None else views(latents, see, lambda: latents)
+        result = latents if self._model is None else tiled(latents, model, lambda: latents)
         result = self.encode(self._sample(self.decode(result), noise))
         return result if mask is None else torch.lerp(latents, result, mask)
 

@@ -278,9 +278,7 @@ NOTES = {
 }
 MENDED = {
     "encode": "the picture at 0, 0 was encoded again in full precision: the VAE returned NaN",
-    **dict.fromkeys(
-        ("unet", "decode", "guidance"), "tile 1 was done again in full precision: the model returned NaN"
-    ),
+    **dict.fromkeys(("unet", "decode", "guidance"), "tile 1 was done again in full precision: the model returned NaN"),
 }
 
 

@@ -20,7 +20,7 @@ class Failing(StubHost):
     """The fourth call of the sampler, or of the model in a fused run, breaks off with an error, or gives NaN."""
 
     def __init__(self, error):
-        super().__init__(self.sampler, see=self.model)
+        super().__init__(self.sampler, model=self.model)
         self.error, self.calls = error, 0
 
     def sampler(self, latents, noise):

@@ -148,7 +148,7 @@ def test_the_unet_that_forge_remembers_knows_nothing_of_a_job(modules):
 
         batch = Batch([Rect(0, 0, 64, 64)] * 2, [None] * 2, Condition())
         left = [weakref.ref(each) for each in (host, p, batch)]
-        with host.seeing(batch, [1], 1):
+        with host.conditioned(batch, [1], 1):
             (own,) = control.get_control(torch.zeros(2, 4, 8, 8), torch.ones(2), None, 2)
         assert own.flatten().tolist() == [0.25, 0.25]
         host._shown = None, []  # as after sampling

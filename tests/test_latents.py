@@ -134,9 +134,9 @@ def test_a_later_tile_holds_on_to_the_latents_of_earlier_ones(order):
     host, given, gave = StubHost(noisy), [], {}
     sample = host.sample
 
-    def watched(latents, views, noise, canvas, denoise=None, mask=None):
-        result = sample(latents, views, noise, canvas, denoise, mask)
-        batch = views._batch.tiles
+    def watched(latents, tiled, noise, canvas, denoise=None, mask=None):
+        result = sample(latents, tiled, noise, canvas, denoise, mask)
+        batch = tiled._batch.tiles
         given.extend(zip(batch, latents, [None] * len(batch) if mask is None else mask))
         gave.update(zip(batch, result))
         return result

@@ -14,7 +14,7 @@ import torch
 from lib_dinotile.condition.conditioner import Conditions
 from lib_dinotile.condition.guard import Floor, Guard
 from lib_dinotile.dino.field import FeatureField, feature_field
-from lib_dinotile.dino.look import Look
+from lib_dinotile.dino.tile_features import TileFeatures
 from lib_dinotile.engine.flow import UnfinishedError, upscale
 from lib_dinotile.engine.host import Interrupted
 from lib_dinotile.engine.journal import Journal
@@ -23,7 +23,7 @@ from lib_dinotile.engine.team import Team
 from lib_dinotile.settings import Settings
 from lib_dinotile.tiling.noise import NoiseField
 from tests.test_engine import StubHost
-from tests.test_look import Colours, to_tensor
+from tests.test_tile_features import Colours, to_tensor
 from tests.test_tiling import random_image
 
 SIZE = 192, 128
@@ -46,8 +46,8 @@ class Eyes:
         return feature_field(Colours(), to_tensor(source), size, patches=24)
 
     def conditions(self, source, features, canvas, plan):
-        look = Look(Colours(), FeatureField(features.features, features.canvas), plan.padded)
-        return Conditions(guard=Guard(look, canvas, Floor(0.0, 0.05), self.strictness, relative=True))
+        shown = TileFeatures(Colours(), FeatureField(features.features, features.canvas), plan.padded)
+        return Conditions(guard=Guard(shown, canvas, Floor(0.0, 0.05), self.strictness, relative=True))
 
 
 class Forger(StubHost):
@@ -69,7 +69,7 @@ class Forger(StubHost):
         width, height = area.width * self.factor, area.height * self.factor
         return 1 + area.y * self.factor // height * self.columns + area.x * self.factor // width
 
-    def sample(self, latents, views, noise, canvas, denoise=None, mask=None):
+    def sample(self, latents, tiled, noise, canvas, denoise=None, mask=None):
         seed, numbers = noise._field._seed, [self.number(area) for area in noise._areas]
         self.calls += [(seed, number) for number in numbers]
         self.strengths.append(denoise)
@@ -166,9 +166,11 @@ def test_only_tiles_in_doubt_are_painted_again_and_only_there():
 
 def test_a_tile_that_is_never_in_doubt_is_looked_at_once(monkeypatch):
     looks = []
-    similarity = Look.similarity
+    similarity = TileFeatures.similarity
     monkeypatch.setattr(
-        Look, "similarity", lambda self, crop, tiles, px: looks.extend(tiles) or similarity(self, crop, tiles, px)
+        TileFeatures,
+        "similarity",
+        lambda self, crop, tiles, px: looks.extend(tiles) or similarity(self, crop, tiles, px),
     )
     run(Forger(good=lambda seed: True))
     assert len(looks) == 6
@@ -195,10 +197,10 @@ def test_with_overlap_too():
 
 def test_a_stop_while_painting_again_keeps_what_is_painted():
     class Stopped(Forger):
-        def sample(self, latents, views, noise, *more):
+        def sample(self, latents, tiled, noise, *more):
             if noise._field._seed != 7:
                 raise Interrupted
-            return super().sample(latents, views, noise, *more)
+            return super().sample(latents, tiled, noise, *more)
 
     result, _, image = run(Stopped(), batch=6)
     assert result.painted == 6
@@ -249,8 +251,8 @@ def test_what_one_pass_leaves_the_next_may_use():
     """Two seam passes have four and three tiles; a fifth of those would not pay for one more."""
 
     class OnSeams(Forger):
-        def sample(self, latents, views, noise, canvas, denoise=None, mask=None):
-            result = super().sample(latents, views, noise, canvas, denoise, mask)
+        def sample(self, latents, tiled, noise, canvas, denoise=None, mask=None):
+            result = super().sample(latents, tiled, noise, canvas, denoise, mask)
             return result if denoise is not None else latents
 
     host = OnSeams(wrong=lambda number: SPOT * (number == 1), columns=10, good=lambda seed: seed == 8)

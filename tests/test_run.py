@@ -8,11 +8,11 @@ import torch
 from PIL import Image, ImageDraw
 
 from lib_dinotile import DinotileError
+from lib_dinotile.engine.denoisers import MultiDiffusion
 from lib_dinotile.engine.flow import UnfinishedError, canvas_size, make_plan, upscale
 from lib_dinotile.engine.host import Batch
 from lib_dinotile.engine.memory import BatchSize
 from lib_dinotile.engine.team import Team
-from lib_dinotile.engine.views import Fused
 from lib_dinotile.settings import Settings
 from lib_dinotile.tiling.noise import NoiseField
 from lib_dinotile.tiling.plan import TilePlan
@@ -105,7 +105,7 @@ def test_the_weights_of_bands_sum_to_one_at_most():
 @pytest.mark.parametrize("batch", [1, 2, 16])
 def test_fused_a_pixelwise_model_gives_what_it_gives_for_the_whole(batch):
     """Every tile sees its own part of one noisy canvas, and outputs that agree are blended to the same."""
-    host = StubHost(see=lambda x: x * 0.5 + 0.25)
+    host = StubHost(model=lambda x: x * 0.5 + 0.25)
     result = run(host, order="fused", batch=batch)
     wanted = (pixels(upscaled()) / 255 * 0.5 + 0.25) * 255
     assert abs(pixels(result.image) - wanted).max() <= 1 and result.painted == 12
@@ -116,12 +116,12 @@ def test_fused_a_pixelwise_model_gives_what_it_gives_for_the_whole(batch):
 def test_fused_tiles_that_disagree_are_blended_with_weights_that_sum_to_one():
     calls = []
 
-    def see(x):
+    def model(x):
         calls.append(len(x))
         return torch.full_like(x, len(calls) / 20)
 
     # Neighbours differ by 1/20, and share two cells: a quarter and three quarters of it.
-    image = pixels(run(StubHost(see=see), order="fused", batch=1).image)
+    image = pixels(run(StubHost(model=model), order="fused", batch=1).image)
     assert calls == [1] * 12 and image.min() >= 12 and image.max() <= 192
     assert abs(np.diff(image[20, :, 0])).max() <= 255 / 20 / 2 + 1
 
@@ -135,7 +135,7 @@ def mask_over(size, box):
 @pytest.mark.parametrize("order", ["chess", "linear", "fused"])
 @pytest.mark.parametrize("seams", ["none", "bands"])
 def test_outside_the_mask_not_a_bit_changes_and_tiles_that_miss_it_are_not_run(order, seams):
-    host = StubHost(white, see=lambda x: torch.ones_like(x))
+    host = StubHost(white, model=lambda x: torch.ones_like(x))
     mask = mask_over((100, 70), (10, 10, 30, 30))
     result = run(host, order=order, seams=seams, mask=mask)
     outside = np.asarray(mask.resize((200, 140), Image.Resampling.BILINEAR)) == 0
@@ -162,7 +162,7 @@ def test_within_the_mask_tiles_may_start_from_something_else():
 def test_flat_tiles_keep_the_source_and_are_named(order):
     source = Image.new("RGB", (100, 70), (90, 120, 200))
     source.paste(random_image(30, 70), (0, 0))
-    result = run(StubHost(white, see=lambda x: torch.ones_like(x)), source, flat=1.5, order=order)
+    result = run(StubHost(white, model=lambda x: torch.ones_like(x)), source, flat=1.5, order=order)
     assert result.report.numbers("flat") and result.report.numbers("painted")
     assert result.report.lines == ["tiles passed over as flat: 3-4, 7-8, 11-12"]
     assert (pixels(result.image)[:, 150:] == pixels(upscaled(source))[:, 150:]).all()
@@ -191,7 +191,7 @@ def test_colours_stay_those_of_the_source(colour, order, kind):
 
 def test_prompts_by_tile():
     def told(**more):
-        host = StubHost(see=lambda x: x)
+        host = StubHost(model=lambda x: x)
         report = run(host, batch=2, **more).report
         return {
             f"{tile.x},{tile.y}": prompt for batch in host.batches for tile, prompt in zip(batch.tiles, batch.prompts)
@@ -231,30 +231,30 @@ def test_prompts_that_cannot_be_are_refused_before_any_work(more, line):
 
 
 def out_of_memory_above(limit):
-    def see(x):
+    def model(x):
         if len(x) > limit:
             raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
         return x * 0.5 + 0.25
 
-    return see
+    return model
 
 
 @pytest.mark.parametrize("order", ["chess", "fused"])
 @pytest.mark.parametrize("limit", [1, 3])
 def test_out_of_memory_halves_the_batch_and_loses_nothing(order, limit):
-    host = StubHost(see=out_of_memory_above(limit))
+    host = StubHost(model=out_of_memory_above(limit))
     settings = {"order": order, "overlap": 0, "tile": 64, "batch": 16}  # one wave of 12 tiles
     result = run(host, EVEN, **settings)
     assert result.complete and host.freed
     assert result.report.lines[0] == "out of memory with 12 tiles at once, went on with 6"
     assert result.report.lines[-1].endswith(f"went on with {limit}")
-    whole = run(StubHost(see=lambda x: x * 0.5 + 0.25), EVEN, **settings)
+    whole = run(StubHost(model=lambda x: x * 0.5 + 0.25), EVEN, **settings)
     assert result.image.tobytes() == whole.image.tobytes()
 
 
 def test_out_of_memory_with_one_tile_says_what_to_do():
     with pytest.raises(UnfinishedError, match="out of memory with a single tile: give a smaller tile size"):
-        run(StubHost(see=out_of_memory_above(0)))
+        run(StubHost(model=out_of_memory_above(0)))
 
 
 def broken_at(x, mended=lambda: False):
@@ -268,7 +268,7 @@ def broken_at(x, mended=lambda: False):
 def test_a_tile_that_is_not_a_number_is_done_again_then_kept_from_the_source(order, mended):
     source = Image.new("RGB", (96, 32), "blue")
     source.paste((255, 0, 0), (32, 0, 64, 32))
-    host = StubHost(see=lambda x: 1 - broken_at(x, lambda: mended and host.precise))
+    host = StubHost(model=lambda x: 1 - broken_at(x, lambda: mended and host.precise))
     result = run(host, source, overlap=0, order=order)
     outcome = "was done again in full precision" if mended else "is kept from the source"
     assert result.complete and result.report.lines == [f"tile 2 {outcome}: the model returned NaN"]
@@ -294,15 +294,17 @@ def test_the_noise_of_a_run_that_is_fused_is_the_same_field():
 def test_a_fused_tile_that_is_not_a_number_does_not_spread():
     plan = TilePlan(80, 32, tile=32, overlap=8, order="fused")  # three in a row
     tiles = plan.tiles
-    fused = Fused(plan, tiles, 8, lambda some: Batch(some, [None] * len(some), None), BatchSize(2, None, None), Team())
+    fused = MultiDiffusion(
+        plan, tiles, 8, lambda some: Batch(some, [None] * len(some), None), BatchSize(2, None, None), Team()
+    )
 
-    def see(x, batch):
+    def model(x, batch):
         bad = torch.tensor([tile == tiles[1] for tile in batch.tiles])
         return torch.where(bad[:, None, None, None], torch.nan, x.mean((1, 2, 3), keepdim=True).expand_as(x) + 1)
 
     known = torch.full((1, 1, 4, 10), 7.0)
     x = torch.zeros_like(known)
     for step in (1, 2):
-        x = fused(x, see, lambda: known)
+        x = fused(x, model, lambda: known)
         assert x.isfinite().all() and fused.lost == {tiles[1]}
         assert (x[..., :4] == step).all() and (x[..., 6:] == step).all() and (x[..., 4:6] == 7).all()

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from lib_dinotile.condition.adapter import AdapterCondition
 from lib_dinotile.condition.guidance import PATCHES, Guidance
 from tests.test_adapter import random_adapter
-from tests.test_look import latents
+from tests.test_tile_features import latents
 
 PERCENT = range(101)
 TOTALS = range(1, 151)

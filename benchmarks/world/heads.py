@@ -21,7 +21,7 @@ from lib_dinotile.dino.calibrated import Store
 from lib_dinotile.dino.encoder import PatchEncoder, load_encoder
 from lib_dinotile.dino.field import FeatureField, feature_field
 from lib_dinotile.dino.head import RestorationHead, save_heads
-from lib_dinotile.dino.look import CONTEXT, Look
+from lib_dinotile.dino.tile_features import CONTEXT, TileFeatures
 from lib_dinotile.engine.team import Team
 from lib_dinotile.tiling.plan import Rect
 from lib_dinotile.train.head import prepared_pairs
@@ -77,12 +77,12 @@ def in_windows(
     context: patches around a tile, at least.
     """
     field = FeatureField(result.new_zeros(1, SIDE // PATCH, SIDE // PATCH), (SIDE, SIDE))
-    look = Look(encoder, field, (SIDE, SIDE), layer, context=context)
+    tile_features = TileFeatures(encoder, field, (SIDE, SIDE), layer, context=context)
     pixels = torch.stack([result[(slice(None), *tile.slices)] for tile in TILES])
-    windows = look.windows(lambda area: blurred[(slice(None), *area.slices)], TILES, pixels)
+    windows = tile_features.windows(lambda area: blurred[(slice(None), *area.slices)], TILES, pixels)
     features = result.new_empty(encoder.width, SIDE // PATCH, SIDE // PATCH)
-    for tile, seen in zip(TILES, look.features(windows, look.grid(look.window(TILES[0])))):
-        features[(slice(None), *tile.shrink(PATCH).slices)] = seen[(slice(None), *look.own(tile))]
+    for tile, seen in zip(TILES, tile_features.features(windows, tile_features.grid(tile_features.window(TILES[0])))):
+        features[(slice(None), *tile.shrink(PATCH).slices)] = seen[(slice(None), *tile_features.own(tile))]
     return features
 
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from benchmarks.world.scenes import FACTOR, PATCH, SIDE
 from benchmarks.world.textures import CLASSES
 from lib_dinotile.engine.flow import upscale
-from lib_dinotile.engine.host import Batch, See, Views
+from lib_dinotile.engine.host import Batch, Denoise, TiledDenoiser
 from lib_dinotile.hosts.diffusers import DiffusersHost, PixelCodec
 from lib_dinotile.settings import Generation, Settings
 from lib_dinotile.tiling.noise import NoiseField
@@ -42,18 +42,18 @@ def one_hot(classes: Tensor) -> Tensor:
     return F.one_hot(classes[:, ::CODEC, ::CODEC], CLASSES).permute(0, 3, 1, 2).float()
 
 
-class _Told(nn.Module):
+class _ClassInput(nn.Module):
     """A UNet whose further input channels are set beforehand."""
 
     def __init__(self, unet: UNet2DConditionModel) -> None:
         super().__init__()
         self.unet = unet
-        self.told: Tensor | None = None
+        self.classes: Tensor | None = None
         """(k, CLASSES, h, w); None tells it nothing."""
 
     def forward(self, x: Tensor, *arguments: Any, **options: Any) -> Any:
-        told = x.new_zeros(len(x), CLASSES, *x.shape[2:]) if self.told is None else self.told.to(x)
-        return self.unet(torch.cat([x, told], 1), *arguments, **options)
+        classes = x.new_zeros(len(x), CLASSES, *x.shape[2:]) if self.classes is None else self.classes.to(x)
+        return self.unet(torch.cat([x, classes], 1), *arguments, **options)
 
 
 class WorldHost(DiffusersHost):
@@ -65,21 +65,21 @@ class WorldHost(DiffusersHost):
         """class_map: (H, W) int64 over the canvas, what the model is told; None tells it nothing."""
         unet = UNet2DConditionModel.from_pretrained(weights / "unet").float().eval().requires_grad_(False)
         super().__init__(unet, DDIMScheduler.from_pretrained(weights / "scheduler"), PixelCodec(), "world", generation)
-        self.unet = _Told(unet)
+        self.unet = _ClassInput(unet)
         self.class_map = class_map
 
-    def sample(self, latents: Tensor, views: Views, *more: Any) -> Tensor:
-        def told(x: Tensor, see: See, known: Callable[[], Tensor]) -> Tensor:
-            def told_see(tiles: Tensor, batch: Batch) -> Tensor:
-                self.unet.told = None
+    def sample(self, latents: Tensor, tiled: TiledDenoiser, *more: Any) -> Tensor:
+        def conditioned(x: Tensor, model: Denoise, known: Callable[[], Tensor]) -> Tensor:
+            def of_batch(tiles: Tensor, batch: Batch) -> Tensor:
+                self.unet.classes = None
                 if self.class_map is not None:
                     crops = [torch.from_numpy(self.class_map[tile.slices].copy()) for tile in batch.tiles]
-                    self.unet.told = one_hot(torch.stack(crops))
-                return see(tiles, batch)
+                    self.unet.classes = one_hot(torch.stack(crops))
+                return model(tiles, batch)
 
-            return views(x, told_see, known)
+            return tiled(x, of_batch, known)
 
-        return super().sample(latents, told, *more)
+        return super().sample(latents, conditioned, *more)
 
 
 def as_image(pixels: Tensor) -> Image.Image:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from lib_dinotile.cli.common import add_options, head_files, parse_options, quiet_transformers, silenced
 from lib_dinotile.condition.conditioner import Conditioner
-from lib_dinotile.dino.once import models_folder
+from lib_dinotile.dino.locks import models_folder
 from lib_dinotile.engine.flow import analyze, canvas_size
 from lib_dinotile.images import check_writable, read_image, write_image
 from lib_dinotile.settings import BOTH, NONE, SEMANTIC, Settings
@@ -18,7 +18,7 @@ OPTIONS = ("scale", "tile", "overlap", "encoder", "patches", "windows", "head", 
 
 
 def add_arguments(command: argparse.ArgumentParser) -> None:
-    """What the command takes."""
+    """Add the command's arguments."""
     command.add_argument("IN", help="the source image")
     command.add_argument(
         "OUT", help="the semantic map to write; the consistency map goes beside it, with -consistency in its name"

@@ -12,13 +12,13 @@ from lib_dinotile.dino.calibrated import Pictures, Store
 from lib_dinotile.dino.calibration import FOLDS, SCALES
 from lib_dinotile.dino.checkpoint import automatic_encoder
 from lib_dinotile.dino.encoder import load_encoder
-from lib_dinotile.dino.once import models_folder
+from lib_dinotile.dino.locks import models_folder
 from lib_dinotile.settings import AUTOMATIC
 from lib_dinotile.weights import check_out
 
 
 def add_arguments(command: argparse.ArgumentParser) -> None:
-    """What the command takes."""
+    """Add the command's arguments."""
     command.add_argument(
         "--dino",
         metavar="NAME",

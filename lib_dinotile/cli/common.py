@@ -1,4 +1,4 @@
-"""What the commands share."""
+"""Functions that the commands share."""
 
 from __future__ import annotations
 
@@ -41,7 +41,8 @@ def parse_options(table: type[Options], arguments: argparse.Namespace) -> Any:
 
 @contextlib.contextmanager
 def silenced() -> Iterator[None]:
-    """What C libraries write of damaged files to the process's stderr goes nowhere: one line of ours says it."""
+    """While open, C libraries' messages about damaged files to the process's stderr are dropped: one line of ours
+    says it."""
     if sys.stderr is None:
         yield
         return

@@ -7,12 +7,12 @@ import dataclasses
 import json
 
 from lib_dinotile.dino.calibrated import Store
-from lib_dinotile.dino.once import models_folder
+from lib_dinotile.dino.locks import models_folder
 from lib_dinotile.dino.state import states
 
 
 def add_arguments(command: argparse.ArgumentParser) -> None:
-    """What the command takes."""
+    """Add the command's arguments."""
     command.add_argument("--json", action="store_true", help="as one line of JSON, for programs")
     command.set_defaults(run=run)
 

@@ -10,13 +10,13 @@ from lib_dinotile.condition.description import describe, lines
 
 
 def add_arguments(command: argparse.ArgumentParser) -> None:
-    """What the command takes."""
+    """Add the command's arguments."""
     command.add_argument("FILE", help="an adapter, or restoration heads")
     command.add_argument("--json", action="store_true", help="as one line of JSON, for programs")
     command.set_defaults(run=run)
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """What a file of weights says of itself."""
-    told = describe(Path(arguments.FILE))
-    print(json.dumps(told) if arguments.json else "\n".join(lines(told)))
+    """Print the description of a file of weights."""
+    description = describe(Path(arguments.FILE))
+    print(json.dumps(description) if arguments.json else "\n".join(lines(description)))

@@ -11,7 +11,7 @@ from lib_dinotile.train.options import Training
 
 
 def add_arguments(command: argparse.ArgumentParser) -> None:
-    """What the command takes."""
+    """Add the command's arguments."""
     command.add_argument(
         "--images", required=True, metavar="FOLDER", help="photos, with captions in .txt files or none"
     )

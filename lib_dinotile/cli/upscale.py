@@ -20,7 +20,7 @@ from lib_dinotile import DinotileError, __version__
 from lib_dinotile.cli.common import add_options, head_files, parse_options, quiet_transformers, silenced
 from lib_dinotile.condition.conditioner import MINI, Conditioner
 from lib_dinotile.dino.calibrated import Store
-from lib_dinotile.dino.once import models_folder
+from lib_dinotile.dino.locks import models_folder
 from lib_dinotile.engine.flow import UnfinishedError, canvas_size, upscale
 from lib_dinotile.engine.journal import open_journal
 from lib_dinotile.engine.team import Team, make_team
@@ -34,7 +34,7 @@ RECIPE = "dinotile recipe"
 
 
 def add_arguments(command: argparse.ArgumentParser) -> None:
-    """What the command takes."""
+    """Add the command's arguments."""
     command.add_argument("IN", help="an image, or a folder of images")
     command.add_argument("OUT", help="the file to write, or a folder")
     command.add_argument("--quiet", action="store_true", help="say nothing but what goes wrong")
@@ -98,16 +98,16 @@ def run(arguments: argparse.Namespace) -> None:
     conditioner = Conditioner.load(
         settings, host, adapters, models_folder("encoders"), head_files(settings), store=Store(progress=getting_ready)
     )
-    used = conditioner.used if conditioner else settings
+    resolved = conditioner.resolved if conditioner else settings
 
     def make(source: Path, target: Path) -> None:
-        told: list[str] = []
+        notes: list[str] = []
         with silenced():
-            image = read_image(source, tell=told.append)
-        say(*(f"{source.name} {line}" for line in told))
+            image = read_image(source, tell=notes.append)
+        say(*(f"{source.name} {line}" for line in notes))
         size = canvas_size(image.size, settings, (generation.width, generation.height))
         check_writable(target, size)
-        recipe = _recipe(used, generation, source, conditioner and conditioner.encoder.fingerprint)
+        recipe = _recipe(resolved, generation, source, conditioner and conditioner.encoder.fingerprint)
         if arguments.resume and _is_done(target, recipe):
             with contextlib.suppress(DinotileError):  # tiles of another recipe are not this image's
                 open_journal(target, recipe, True, sharing).close()
@@ -125,8 +125,8 @@ def run(arguments: argparse.Namespace) -> None:
             if not error.result.painted or sharing.rank > 0:
                 raise
             where, kept = journal.kept, target.with_stem(target.stem + "-unfinished")
-            with contextlib.suppress(DinotileError):  # for want of space, say, and that is told already
-                parameters = _parameters(used, generation, size, error.result.report.lines)
+            with contextlib.suppress(DinotileError):  # for want of space, say, and that is said already
+                parameters = _parameters(resolved, generation, size, error.result.report.lines)
                 write_image(error.result.image, kept, {"parameters": parameters})
                 where = f" (kept in {kept}; --resume goes on with it)"
             raise UnfinishedError(error.__cause__, error.result, where) from error.__cause__
@@ -134,7 +134,7 @@ def run(arguments: argparse.Namespace) -> None:
             try:  # the image last: once it is there --resume makes nothing any more
                 for name, picture in result.maps.items():
                     write_image(picture, target.with_name(f"{target.stem}-{name}.png"), {})
-                parameters = _parameters(used, generation, size, result.report.lines)
+                parameters = _parameters(resolved, generation, size, result.report.lines)
                 write_image(result.image, target, {"parameters": parameters, RECIPE: _digest(recipe)})
             except DinotileError as error:
                 raise DinotileError(f"{error}{journal.kept}", error.status_code) from error
@@ -196,7 +196,7 @@ def _jobs(source: Path, target: Path) -> list[tuple[Path, Path]]:
 
 
 def _parameters(settings: Settings, generation: Generation, size: tuple[int, int], notes: Sequence[str]) -> str:
-    """What the WebUIs write into a PNG, in their form; notes: what there is to say of the tiles."""
+    """PNG info in the WebUIs' form; notes: on the tiles."""
     values = {
         "Steps": generation.steps,
         "Sampler": "DPM++ 2M",

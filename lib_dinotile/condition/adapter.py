@@ -23,7 +23,7 @@ NORM_GROUPS = 8
 
 @dataclass(frozen=True)
 class AdapterConfig:
-    """What is needed to build an adapter; written into its file."""
+    """Configuration that an adapter is built from; written into its file."""
 
     base: str
     """The family of checkpoints it belongs to: `sd15`, `sd2`, `sdxl`, `mini` ..."""

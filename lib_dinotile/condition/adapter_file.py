@@ -35,10 +35,10 @@ def save_adapter(
     config = adapter.config
     if config.restored and config.layer not in (heads or {}):
         raise ValueError(f"the adapter reads layer {config.layer} through a head that is not given")
-    packed, told = pack(heads) if heads else ({}, {})
+    packed, described = pack(heads) if heads else ({}, {})
     metadata = {
         **extra,
-        **told,
+        **described,
         "format": FORMAT,
         "version": str(VERSION),
         "base": config.base,
@@ -77,7 +77,7 @@ def _config(metadata: dict[str, str], path: Path) -> AdapterConfig:
 
 
 def read_metadata(path: Path) -> dict[str, str]:
-    """What a safetensors file says of itself, without reading its tensors. DinotileError if it is none."""
+    """Metadata of a safetensors file, without reading its tensors. DinotileError if it is none."""
     try:
         with open_tensors(path) as file:
             return file.metadata() or {}
@@ -86,7 +86,7 @@ def read_metadata(path: Path) -> dict[str, str]:
 
 
 def read_config(path: Path) -> AdapterConfig:
-    """What kind of adapter is in a file. DinotileError if it is no adapter."""
+    """The configuration of the adapter in a file. DinotileError if it is no adapter."""
     return _config(read_metadata(path), path)
 
 

@@ -1,4 +1,4 @@
-"""From names in the settings to what looks at a source: adapter, guidance and guard."""
+"""From names in the settings to everything that uses DINO features: adapter, guidance and guard."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ from lib_dinotile.dino.checkpoint import CONFIG, WEIGHTS, automatic_encoder, loc
 from lib_dinotile.dino.encoder import BUILT_IN, KNOWN, Facet, PatchEncoder, encoder_dtype, installed, load_encoder
 from lib_dinotile.dino.field import FeatureField
 from lib_dinotile.dino.head import Floor, RestorationHead, forget_heads, heads_in
-from lib_dinotile.dino.look import Look
-from lib_dinotile.dino.once import Progress
+from lib_dinotile.dino.locks import Progress
+from lib_dinotile.dino.tile_features import TileFeatures
 from lib_dinotile.settings import AUTOMATIC, BOTH, DECODERS, NONE, SEMANTIC, Settings
 from lib_dinotile.tiling.canvas import Canvas
 from lib_dinotile.tiling.plan import Rect, TilePlan
@@ -40,7 +40,7 @@ MINI = Path(__file__).parents[1] / "mini"
 
 
 class Model(Protocol):
-    """What conditioning needs to know of a diffusion model; see `Host`."""
+    """The part of a `Host` that conditioning needs."""
 
     base: str
     shape: UNetShape | None
@@ -74,7 +74,7 @@ def _encoder(
 
 @dataclass(frozen=True)
 class Features:
-    """What a source shows, as fields over the canvas; None where nothing asks for it."""
+    """Features of a source as fields over the canvas; None where nothing asks for them."""
 
     adapter: FeatureField | None
     guidance: FeatureField | None
@@ -87,7 +87,7 @@ class Features:
 
 @dataclass(frozen=True)
 class Conditions:
-    """What there is for the tiles of one canvas."""
+    """Conditions of the tiles of one canvas."""
 
     adapted: Callable[[Sequence[Rect], tuple[int, int]], AdapterCondition] | None = None
     """Gives some tiles with this latent (h, w) their residuals."""
@@ -96,7 +96,7 @@ class Conditions:
     shown: FeatureField | None = None
     """For the semantic map."""
     notes: Sequence[str] = ()
-    """What a user should know of it."""
+    """For the user."""
 
 
 class Conditioner:
@@ -129,7 +129,7 @@ class Conditioner:
         trusted: bool = True,
         store: Store | None = None,
     ) -> Conditioner | None:
-        """What `settings` ask for, or None if they ask for nothing that looks at the source.
+        """As `settings` ask for it, or None if nothing in them uses DINO features.
 
         adapters, heads: names and files to choose from; encoders: folder of installed encoders; store: of calibrated
         heads. Unless `trusted`, an encoder is one of those or a published one, never a path. DinotileError, before a
@@ -153,7 +153,7 @@ class Conditioner:
         dtype = encoder_dtype(device, host.dtype)
         store = store or Store()
         named = config.encoder if config else None
-        encoder = _eye(settings, named, encoders, device, dtype, trusted, store.progress)
+        encoder = _encoder_for(settings, named, encoders, device, dtype, trusted, store.progress)
         if settings.guidance and settings.layer > encoder.depth:
             raise DinotileError(f"layer: encoder {encoder.id!r} has {encoder.depth} layers, give at most that")
         adapter, head, own = None, None, None
@@ -185,12 +185,12 @@ class Conditioner:
         store = store or Store()
         own = None if settings.adapter == NONE else chosen("adapter", settings.adapter, adapters or {})
         named = read_config(own).encoder if own else None
-        encoder = _eye(settings, named, encoders, torch.device(device), dtype, trusted, store.progress)
+        encoder = _encoder_for(settings, named, encoders, torch.device(device), dtype, trusted, store.progress)
         found = heads_for(settings, encoder, heads or {}, own, store)
         return cls(dataclasses.replace(settings, guidance=0.0), encoder, heads=found)
 
     @property
-    def used(self) -> Settings:
+    def resolved(self) -> Settings:
         """The settings for PNG info, with what Automatic stood for: on another machine it may stand for something else.
 
         A head that stays Automatic is the one in the adapter's file.
@@ -203,21 +203,21 @@ class Conditioner:
 
     @property
     def notes(self) -> list[str]:
-        """What a user should know of what looked at the source."""
-        told = [f"encoder: {self.encoder.id}"]
+        """Notes for the user: encoder, heads and decoder in use."""
+        notes = [f"encoder: {self.encoder.id}"]
         # Also where it was named, or PNG info would not give itself again.
         if self.encoder.id == BUILT_IN and self._adapter is None:
-            told = ["encoder: the small built-in one; install a DINOv2 for better features, see DINO encoder"]
+            notes = ["encoder: the small built-in one; install a DINOv2 for better features, see DINO encoder"]
         if self._steers or self._settings.judges:
-            told += self._heads.notes
+            notes += self._heads.notes
         if self._rests:
-            told.append(
+            notes.append(
                 "guidance is off: without a restoration head it could only keep the blur; choose Restoration head "
                 f"{AUTOMATIC}"
             )
         elif self._decoder:
-            told.append(f"guidance decoder: {self._decoder[0]}")
-        return told
+            notes.append(f"guidance decoder: {self._decoder[0]}")
+        return notes
 
     @property
     def _steers(self) -> bool:
@@ -279,7 +279,7 @@ class Conditioner:
         return AdapterCondition(self._adapter, crops, latent, settings.strength, settings.start, settings.end)
 
     def conditions(self, source: Image.Image, features: Features, canvas: Canvas, plan: TilePlan) -> Conditions:
-        """What the tiles of a canvas are told, steered by and judged by."""
+        """Adapter, guidance and guard for the tiles of a canvas."""
         settings = self._settings
         adapted, guidance, guard = None, None, None
         if self._adapter:
@@ -287,7 +287,7 @@ class Conditioner:
         if features.guidance:
             layer, facet = self._guided
             guidance = Guidance(
-                Look(self.encoder, features.guidance, plan.padded, layer, facet, GUIDANCE_CONTEXT),
+                TileFeatures(self.encoder, features.guidance, plan.padded, layer, facet, GUIDANCE_CONTEXT),
                 self._decoder[1],
                 settings.guidance,
                 settings.guidance_start,
@@ -302,13 +302,13 @@ class Conditioner:
 
     def _guard(self, source: Image.Image, features: Features, canvas: Canvas, plan: TilePlan) -> Guard:
         size, layer = (plan.width, plan.height), self._guarded
-        look = Look(self.encoder, features.guard, plan.padded, layer)
+        tile_features = TileFeatures(self.encoder, features.guard, plan.padded, layer)
         head, strictness = features.heads.get(layer), self._settings.guard_strictness
         if head is not None and head.floor[1] > 0:
-            return Guard(look, canvas, Floor(*head.floor.tolist()), strictness, relative=False)
+            return Guard(tile_features, canvas, Floor(*head.floor.tolist()), strictness, relative=False)
         shrunk = source.resize(rehearsal_size(source.size, size), Image.Resampling.LANCZOS)
         floor = rehearse(features.guard, self._fields(shrunk, size, [(layer, "tokens")], self._patches(size, True))[0])
-        return Guard(look, canvas, floor, strictness, relative=True)
+        return Guard(tile_features, canvas, floor, strictness, relative=True)
 
 
 def _through(head: RestorationHead | None, field: FeatureField | None) -> FeatureField | None:
@@ -319,7 +319,7 @@ def _through(head: RestorationHead | None, field: FeatureField | None) -> Featur
         return FeatureField(head(field.features[None])[0], field.canvas)
 
 
-def _eye(
+def _encoder_for(
     settings: Settings,
     named: str | None,
     folder: Path | None,

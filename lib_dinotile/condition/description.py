@@ -1,4 +1,4 @@
-"""What a file of dinotile's weights says of itself, read from its header alone."""
+"""Descriptions of files of dinotile's weights, read from their headers alone."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ MEASURED = ".floor"
 
 
 def describe(path: Path) -> dict[str, Any]:
-    """What there is to say of an adapter or of restoration heads: plain values, in the order to show them.
+    """Describes an adapter or restoration heads: plain values, in the order to show them.
 
     `made` has the metadata that dinotile itself has no use for, sorted. DinotileError, one line, for any other file.
     """
@@ -48,9 +48,9 @@ def describe(path: Path) -> dict[str, Any]:
     metadata = header.pop("__metadata__", {})
     shapes = {name: tuple(tensor["shape"]) for name, tensor in header.items()}
     if metadata.get("format") == adapter_file.FORMAT:
-        told, known = _adapter(path, metadata, shapes), ADAPTER_KEYS
+        found, known = _adapter(path, metadata, shapes), ADAPTER_KEYS
     elif metadata.get("format") == head.FORMAT:
-        told, known = _heads(path, metadata, shapes), HEAD_KEYS
+        found, known = _heads(path, metadata, shapes), HEAD_KEYS
     else:
         raise DinotileError(
             f"{path.name} holds no weights of dinotile: its metadata names no format {adapter_file.FORMAT!r} or "
@@ -60,12 +60,12 @@ def describe(path: Path) -> dict[str, Any]:
     precision = ", ".join(f"{PRECISIONS[name]} ({name})" if name in PRECISIONS else name for name in found)
     size = round(path.stat().st_size / 1e6, 3)
     made = {key: metadata[key] for key in sorted(metadata.keys() - known)}
-    return {**told, "precision": precision, "megabytes": size, "made": made}
+    return {**found, "precision": precision, "megabytes": size, "made": made}
 
 
-def lines(told: dict[str, Any]) -> list[str]:
-    """What `describe` gave, one line for each."""
-    pairs = [*((name, value) for name, value in told.items() if name != "made"), *told["made"].items()]
+def lines(description: dict[str, Any]) -> list[str]:
+    """A description, one line for each value."""
+    pairs = [*((name, value) for name, value in description.items() if name != "made"), *description["made"].items()]
     width = max(len(name) for name, _ in pairs) + 1
     return [f"{_printable(name + ':'):{width}} {_printable(_text(value))}" for name, value in pairs]
 
@@ -98,8 +98,8 @@ def _header(path: Path) -> dict[str, Any]:
         with path.open("rb") as file:
             return json.loads(file.read(int.from_bytes(file.read(8), "little")))
     except (OSError, SafetensorError, ValueError) as error:
-        told = str(error).splitlines() or [type(error).__name__]
-        raise DinotileError(f"{path.name} cannot be read as a safetensors file: {told[0]}") from error
+        said = str(error).splitlines() or [type(error).__name__]
+        raise DinotileError(f"{path.name} cannot be read as a safetensors file: {said[0]}") from error
 
 
 def _adapter(path: Path, metadata: dict[str, str], shapes: Shapes) -> dict[str, Any]:
@@ -107,7 +107,7 @@ def _adapter(path: Path, metadata: dict[str, str], shapes: Shapes) -> dict[str, 
     inside = PREFIX if "heads" in metadata else None
     own = {name: shape for name, shape in shapes.items() if not (inside and name.startswith(inside))}
     check_shapes(own, shapes_of(lambda: Adapter(config), path.name), path.name)
-    told = {
+    found = {
         "kind": "adapter",
         "base": config.base,
         "encoder": config.encoder,
@@ -121,9 +121,9 @@ def _adapter(path: Path, metadata: dict[str, str], shapes: Shapes) -> dict[str, 
     }
     if inside:
         heads = {name: shape for name, shape in shapes.items() if name not in own}
-        told["heads"] = _layers(path, metadata["heads"], config.features, heads)
-        told["reads through a head"] = "yes" if config.restored else "no"
-    return told
+        found["heads"] = _layers(path, metadata["heads"], config.features, heads)
+        found["reads through a head"] = "yes" if config.restored else "no"
+    return found
 
 
 def _heads(path: Path, metadata: dict[str, str], shapes: Shapes) -> dict[str, Any]:
@@ -136,9 +136,9 @@ def _heads(path: Path, metadata: dict[str, str], shapes: Shapes) -> dict[str, An
         features, encoder, written = int(metadata["features"]), metadata["encoder"], metadata["heads"]
     except DAMAGED as error:
         raise DinotileError(f"{path.name} is damaged: bad head metadata ({error!r})") from error
-    told = _layers(path, written, features, shapes)
-    gain = _gain(metadata, told["layers"])
-    return {"kind": HEADS, "encoder": encoder, "features": features, **told, **({"gain": gain} if gain else {})}
+    found = _layers(path, written, features, shapes)
+    gain = _gain(metadata, found["layers"])
+    return {"kind": HEADS, "encoder": encoder, "features": features, **found, **({"gain": gain} if gain else {})}
 
 
 def _gain(metadata: dict[str, str], layers: list[int]) -> dict[str, str]:

@@ -1,7 +1,7 @@
 """The guard: does a painted tile still show what the source shows?
 
-Its measure is one minus the cosine of `Look`, patch by patch. Features of a sharp picture differ from those of the
-blurred one that it was made from even where both show the same. How much they may differ is told
+Its measure is one minus the cosine of `TileFeatures`, patch by patch. Features of a sharp picture differ from
+those of the blurred one that it was made from even where both show the same. How much they may differ is known
 
 - by the restoration head, if there is one: it was measured when that was trained;
 - else by a rehearsal with this very source: it is shrunk by the scale once more, and how far the source looks from that
@@ -23,7 +23,7 @@ from torch import Tensor
 
 from lib_dinotile.dino.field import FeatureField
 from lib_dinotile.dino.head import Floor
-from lib_dinotile.dino.look import Look
+from lib_dinotile.dino.tile_features import TileFeatures
 from lib_dinotile.tiling.canvas import Canvas
 from lib_dinotile.tiling.plan import Rect
 
@@ -38,7 +38,7 @@ LEAST_SCALE = 1.5
 
 @dataclass
 class Verdict:
-    """What the guard found at a tile and did about it."""
+    """The guard's findings at a tile, and its actions."""
 
     before: float
     """Lowest cosine of two by two patches with the source, as the tile was painted first."""
@@ -58,10 +58,12 @@ class Verdict:
 class Guard:
     """Judges the tiles of one canvas."""
 
-    def __init__(self, look: Look, canvas: Canvas, floor: Floor, strictness: float, relative: bool) -> None:
+    def __init__(
+        self, tile_features: TileFeatures, canvas: Canvas, floor: Floor, strictness: float, relative: bool
+    ) -> None:
         """floor: of what is true; relative: whether also the plain enlarged source must look better. (With a head it
         is no measure: it is as far from what is aimed at as a wrong result.)"""
-        self._look, self._canvas, self._relative = look, canvas, relative
+        self._tile_features, self._canvas, self._relative = tile_features, canvas, relative
         self.limit = floor.limit(strictness)
         """Distance from which on a patch is in doubt."""
 
@@ -71,7 +73,7 @@ class Guard:
         Where the inpaint mask leaves the picture alone, that is what shows.
         """
         shown = torch.stack([self._canvas.crop(tile, image) for tile, image in zip(tiles, pixels)])
-        return 1 - self._look.similarity(self._canvas.crop, tiles, shown).cpu()
+        return 1 - self._tile_features.similarity(self._canvas.crop, tiles, shown).cpu()
 
     def plain(self, tile: Rect) -> Tensor:
         """The distances (h, w) of the plain enlarged source."""
@@ -105,10 +107,10 @@ class Guard:
     def own(self, tile: Rect, distances: Tensor, free: Tensor | None = None) -> Tensor:
         """(h, w), true for the window's patches that are the tile's own to change; all if it may hardly change any."""
         own = torch.zeros(distances.shape, dtype=torch.bool)
-        own[self._look.own(tile)] = True
+        own[self._tile_features.own(tile)] = True
         if free is None:
             return own
-        window = self._look.window(tile)
+        window = self._tile_features.window(tile)
         whole = torch.zeros(window.height, window.width)
         whole[tile.within(window).slices] = free
         mine = own & (F.adaptive_avg_pool2d(whole[None, None], distances.shape)[0, 0] > 0.5)
@@ -116,12 +118,12 @@ class Guard:
 
     def to_pixels(self, tile: Rect, values: Tensor, mode: str = "bilinear") -> Tensor:
         """Values (h, w) of a window's patches, at the pixels (H, W) of the tile."""
-        return self._look.to_pixels(tile, values, mode)
+        return self._tile_features.to_pixels(tile, values, mode)
 
     def area(self, tile: Rect, patches: Tensor) -> Tensor:
         """(1, H, W) in [0, 1], on the canvas's device: 1 for the pixels of these patches (h, w) of the window, fading
         out over half of one."""
-        return self._look.to_pixels(tile, patches.to(self._canvas.device))[None].clamp(max=0.25) * 4
+        return self._tile_features.to_pixels(tile, patches.to(self._canvas.device))[None].clamp(max=0.25) * 4
 
 
 def _blocks(patches: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Training-free guidance: the denoiser's picture is moved towards what the source shows, at some of its steps.
+"""Training-free guidance: the predicted x0 is moved towards what the source shows, at some of its steps.
 
 The gradient is taken with respect to the predicted picture x0, not through the UNet (MPGD, arXiv 2311.16424). As in
 FreeDoM (arXiv 2303.09833) the step's length is a share of another one that the sampler takes anyway; there that is
@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lib_dinotile.condition.steps import first_step, is_between
-from lib_dinotile.dino.look import Look
+from lib_dinotile.dino.tile_features import TileFeatures
 from lib_dinotile.tiling.canvas import Canvas
 from lib_dinotile.tiling.plan import Rect
 
@@ -49,7 +49,7 @@ SPREAD = (0.7548776662466927, 0.5698402909980532)
 class Guidance:
     """How the tiles of a canvas are guided."""
 
-    look: Look
+    tile_features: TileFeatures
     decode: Callable[[Tensor], Tensor]
     """Latents (k, C, h, w) to pixels (k, 3, H, W), about in [0, 1]; gradients work."""
     strength: float
@@ -121,16 +121,17 @@ class Guide:
             return torch.where(moved.isfinite(), moved, x0.float()).to(x0.dtype)
 
     def _step(self, gradient: Tensor, tiles: Sequence[Rect], length: Tensor) -> Tensor:
-        """What x0 is moved by, (k, C, h, w); length (k, 1, 1, 1): its root mean square, where the whole is worth it.
+        """The step that x0 is moved by, (k, C, h, w); length (k, 1, 1, 1): its root mean square, where it is worth
+        all of it.
 
         That is where, going by the gradient, it would bring a patch nearer by `WORTH`; where it would do less, it is
         shorter with the square of that. So what looks right already stays, and so does what the encoder is blind to.
         (Self-similarity has no such unit.)
         """
-        look, views = self._guidance.look, self._guidance.views
+        tile_features, views = self._guidance.tile_features, self._guidance.views
         gradient = torch.where(gradient.isfinite(), gradient, 0.0) / (SCALE * views)
         factor = tiles[0].width / gradient.shape[3]
-        current = _unit(_even(gradient, factor, look.cell))
+        current = _unit(_even(gradient, factor, tile_features.cell))
         direction = current.clone()
         for number, tile in enumerate(tiles):
             if tile in self._directions:
@@ -139,17 +140,17 @@ class Guide:
         step = _unit(direction) * length
         if self._guidance.distance == SELF_SIMILARITY:
             return step
-        patch = (look.cell / factor) ** 2
-        gain = patch * _around((gradient * current).sum(1, keepdim=True), factor, look.cell)
+        patch = (tile_features.cell / factor) ** 2
+        gain = patch * _around((gradient * current).sum(1, keepdim=True), factor, tile_features.cell)
         return step * (gain * length / WORTH).clamp(0, 1) ** 2
 
     def _distance(self, x: Tensor, tiles: Sequence[Rect], step: int) -> Tensor:
         """Summed over patches and tiles, which do not see each other: each has its own gradient."""
-        look, views = self._guidance.look, self._guidance.views
+        tile_features, views = self._guidance.tile_features, self._guidance.views
         measure = _patches if self._guidance.distance == PATCHES else _self_similarity
-        pixels, total = self._guidance.decode(x).to(look.encoder.device).float(), 0.0
+        pixels, total = self._guidance.decode(x).to(tile_features.encoder.device).float(), 0.0
         for view in range(step * views, (step + 1) * views):
-            shifted = look.shifted([view * share % 1 for share in SPREAD])
+            shifted = tile_features.shifted([view * share % 1 for share in SPREAD])
             with torch.no_grad():
                 targets = shifted.targets(tiles).clone()
                 shares = [shifted.share(tile).to(targets) for tile in tiles]

@@ -22,7 +22,7 @@ class Heads(Protocol):
     """Restoration heads for one encoder."""
 
     name: str
-    """What the option `head` calls them, for PNG info."""
+    """Their name as a value of the option `head`, for PNG info."""
 
     def of(self, source: tuple[int, int], canvas: tuple[int, int], layers: Sequence[int]) -> ByLayer:
         """Those for some layers, for a source and a canvas of (width, height). DinotileError if they are not to be
@@ -30,7 +30,7 @@ class Heads(Protocol):
 
     @property
     def notes(self) -> list[str]:
-        """What a user should know of them."""
+        """Notes for the user."""
 
 
 @dataclass(frozen=True)

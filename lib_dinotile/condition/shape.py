@@ -1,4 +1,4 @@
-"""What a UNet expects of residuals: one per skip connection and one for the middle block."""
+"""Shapes of a UNet's residuals: one per skip connection and one for the middle block."""
 
 from __future__ import annotations
 

@@ -42,7 +42,7 @@ def load_blocks(checkpoint: Checkpoint, backend: str) -> tuple[str, nn.ModuleLis
 
 
 def keys(block: nn.Module, tokens: torch.Tensor) -> torch.Tensor:
-    """What a block's attention makes of (N, L, D) for others to find it by, all heads side by side: (N, L, D)."""
+    """Attention keys of a block for tokens (N, L, D), all heads side by side: (N, L, D)."""
     seen = block.norm1(tokens)
     attention = getattr(block, "attn", None)
     if attention is not None:  # timm

@@ -99,6 +99,6 @@ class FeatureCache:
 
 
 def _digest(image: Tensor) -> tuple[object, ...]:
-    """What tells an image from any other: its values' SHA-256, and its shape."""
+    """An image's key: the SHA-256 of its values, and its shape."""
     values = image.detach().float().cpu().contiguous()
     return hashlib.sha256(values.numpy().tobytes()).hexdigest(), tuple(image.shape)

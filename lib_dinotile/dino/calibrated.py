@@ -15,7 +15,7 @@ from lib_dinotile import DinotileError, one_line
 from lib_dinotile.dino.calibration import LAYERS, SCALES, calibrate
 from lib_dinotile.dino.encoder import PatchEncoder
 from lib_dinotile.dino.head import RestorationHead, heads_in, save_heads
-from lib_dinotile.dino.once import Progress, alone, models_folder, unseen
+from lib_dinotile.dino.locks import Progress, locked, models_folder, silent
 from lib_dinotile.images import endings, read_image
 
 PHOTOS = Path(__file__).resolve().parents[1] / "photos"
@@ -64,9 +64,9 @@ class Store:
 
     folder: Path = field(default_factory=default_folder)
     """Where they are kept; made when there is something to keep."""
-    progress: Progress = unseen
+    progress: Progress = silent
     notes: list[str] = field(default_factory=list)
-    """What there is to say of what was done."""
+    """Notes for the user."""
 
     def heads(
         self, encoder: PatchEncoder, scale: float, layers: Sequence[int] = LAYERS
@@ -82,7 +82,7 @@ class Store:
         def waiting() -> None:
             self.progress(f"waiting for another process that gets to know {encoder.id.split('/')[-1]}", 0.0)
 
-        with alone(self.file(encoder, scale).with_suffix(".lock"), waiting):
+        with locked(self.file(encoder, scale).with_suffix(".lock"), waiting):
             found = self.find(encoder, scale, layers)  # another process may have made them
             return self.make(encoder, scale, layers) if found is None else found
 

@@ -23,7 +23,7 @@ from lib_dinotile.dino.degradation import degrade
 from lib_dinotile.dino.encoder import PatchEncoder
 from lib_dinotile.dino.field import FeatureField, feature_fields, patch_grid
 from lib_dinotile.dino.head import Floor, RestorationHead
-from lib_dinotile.dino.look import Look
+from lib_dinotile.dino.tile_features import TileFeatures
 from lib_dinotile.tiling.canvas import Canvas
 from lib_dinotile.tiling.plan import TilePlan
 
@@ -221,15 +221,17 @@ def true_distances(
     source, sharp = pictures
     plan = TilePlan(*sharp.size, tile or PATCHES // 2 * encoder.patch, 0, factor=1)
     blurred, canvas = Canvas(source.resize(sharp.size, Image.Resampling.LANCZOS), plan), Canvas(sharp, plan)
-    looks = {layer: Look(encoder, FeatureField(tokens, sharp.size), plan.padded) for layer, tokens in wanted.items()}
+    by_layer = {
+        layer: TileFeatures(encoder, FeatureField(tokens, sharp.size), plan.padded) for layer, tokens in wanted.items()
+    }
     found: dict[int, list[Tensor]] = {layer: [] for layer in wanted}
     for area in plan.tiles:
-        look = next(iter(looks.values()))
-        windows = look.windows(blurred.crop, [area], canvas.source(area)[None].to(encoder.device))
-        patches = look.resized(windows, look.grid(look.window(area)))
-        seen = encoder.several(patches, [(layer, "tokens") for layer in looks])
-        for (layer, look), tokens in zip(looks.items(), seen):
-            found[layer].append(_distances(tokens[0], look.targets([area])[0], look.own(area)))
+        tile_features = next(iter(by_layer.values()))
+        windows = tile_features.windows(blurred.crop, [area], canvas.source(area)[None].to(encoder.device))
+        patches = tile_features.resized(windows, tile_features.grid(tile_features.window(area)))
+        seen = encoder.several(patches, [(layer, "tokens") for layer in by_layer])
+        for (layer, tile_features), tokens in zip(by_layer.items(), seen):
+            found[layer].append(_distances(tokens[0], tile_features.targets([area])[0], tile_features.own(area)))
     return {layer: torch.cat(distances) for layer, distances in found.items()}
 
 

@@ -17,7 +17,7 @@ import torch
 
 from lib_dinotile import DinotileError, one_line
 from lib_dinotile.dino import hub
-from lib_dinotile.dino.once import Progress, models_folder, unseen
+from lib_dinotile.dino.locks import Progress, models_folder, silent
 from lib_dinotile.weights import DAMAGED, open_tensors
 
 KNOWN = (
@@ -79,7 +79,7 @@ def automatic_encoder(folder: Path | None) -> str:
     return min(found, key=lambda name: next((n for n, size in enumerate(sizes) if size in name), 9), default=BUILT_IN)
 
 
-def locate(name: str, folder: Path | None, download: bool = True, progress: Progress = unseen) -> tuple[str, Path]:
+def locate(name: str, folder: Path | None, download: bool = True, progress: Progress = silent) -> tuple[str, Path]:
     """(id, checkpoint folder) of an encoder; DinotileError with one line if it is not to be had.
 
     In this order: the built-in encoder; `folder/name` and `folder/<last part of name>`; a local folder of that path;
@@ -121,7 +121,7 @@ def _remedy(name: str, folder: Path) -> str:
     return f"put {CONFIG} and {WEIGHTS} of https://huggingface.co/{name} into {folder / Path(name).name}"
 
 
-def install(name: str, folder: Path, progress: Progress = unseen) -> Path:
+def install(name: str, folder: Path, progress: Progress = silent) -> Path:
     """Puts an encoder of the Hub into the folder of encoders, if it is not there; where it is then.
 
     DinotileError, one line that says which files go where, if it cannot be had.

@@ -38,7 +38,7 @@ PHOTONS = 256
 
 @dataclass(frozen=True)
 class Order:
-    """What one round of blur, resize, noise and JPEG draws from, at severity 1."""
+    """Ranges that one round of blur, resize, noise and JPEG draws from, at severity 1."""
 
     blur_chance: float
     blur: Range

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from lib_dinotile import DinotileError
 from lib_dinotile.dino.backends import keys, load_blocks
 from lib_dinotile.dino.checkpoint import BUILT_IN, KNOWN, Checkpoint, installed, locate, read_checkpoint
-from lib_dinotile.dino.once import Progress, unseen
+from lib_dinotile.dino.locks import Progress, silent
 
 __all__ = [
     "BUILT_IN",
@@ -29,7 +29,7 @@ __all__ = [
 ]
 
 Facet = Literal["tokens", "keys"]
-"""What of a layer: the tokens that it gives out, or the keys of its attention."""
+"""Features of a layer: its output tokens, or the keys of its attention."""
 FACETS = get_args(Facet)
 
 # ImageNet's, as DINOv2 was trained with.
@@ -70,7 +70,7 @@ class PatchEncoder(nn.Module):
     """
 
     id: str
-    """What adapters name: the Hugging Face id; for a local folder its name; `mini` for the built-in encoder."""
+    """Name in adapters: the Hugging Face id; for a local folder its name; `mini` for the built-in encoder."""
     patch: int
     """Pixels along a side of a patch."""
     width: int
@@ -114,7 +114,7 @@ class PatchEncoder(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        """What is computed in; features are float32 all the same."""
+        """Precision of the computation; features are float32 all the same."""
         return self.mean.dtype
 
     def forward(self, pixels: Tensor, layer: int = -1, facet: Facet = "tokens") -> Tensor:
@@ -176,7 +176,7 @@ class PatchEncoder(nn.Module):
         return self._grids[grid]
 
     def _apply(self, fn: Callable[[Tensor], Tensor], *args: Any, **kwargs: Any) -> PatchEncoder:
-        """What `to`, `half` and their like go through."""
+        """Called by `to`, `half` and the like."""
         self._grids.clear()
         with torch.inference_mode(False):
             return super()._apply(fn, *args, **kwargs)
@@ -187,7 +187,7 @@ class PatchEncoder(nn.Module):
 
 
 def encoder_dtype(device: torch.device, dtype: torch.dtype) -> torch.dtype:
-    """What an encoder computes in beside a model of that dtype: the same; on a CPU float32, which is faster there."""
+    """Precision of an encoder beside a model of that dtype: the same; on a CPU float32, which is faster there."""
     return torch.float32 if device.type == "cpu" else dtype
 
 
@@ -206,7 +206,7 @@ def load_encoder(
     device: str | torch.device = "cpu",
     dtype: torch.dtype = torch.float32,
     download: bool = True,
-    progress: Progress = unseen,
+    progress: Progress = silent,
 ) -> PatchEncoder:
     """Load a DINOv2 encoder by name, from safetensors only.
 

@@ -96,10 +96,10 @@ def save_heads(heads: Mapping[int, RestorationHead], path: Path, encoder: str, *
     Layers are counted from the end: -1 is the last; extra: how they were made. OSError if it cannot be written.
     """
     tensors, metadata = pack(heads)
-    told = {**extra, **metadata, "format": FORMAT, "version": VERSION, "encoder": encoder}
+    described = {**extra, **metadata, "format": FORMAT, "version": VERSION, "encoder": encoder}
     part = path.with_name(f"{path.name}.part")
     try:
-        part.write_bytes(save(tensors, told))  # save_file's files are readable by one user only
+        part.write_bytes(save(tensors, described))  # save_file's files are readable by one user only
         os.replace(part, path)
     finally:
         part.unlink(missing_ok=True)

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from lib_dinotile import one_line
-from lib_dinotile.dino.once import Progress, alone
+from lib_dinotile.dino.locks import Progress, locked
 
 STEP = 1 << 18
 """Bytes between two reports of a download, which can be stopped there: huggingface_hub's own 10 MB may take minutes."""
@@ -58,7 +58,7 @@ def download(
     def waiting() -> None:
         progress(f"waiting for another process that downloads {target.name}", 0.0)
 
-    with alone(target.with_name(f".{target.name}.lock"), waiting):
+    with locked(target.with_name(f".{target.name}.lock"), waiting):
         if all((target / file).is_file() for file in files):  # another process has downloaded them
             return target
         kept = cached(name, files)

@@ -1,4 +1,4 @@
-"""Which encoder looks, and what is still to be done before it does."""
+"""The state of encoders: installed or not, calibrated or not."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ MEGABYTES = {"small": 88, "base": 346, "large": 1218}
 
 @dataclass(frozen=True)
 class EncoderState:
-    """What is known of an encoder without loading it."""
+    """An encoder's state, found without loading it."""
 
     name: str
     installed: bool
@@ -46,7 +46,7 @@ def state_of(name: str, folder: Path, store: Store) -> EncoderState:
     try:
         identity, place = locate(name, folder, download=False)
         scales = store.scales(identity, fingerprint(place))
-    except (DinotileError, OSError):  # why, is said where it is used
+    except (DinotileError, OSError):  # the reason is shown when it is used
         return EncoderState(name, False, [], False)
     return EncoderState(name, True, scales, name == automatic_encoder(folder))
 

@@ -1,4 +1,4 @@
-"""What the engine asks of whatever runs the diffusion model."""
+"""The interface between the engine and a host, which runs the diffusion model."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Interrupted(Exception):
 
 
 class Residuals(Protocol):
-    """What a host asks for at every step of a batch of k tiles."""
+    """Residuals for the UNet, asked for at every step of a batch of k tiles."""
 
     def residuals(self, sigma: float, progress: float) -> list[Tensor] | None:
         """For every slot of the UNet's shape a tensor (k, C, h / s, w / s) to be added there, or None for this step.
@@ -37,10 +37,10 @@ class Residuals(Protocol):
 
 
 class Steering(Protocol):
-    """What a host lets change the picture that the model predicts for a batch of k tiles."""
+    """Changes the x0 that the model predicts for a batch of k tiles."""
 
     def __call__(self, x0: Tensor, step: int, total: int, chosen: Sequence[int] | None = None) -> Tensor | None:
-        """The predicted picture, as latents (k, C, h, w), moved; None if this step (from 0) of so many is left alone.
+        """The predicted x0 (k, C, h, w), moved; None if this step (from 0) of so many is left alone.
 
         chosen: numbers of the tiles in the batch that it shows, if not all. It may be called under inference mode.
         """
@@ -53,19 +53,19 @@ class Batch:
     tiles: Sequence[Rect]
     """Where they lie on the canvas, in pixels."""
     prompts: Sequence[str | None]
-    """What each of them is told; None is the main prompt."""
+    """Their prompts; None is the main prompt."""
     condition: Residuals | None
     guide: Steering | None = None
 
 
-See = Callable[[Tensor, Batch], Tensor]
+Denoise = Callable[[Tensor, Batch], Tensor]
 """The model's output (k, C, h, w) at the current step for the noisy latents (k, C, h, w) of a batch."""
 
 
-class Views(Protocol):
-    """How the model looks at the latents that are sampled: through tiles."""
+class TiledDenoiser(Protocol):
+    """Denoises the latents that are sampled, tile by tile."""
 
-    whole: bool
+    is_batch: bool
     """Whether the latents are one batch of tiles, and not a canvas."""
     pixels: Callable[[], Tensor] | None
     """Gives the pixels (k, 3, H, W) that the tiles of the batch start from; None for a canvas."""
@@ -76,9 +76,9 @@ class Views(Protocol):
     conditioned: bool
     """Whether the batches have conditions."""
     prompts: Sequence[str]
-    """What some of the tiles are told instead of the main prompt."""
+    """All prompts of tiles besides the main prompt."""
 
-    def __call__(self, x: Tensor, see: See, known: Callable[[], Tensor]) -> Tensor:
+    def __call__(self, x: Tensor, model: Denoise, known: Callable[[], Tensor]) -> Tensor:
         """The model's output for all of x, at one step.
 
         known: gives what the output is where the picture stays as it is, of x's shape.
@@ -99,7 +99,7 @@ class Host(Protocol):
     base: str
     """The family of the checkpoint, as adapters name it: `sd15`, `sd2`, `sdxl`, `mini` ..."""
     shape: UNetShape | None
-    """What residuals the UNet takes; None if it takes none."""
+    """Shape of the residuals that the UNet takes; None if it takes none."""
     device: torch.device
     """Where all but the canvas is."""
     dtype: torch.dtype
@@ -122,7 +122,7 @@ class Host(Protocol):
         """Names that `caption` takes."""
 
     def caption(self, images: Sequence[Image.Image], interrogator: str) -> list[str]:
-        """What each of the RGB images shows, in words."""
+        """A caption of each of the RGB images."""
 
     def encode(self, pixels: Tensor) -> Tensor:
         """Pixels to latents."""
@@ -130,7 +130,7 @@ class Host(Protocol):
     def sample(
         self,
         latents: Tensor,
-        views: Views,
+        tiled: TiledDenoiser,
         noise: TileNoise,
         canvas: tuple[int, int],
         denoise: float | None = None,
@@ -138,7 +138,7 @@ class Host(Protocol):
     ) -> Tensor:
         """img2img on latents (n, C, h, w): noise them, denoise them. `Interrupted` if the user stopped it on the way.
 
-        views: the tiles through which the model sees them; canvas: (width, height) of the whole in pixels, for what the
+        tiled: the tiles through which the model sees them; canvas: (width, height) of the whole in pixels, for what the
         host keeps for it; denoise: denoising strength, if not the generation's own; mask (n, 1, h, w): 1 where the
         latents may change, 0 where they stay, in between how far. The result may hold what is not finite where the
         model gave that.

@@ -20,7 +20,7 @@ from lib_dinotile.tiling.plan import Rect
 from lib_dinotile.weights import open_tensors
 
 RECIPE, TILES = "recipe.json", "pass*-x*-y*.safetensors"
-TOLD = 3
+MOST = 3
 """How many differences from another run's settings are named."""
 
 
@@ -60,10 +60,10 @@ class Journal:
         now = self._recipe
         other = [name for name in {**now, **before} if before.get(name) != now.get(name)]
         if other:
-            told = [_difference(name, before.get(name), now.get(name)) for name in other[:TOLD]]
-            more = f" and {len(other) - TOLD} more" if len(other) > TOLD else ""
+            differing = [_difference(name, before.get(name), now.get(name)) for name in other[:MOST]]
+            more = f" and {len(other) - MOST} more" if len(other) > MOST else ""
             raise DinotileError(
-                f"{self._folder} holds tiles painted with another {', '.join(told)}{more}: --resume with the same "
+                f"{self._folder} holds tiles painted with another {', '.join(differing)}{more}: --resume with the same "
                 "settings goes on with them; to start anew, delete it or give another OUT"
             )
         if not resume:

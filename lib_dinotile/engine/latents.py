@@ -19,7 +19,7 @@ CACHE = 128 * 2**20
 
 
 class SourceLatents:
-    """What the tiles of a pass start from, as latents. However tiles overlap, a pixel is not encoded for each anew."""
+    """Latents that the tiles of a pass start from. However tiles overlap, a pixel is not encoded for each anew."""
 
     def __init__(self, host: Host, canvas: Canvas, area: Rect, size: PieceSize, note: Callable[[str], None]) -> None:
         """area: of the canvas, on the latent grid; note: tells the user. Nothing is encoded before it is asked for."""

@@ -47,7 +47,7 @@ def principal_colours(features: Tensor) -> Tensor:
 
 
 def semantic_map(image: Image.Image, field: FeatureField, plan: TilePlan) -> Image.Image:
-    """What the encoder sees in the source: its features as colours over the picture (RGB), with the tiles' borders.
+    """The source's features as colours over the picture (RGB), with the tiles' borders.
 
     image: the upscaled source, or the result, of any size.
     """

@@ -1,4 +1,4 @@
-"""What is tried when a model runs out of memory or returns NaN: fewer tiles, smaller pieces, full precision."""
+"""Second attempts when a model runs out of memory or returns NaN: fewer tiles, smaller pieces, full precision."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from lib_dinotile.tiling.plan import Grid, Rect, Size, fewest
 T = TypeVar("T")
 
 PIECE, LEAST, OVERLAP = 640, 256, 64
-"""What is encoded or decoded apart from tiles has at most so many pixels a side, or as many as a tile if that is more;
+"""A piece that is encoded or decoded has at most so many pixels a side, or as many as a tile if that is more;
 if the memory does not hold it, half as many again and again, but no fewer than the second. Neighbours share some."""
 
 

@@ -1,4 +1,4 @@
-"""What earlier tiles have painted, as a later one that overlaps them sees it."""
+"""Pixels and latents that earlier tiles have painted, for later ones that overlap them."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from lib_dinotile.tiling.canvas import Canvas
 from lib_dinotile.tiling.plan import Rect, Tiles
 
 HALF, TRACE = 0.5, 0.02
-"""Shares of a pixel: with more than the first it counts as painted, less than the second tells nothing of it."""
+"""Shares of a pixel: with more than the first it counts as painted, less than the second counts as nothing."""
 
 
 @dataclass(frozen=True)
-class Seen:
-    """What neighbours show of one tile."""
+class PaintedNeighbours:
+    """The part of one tile that neighbours have painted."""
 
     change: Tensor
     """(3, H, W): what they add to the source's pixels, as if with full weight."""
@@ -48,8 +48,8 @@ class Neighbours:
                 part = tile.intersection(other).within(tile).shrink(self._factor)
                 self._sampled.setdefault(other, []).append((tile, part.of(latents).clone()))
 
-    def seen(self, tile: Rect) -> Seen | None:
-        """What the tiles painted so far show of this one, if anything."""
+    def of(self, tile: Rect) -> PaintedNeighbours | None:
+        """The part of this tile that is painted so far, if any."""
         neighbours = self._sampled.get(tile)
         if not neighbours:
             return None
@@ -73,4 +73,4 @@ class Neighbours:
         known = share > TRACE
         hold = (share / HALF).clamp_(max=1).mul_(known)
         change = self._canvas.change(tile).mul_(known / share.clamp_(min=TRACE))
-        return Seen(change, hold, latents, held)
+        return PaintedNeighbours(change, hold, latents, held)

@@ -12,12 +12,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lib_dinotile.condition.conditioner import Conditions
+from lib_dinotile.engine.denoisers import TileBatch
 from lib_dinotile.engine.host import Batch, Host
 from lib_dinotile.engine.memory import BatchSize, is_out_of_memory
-from lib_dinotile.engine.neighbours import Seen
+from lib_dinotile.engine.neighbours import PaintedNeighbours
 from lib_dinotile.engine.prompts import TilePrompts
 from lib_dinotile.engine.report import Report
-from lib_dinotile.engine.views import Whole
 from lib_dinotile.settings import Settings
 from lib_dinotile.tiling.canvas import Canvas
 from lib_dinotile.tiling.colour import correct
@@ -44,20 +44,20 @@ class PaintedTile:
 
 
 @dataclass
-class Painted:
-    """What became of a batch of tiles."""
+class PaintedBatch:
+    """The outcome of a batch of tiles."""
 
     tiles: list[PaintedTile] = field(default_factory=list)
     """As many as were done."""
     notes: Sequence[str] = ()
     error: BaseException | None = None
-    """What broke it off."""
+    """The error that broke it off."""
     kept: bool = False
     """Whether the journal has them already."""
     seconds: float | None = None
     """How long a tile took, where they were not kept."""
 
-    def to(self, device: torch.device | str) -> Painted:
+    def to(self, device: torch.device | str) -> PaintedBatch:
         """The same on a device."""
         return replace(self, tiles=[tile.to(device) for tile in self.tiles])
 
@@ -69,8 +69,8 @@ class Attempt:
     noise: NoiseField
     denoise: float | None = None
     """Denoising strength, if not the generation's own."""
-    seen: Mapping[Rect, Seen | None] = field(default_factory=dict)
-    """What of a tile is painted already, and is to stay."""
+    neighbours: Mapping[Rect, PaintedNeighbours | None] = field(default_factory=dict)
+    """By tile, the part that is painted already and is to stay."""
     precise: bool = False
     """Whether the host computes in full precision."""
 
@@ -95,7 +95,7 @@ class TilePainter:
         self._conditions, self._prompts, self.source = conditions, prompts, source
         self._size, self._report = size, report
 
-    def paint(self, tiles: Sequence[Rect], attempt: Attempt) -> Painted:
+    def paint(self, tiles: Sequence[Rect], attempt: Attempt) -> PaintedBatch:
         """The tiles painted, some at a time; those that are done if an error breaks it off, and the error.
 
         Where neighbours have painted already a tile sees that, and holds on to it; everywhere else it starts from the
@@ -105,32 +105,32 @@ class TilePainter:
         done: list[PaintedTile] = []
         known, began = len(self._report.notes), time.perf_counter()
 
-        def painted(error: BaseException | None = None) -> Painted:
+        def painted(error: BaseException | None = None) -> PaintedBatch:
             seconds = (time.perf_counter() - began) / max(1, len(done))
-            return Painted(done, self._report.notes[known:], error, seconds=seconds)
+            return PaintedBatch(done, self._report.notes[known:], error, seconds=seconds)
 
         try:
             for part in size.parts(tiles, done):
                 with size.halved(len(part)):
-                    seen = [attempt.seen.get(tile) for tile in part]
-                    latents, mask = self.start(part, seen), self.mask(part, seen)
-                    view = Whole(self.batch(part), partial(self._pixels, part, seen))
+                    neighbours = [attempt.neighbours.get(tile) for tile in part]
+                    latents, mask = self.start(part, neighbours), self.mask(part, neighbours)
+                    tiled = TileBatch(self.batch(part), partial(self._pixels, part, neighbours))
                     noise = TileNoise(attempt.noise, [tile.shrink(host.factor) for tile in part])
-                    sampled = host.sample(latents, view, noise, self._plan.size, attempt.denoise, mask)
-                    done += self._finished(part, seen, sampled, attempt)
+                    sampled = host.sample(latents, tiled, noise, self._plan.size, attempt.denoise, mask)
+                    done += self._finished(part, neighbours, sampled, attempt)
         except (Exception, KeyboardInterrupt) as error:
             return painted(error)
         return painted()
 
     def _finished(
-        self, tiles: Sequence[Rect], seen: Sequence[Seen | None], sampled: Tensor, attempt: Attempt
+        self, tiles: Sequence[Rect], neighbours: Sequence[PaintedNeighbours | None], sampled: Tensor, attempt: Attempt
     ) -> list[PaintedTile]:
         """Sampled latents (k, C, h, w) decoded and finished; what is not finite is painted again in float32, once."""
         pixels = self._host.decode(sampled)
         # One look at the device for all of them. A sum tells whether any is NaN, much faster than a look at each.
         sums = torch.stack([each.flatten(1).sum(1, dtype=torch.float32) for each in (pixels, sampled)])
         done = []
-        for tile, one, image, latents, good in zip(tiles, seen, pixels, sampled, sums.isfinite().all(0).tolist()):
+        for tile, one, image, latents, good in zip(tiles, neighbours, pixels, sampled, sums.isfinite().all(0).tolist()):
             if good:
                 done.append(PaintedTile(self._finish(tile, one, image), latents.half()))
             elif attempt.precise:
@@ -139,7 +139,7 @@ class TilePainter:
                 done.append(self._again(tile, one, attempt))
         return done
 
-    def _again(self, tile: Rect, seen: Seen | None, attempt: Attempt) -> PaintedTile:
+    def _again(self, tile: Rect, neighbours: PaintedNeighbours | None, attempt: Attempt) -> PaintedTile:
         """A tile painted in full precision, or as the source if that is of no use."""
         with self._host.full_precision():
             again = self.paint([tile], replace(attempt, precise=True))
@@ -150,7 +150,7 @@ class TilePainter:
             raise_first([again])
         self._host.free_memory()
         self.tell_nan(tile, mended=False)
-        return PaintedTile(self._finish(tile, seen, self._canvas.source(tile)), self.source(tile).half())
+        return PaintedTile(self._finish(tile, neighbours, self._canvas.source(tile)), self.source(tile).half())
 
     def tell_nan(self, tile: Rect, mended: bool) -> None:
         """Notes that the model returned NaN for a tile, or a part of the picture."""
@@ -166,26 +166,26 @@ class TilePainter:
         latent = tiles[0].height // factor, tiles[0].width // factor
         return Batch(tiles, [self._prompts.of(tile) for tile in tiles], adapted and adapted(tiles, latent), guide)
 
-    def start(self, tiles: Sequence[Rect], seen: Sequence[Seen | None]) -> Tensor:
+    def start(self, tiles: Sequence[Rect], neighbours: Sequence[PaintedNeighbours | None]) -> Tensor:
         """Latents (k, C, h, w) that tiles start from: the source's, and where they hold on to neighbours, theirs."""
         latents = torch.stack([self.source(tile) for tile in tiles])
-        for latent, one in zip(latents, seen):
+        for latent, one in zip(latents, neighbours):
             if one is not None:
                 latent.copy_(torch.where(one.held, one.latents.to(latent), latent))
         return latents
 
-    def _pixels(self, tiles: Sequence[Rect], seen: Sequence[Seen | None]) -> Tensor:
+    def _pixels(self, tiles: Sequence[Rect], neighbours: Sequence[PaintedNeighbours | None]) -> Tensor:
         """The same as pixels (k, 3, H, W)."""
         found = []
-        for tile, one in zip(tiles, seen):
+        for tile, one in zip(tiles, neighbours):
             pixels = self._canvas.source(tile)
             found.append(self._canvas.crop(tile, pixels if one is None else pixels + one.change * one.hold))
         return torch.stack(found)
 
-    def mask(self, tiles: Sequence[Rect], seen: Sequence[Seen | None]) -> Tensor | None:
+    def mask(self, tiles: Sequence[Rect], neighbours: Sequence[PaintedNeighbours | None]) -> Tensor | None:
         """(k, 1, h, w): 1 for latent cells that may change, all those that show any of the mask and are not held."""
         masks = [self._canvas.mask(tile) for tile in tiles]
-        if masks[0] is None and not any(seen):
+        if masks[0] is None and not any(neighbours):
             return None
         factor, device = self._host.factor, self._canvas.device
         free = torch.stack(
@@ -196,28 +196,30 @@ class TilePainter:
                 for tile, mask in zip(tiles, masks)
             ]
         )
-        return torch.stack([cells if one is None else cells * ~one.held for cells, one in zip(free, seen)])
+        return torch.stack([cells if one is None else cells * ~one.held for cells, one in zip(free, neighbours)])
 
-    def _finish(self, tile: Rect, seen: Seen | None, pixels: Tensor) -> Tensor:
+    def _finish(self, tile: Rect, neighbours: PaintedNeighbours | None, pixels: Tensor) -> Tensor:
         """The change (3, H, W), half precision, from the source to pixels in the source's colours.
 
         What was painted already comes as it is.
         """
-        source, own = self._canvas.source(tile), None if seen is None else seen.hold[0] < 1
+        source, own = self._canvas.source(tile), None if neighbours is None else neighbours.hold[0] < 1
         change = correct(pixels.clamp(0, 1), source, self._settings.colour, own).sub_(source)
-        return (change if seen is None else torch.lerp(change, seen.change, seen.hold)).half()
+        return (change if neighbours is None else torch.lerp(change, neighbours.change, neighbours.hold)).half()
 
-    def holding(self, tile: Rect, pixels: Tensor, hold: Tensor) -> Seen:
-        """What is to stay of a tile that shows these pixels (3, H, W), as if neighbours had painted it.
+    def holding(self, tile: Rect, pixels: Tensor, hold: Tensor) -> PaintedNeighbours:
+        """A part of a tile with these pixels (3, H, W) that is to stay, as if neighbours had painted it.
 
         hold (1, H, W) in [0, 1]: 1 for what is to stay.
         """
         latents = self._host.encode(pixels[None])[0]
         latents = torch.where(latents.isfinite(), latents, self.source(tile).to(latents))
-        return Seen(pixels - self._canvas.source(tile), hold, latents, F.max_pool2d(1 - hold, self._host.factor) < 0.5)
+        return PaintedNeighbours(
+            pixels - self._canvas.source(tile), hold, latents, F.max_pool2d(1 - hold, self._host.factor) < 0.5
+        )
 
 
-def raise_first(painted: Sequence[Painted]) -> None:
+def raise_first(painted: Sequence[PaintedBatch]) -> None:
     """Raises the first error of some batches; none of them holds it any more, so that it can be forgotten."""
     errors = [one.error for one in painted if one.error is not None]
     for one in painted:

@@ -1,4 +1,4 @@
-"""What is painted, one on top of the other."""
+"""The passes over a canvas, one on top of the other."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class Pass:
 
 
 def passes(plan: TilePlan, settings: Settings) -> list[tuple[Tiles, Blend, float | None]]:
-    """What is painted, one on top of the other: the plan, and the seam pass over it; weights and denoising strength."""
+    """The plan, and the seam pass over it, with their weights and denoising strength."""
     seams = seam_passes(plan, settings.seams, settings.seam_width)
     first = [] if settings.order == "none" else [(plan, Blend(plan, RIM), None)]
     return first + [(grid, blend, settings.seam_denoise) for grid, blend in seams]

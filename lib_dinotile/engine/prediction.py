@@ -1,4 +1,4 @@
-"""What a diffusion model predicts and the clean latents x0, each from the other.
+"""A diffusion model's prediction and the clean latents x0, each from the other.
 
 A noisy latent is x = alpha * x0 + sigma * noise. Variance-preserving models (Stable Diffusion) have
 alpha^2 + sigma^2 = 1, rectified flow (arXiv 2209.03003) has alpha + sigma = 1.
@@ -65,7 +65,7 @@ def to_x0(x: Tensor, prediction: Tensor, alpha: Tensor, sigma: Tensor, kind: str
 
 
 def from_x0(x: Tensor, x0: Tensor, alpha: Tensor, sigma: Tensor, kind: str) -> Tensor:
-    """What a model predicts at the noisy latents x (k, C, h, w) if it takes x0 for the clean ones.
+    """The prediction at the noisy latents x (k, C, h, w) for which x0 would be the clean ones.
 
     The inverse of `to_x0`, which has the formulae; with x0 it is noise = (x - alpha * x0) / sigma, and so, but for
     `sample`, not finite where sigma is 0. Computed in float32, given back in x's dtype. ValueError for any other kind.

@@ -8,14 +8,14 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Progress:
-    """What a host shows while the next tiles are sampled."""
+    """Progress to show while the next tiles are sampled."""
 
     done: float = 0.0
     """Share of the run's work, in [0, 1], that is done."""
     ahead: float = 0.0
     """The same once the next tiles are sampled."""
     text: str = ""
-    """What is being done, as "painting tiles: 4 of 15"."""
+    """The current work, as "painting tiles: 4 of 15"."""
 
     def at(self, share: float) -> float:
         """The run's share when this share of the next tiles' sampling is done."""

@@ -1,4 +1,4 @@
-"""What single tiles are told instead of the main prompt."""
+"""Prompts of single tiles."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def check_prompts(host: Host, plan: TilePlan, settings: Settings) -> None:
 
 
 def _told(host: Host, settings: Settings, own: str | None) -> str | None:
-    """What a tile with these words of its own is told; None for the main prompt."""
+    """The prompt of a tile with these words of its own; None for the main prompt."""
     own = ", ".join(filter(None, (settings.tile_prompt, own)))
     if not own or settings.tile_prompt_mode == "replace":
         return own or None
@@ -47,7 +47,7 @@ class TilePrompts:
                 tile.prompt = caption
 
     def of(self, area: Rect) -> str | None:
-        """What a tile there is told, or None for the main prompt; one of another plan has the words of the nearest."""
+        """The prompt of a tile, or None for the main one; a tile of another plan has that of the nearest."""
         if not self._tiles:
             return None
         nearest = self._report.of(area) or min(self._tiles, key=lambda tile: _distance(tile.area, area))

@@ -1,4 +1,4 @@
-"""What became of every tile, for the user to read."""
+"""The outcome of every tile, for the user to read."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class TileReport:
     """From 1, row by row."""
     area: Rect
     prompt: str | None = None
-    """What it was told of its own: a caption or the user's words."""
+    """Its own prompt: a caption or the user's words."""
     state: str = WAITING
     seconds: float | None = None
     """How long it took, a share of its batches' time; None if it was kept from an earlier run."""
@@ -41,7 +41,7 @@ class Report:
     """Cosine below which the guard may doubt a patch."""
 
     retried: float | None = None
-    """What the guard's retries have cost, as a share of the sampling work without them."""
+    """Cost of the guard's retries, as a share of the sampling work without them."""
 
     def __post_init__(self) -> None:
         self._by_area = {tile.area: tile for tile in self.tiles}
@@ -54,7 +54,7 @@ class Report:
         return (tile for tile in map(self.of, areas) if tile is not None)
 
     def tell(self, tiles: Sequence[Rect], notes: Sequence[str], seconds: float | None) -> None:
-        """What there is to say of tiles that were painted, once more perhaps; seconds: that each has taken."""
+        """Add the notes of tiles that were painted, once more perhaps; seconds: that each has taken."""
         for tile in self._each(tiles):
             if seconds is not None:
                 tile.seconds = (tile.seconds or 0.0) + seconds
@@ -81,18 +81,18 @@ class Report:
 
     @property
     def prompts(self) -> str:
-        """What tiles were told of their own, one line each, as the option `tile_prompts` takes them."""
+        """The tiles' own prompts, one line each, as the option `tile_prompts` takes them."""
         return "\n".join(f"{tile.number}: {tile.prompt}" for tile in self.tiles if tile.prompt)
 
     @property
     def lines(self) -> list[str]:
-        """All of it that is worth telling in words."""
-        told = [f"tiles passed over as flat: {ranges(self.numbers(FLAT))}"] if self.numbers(FLAT) else []
-        return told + self._guarded + self.notes
+        """All notes for the user."""
+        flat = [f"tiles passed over as flat: {ranges(self.numbers(FLAT))}"] if self.numbers(FLAT) else []
+        return flat + self._guarded + self.notes
 
     @property
     def _guarded(self) -> list[str]:
-        """What the guard found, in a line."""
+        """The guard's findings, in a line."""
         judged = {tile.number: tile.verdict for tile in self.tiles if tile.verdict is not None}
         if not judged:
             return []
@@ -103,8 +103,8 @@ class Report:
         left = [number for number, verdict in doubted.items() if verdict.doubt_after and not verdict.blended]
         mended = [number for number in doubted if number not in blended and number not in left]
         outcomes = (("mended by painting again", mended), ("blended back in part", blended), ("still in doubt", left))
-        told = "; ".join(f"{words}: {ranges(numbers)}" for words, numbers in outcomes if numbers)
-        return [f"guard: {len(doubted)} of {len(judged)} tiles were in doubt ({told})"]
+        listed = "; ".join(f"{words}: {ranges(numbers)}" for words, numbers in outcomes if numbers)
+        return [f"guard: {len(doubted)} of {len(judged)} tiles were in doubt ({listed})"]
 
     def json(self) -> dict[str, Any]:
         """All of it."""

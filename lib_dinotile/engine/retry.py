@@ -5,7 +5,7 @@ image does not depend on the machine. All tiles of a pass are judged first; then
 as many as the budget pays for, and what is still in doubt once more. What a pass leaves of its budget the next has too.
 
 Where most tiles are in doubt another seed is no help: then none is painted again, and a note says what to change. Of
-fewer tiles than `FEW` that cannot be told; there the budget alone is the limit.
+fewer tiles than `FEW` that cannot be known; there the budget alone is the limit.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ import torch
 from torch import Tensor
 
 from lib_dinotile.condition.guard import BLEND, RETRY, Guard, Verdict
+from lib_dinotile.engine.denoisers import chunks
 from lib_dinotile.engine.host import Host, Interrupted
 from lib_dinotile.engine.memory import BatchSize
 from lib_dinotile.engine.neighbours import HALF
-from lib_dinotile.engine.painter import Attempt, Painted, TilePainter, raise_first
+from lib_dinotile.engine.painter import Attempt, PaintedBatch, TilePainter, raise_first
 from lib_dinotile.engine.passes import Pass
 from lib_dinotile.engine.report import Report
 from lib_dinotile.engine.team import Team
-from lib_dinotile.engine.views import chunks
 from lib_dinotile.settings import Settings
 from lib_dinotile.tiling.canvas import Canvas
 from lib_dinotile.tiling.noise import NoiseField
@@ -58,13 +58,13 @@ def retries(settings: Settings) -> list[Retry]:
 
 
 def reserve(settings: Settings) -> float:
-    """What retries may cost, as a share of the work without them."""
+    """Largest cost of the retries, as a share of the work without them."""
     return min(settings.guard_budget, sum(retry.denoise for retry in retries(settings)))
 
 
 @dataclass
 class Budget:
-    """What retries may cost, and have cost."""
+    """The budget of the retries, and what is spent of it."""
 
     share: float
     """Of the work without them."""
@@ -86,7 +86,7 @@ class Budget:
 
 @dataclass(frozen=True)
 class Judged:
-    """What the guard finds in a tile."""
+    """The guard's findings in a tile."""
 
     distances: Tensor
     """(h, w) of its window's patches."""
@@ -103,7 +103,7 @@ class Judged:
 
 @dataclass(frozen=True)
 class Change:
-    """What is to become of a tile."""
+    """A change to a tile."""
 
     judged: Judged
     """As it will be."""
@@ -121,10 +121,10 @@ class Change:
 class Record(Protocol):
     """Who keeps what is painted, and says how far it is: the run."""
 
-    def kept(self, step: str, tiles: Sequence[Rect]) -> Painted | None:
+    def kept(self, step: str, tiles: Sequence[Rect]) -> PaintedBatch | None:
         """Tiles as an earlier run has painted them in that step, if it has."""
 
-    def keep(self, step: str, tiles: Sequence[Rect], painted: Painted) -> None:
+    def keep(self, step: str, tiles: Sequence[Rect], painted: PaintedBatch) -> None:
         """They are painted, perhaps by another process."""
 
     def tell(self, now: Pass, text: str, used: float) -> None:
@@ -218,7 +218,7 @@ class RetryPolicy:
             for batch, found in zip(group, self._team.share(group, work)):
                 yield from zip(batch, found)
 
-    def _see(self, watched: Sequence[_Watched], pixels: Sequence[Tensor]) -> list[Judged]:
+    def _judged(self, watched: Sequence[_Watched], pixels: Sequence[Tensor]) -> list[Judged]:
         """The tiles with these pixels (3, H, W), judged."""
         found: list[Judged] = []
         each = list(zip(watched, pixels))
@@ -233,13 +233,13 @@ class RetryPolicy:
                 found += judged
         return found
 
-    def _now(self, watched: Sequence[_Watched]) -> list[tuple[Tensor, Judged]]:
+    def _shown(self, watched: Sequence[_Watched]) -> list[tuple[Tensor, Judged]]:
         """The tiles as the canvas shows them, judged."""
         pixels = [self._canvas.painted(one.tile) for one in watched]
-        return list(zip(pixels, self._see(watched, pixels)))
+        return list(zip(pixels, self._judged(watched, pixels)))
 
     def _judge(self, watched: Sequence[_Watched]) -> list[Change]:
-        return [Change(judged) for _, judged in self._now(watched)]
+        return [Change(judged) for _, judged in self._shown(watched)]
 
     def _apart(self, watched: Sequence[_Watched]) -> list[list[_Watched]]:
         """The tiles in groups of which no two overlap."""
@@ -305,10 +305,10 @@ class RetryPolicy:
                 self._record.keep(self._step(retry), [one.tile for one in again], painted)
         raise_first([painted for _, painted in found if painted is not None])
 
-    def _mend(self, retry: Retry, batch: Sequence[_Watched]) -> tuple[list[Change], Painted | None]:
+    def _mend(self, retry: Retry, batch: Sequence[_Watched]) -> tuple[list[Change], PaintedBatch | None]:
         """Of each patch in doubt the better of what shows and one more attempt; nothing for tiles that neighbours have
         mended already."""
-        now = self._now(batch)
+        now = self._shown(batch)
         changes = [Change(judged) for _, judged in now]
         doubted = [number for number, (_, judged) in enumerate(now) if judged.doubtful]
         if not doubted:
@@ -316,11 +316,11 @@ class RetryPolicy:
         tiles = [batch[number].tile for number in doubted]
         painted = self._record.kept(self._step(retry), tiles)
         if painted is None:
-            seen = {
+            held = {
                 tile: self._painter.holding(tile, now[number][0], 1 - self._guard.area(tile, now[number][1].doubt))
                 for number, tile in zip(doubted, tiles)
             }
-            attempt = Attempt(self._noise.reseeded(retry.seed), self._denoise(retry), seen)
+            attempt = Attempt(self._noise.reseeded(retry.seed), self._denoise(retry), held)
             painted = self._painter.paint(tiles, attempt)
         doubted = doubted[: len(painted.tiles)]
         ones, before = [batch[number] for number in doubted], [now[number] for number in doubted]
@@ -330,9 +330,9 @@ class RetryPolicy:
         ]
         mixed = [
             self._mix(one, judged.doubt & (new.distances < judged.distances), pixels, other)
-            for one, (pixels, judged), new, other in zip(ones, before, self._see(ones, fresh), fresh)
+            for one, (pixels, judged), new, other in zip(ones, before, self._judged(ones, fresh), fresh)
         ]
-        for number, (pixels, judged), new, other in zip(doubted, before, self._see(ones, mixed), mixed):
+        for number, (pixels, judged), new, other in zip(doubted, before, self._judged(ones, mixed), mixed):
             better = new.excess < judged.excess
             changes[number] = Change(new, (other - pixels).half(), True) if better else Change(judged, None, True)
         return changes, painted
@@ -344,13 +344,13 @@ class RetryPolicy:
     def _blend_back(self, watched: Sequence[_Watched]) -> list[Change]:
         """The source, where it is nearer to itself than what was painted."""
         changes, mixed = [], {}
-        for number, (one, (pixels, judged)) in enumerate(zip(watched, self._now(watched))):
+        for number, (one, (pixels, judged)) in enumerate(zip(watched, self._shown(watched))):
             changes.append(Change(judged))
             worse = judged.doubt & (one.plain() < judged.distances) if judged.doubtful else judged.doubt
             if worse.any():
                 share = float(worse.sum() / self._guard.own(one.tile, worse, one.free).sum())
                 mixed[number] = share, pixels, self._mix(one, worse, pixels, self._canvas.source(one.tile))
-        found = self._see([watched[number] for number in mixed], [other for *_, other in mixed.values()])
+        found = self._judged([watched[number] for number in mixed], [other for *_, other in mixed.values()])
         for (number, (share, pixels, other)), judged in zip(mixed.items(), found):
             changes[number] = Change(judged, (other - pixels).half(), blended=share)
         return changes

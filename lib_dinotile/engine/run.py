@@ -11,19 +11,19 @@ from torch import Tensor
 
 from lib_dinotile.condition.conditioner import Conditions
 from lib_dinotile.condition.guard import OFF
+from lib_dinotile.engine.denoisers import MultiDiffusion, chunks
 from lib_dinotile.engine.host import Host, Interrupted
 from lib_dinotile.engine.journal import Journal
 from lib_dinotile.engine.latents import SourceLatents, decode
 from lib_dinotile.engine.memory import BatchSize, PieceSize, in_full_precision, mended
 from lib_dinotile.engine.neighbours import Neighbours
-from lib_dinotile.engine.painter import Attempt, Painted, PaintedTile, TilePainter, raise_first
+from lib_dinotile.engine.painter import Attempt, PaintedBatch, PaintedTile, TilePainter, raise_first
 from lib_dinotile.engine.passes import Pass, passes
 from lib_dinotile.engine.progress import Meter, Progress
 from lib_dinotile.engine.prompts import TilePrompts
 from lib_dinotile.engine.report import FLAT, PAINTED, UNMASKED, Report, TileReport
 from lib_dinotile.engine.retry import Budget, RetryPolicy, counted, reserve
 from lib_dinotile.engine.team import Team
-from lib_dinotile.engine.views import Fused, chunks
 from lib_dinotile.settings import Settings
 from lib_dinotile.tiling.blend import RIM, Blend
 from lib_dinotile.tiling.canvas import Canvas
@@ -67,7 +67,7 @@ class Run:
         self._ahead = 0.0
 
     def _grids(self, plan: TilePlan, settings: Settings) -> Iterator[tuple[Tiles, Blend, list[Rect], float | None]]:
-        """What is painted, one on top of the other: grid, weights, tiles, and denoising strength."""
+        """The passes, one on top of the other: grid, weights, tiles, and denoising strength."""
         for grid, blend, denoise in passes(plan, settings):
             chosen = [tile for tile in grid.tiles if not self._left_out(tile)]
             yield grid, blend.to(self.canvas.device), chosen, denoise
@@ -147,8 +147,8 @@ class Run:
                 self._progress(self._meter.painting(now.number, share))
                 kept = [self.kept(str(now.number), batch) for batch in group]
                 missing = [batch for batch, one in zip(group, kept) if one is None]
-                seen = {tile: neighbours.seen(tile) for batch in missing for tile in batch}
-                work = partial(painter.paint, attempt=Attempt(self._noise, now.denoise, seen))
+                shown = {tile: neighbours.of(tile) for batch in missing for tile in batch}
+                work = partial(painter.paint, attempt=Attempt(self._noise, now.denoise, shown))
                 fresh = iter(self._team.share(missing, work))
                 painted = [one or next(fresh) for one in kept]
                 for batch, one in zip(group, painted):
@@ -174,7 +174,7 @@ class Run:
                 self,
             )(good, stopped)
 
-    def _take(self, now: Pass, tiles: Sequence[Rect], painted: Painted, neighbours: Neighbours) -> None:
+    def _take(self, now: Pass, tiles: Sequence[Rect], painted: PaintedBatch, neighbours: Neighbours) -> None:
         for tile, one in zip(tiles, painted.tiles):
             self.canvas.add(tile, one.change.to(self.canvas.device).float().mul_(now.blend.weight(tile)))
             neighbours.add(tile, one.latents)
@@ -187,15 +187,15 @@ class Run:
             self.report.set_state(tile, PAINTED)
         self.done += len(tiles)
 
-    def kept(self, step: str, tiles: Sequence[Rect]) -> Painted | None:
+    def kept(self, step: str, tiles: Sequence[Rect]) -> PaintedBatch | None:
         """Tiles as the journal has them, if it has them all."""
         found = self._journal.get(step, tiles) if self._journal else None
         if found is None:
             return None
         painted, notes = found
-        return Painted([PaintedTile(*one) for one in painted], notes, kept=True)
+        return PaintedBatch([PaintedTile(*one) for one in painted], notes, kept=True)
 
-    def keep(self, step: str, tiles: Sequence[Rect], painted: Painted) -> None:
+    def keep(self, step: str, tiles: Sequence[Rect], painted: PaintedBatch) -> None:
         """Reports tiles, and has the journal keep them."""
         self.report.tell(tiles[: len(painted.tiles)], painted.notes, painted.seconds)
         if self._journal and not painted.kept:  # they are painted, also if the disk has no room for them
@@ -211,18 +211,18 @@ class Run:
         latents, mask = painter.start([plan.whole], [None]), painter.mask([plan.whole], [None])
         self._progress(self._meter.painting(now.number, 1.0), f"painting {len(now.tiles)} tiles together")
 
-        def view_and_noise() -> tuple[Fused, TileNoise]:
-            view = Fused(plan, now.tiles, host.factor, painter.batch, self._size, self._team)
-            return view, TileNoise(self._noise, [plan.whole.shrink(host.factor)])
+        def tiled_and_noise() -> tuple[MultiDiffusion, TileNoise]:
+            tiled = MultiDiffusion(plan, now.tiles, host.factor, painter.batch, self._size, self._team)
+            return tiled, TileNoise(self._noise, [plan.whole.shrink(host.factor)])
 
         def again() -> tuple[Tensor, set[Rect]]:
-            view, noise = view_and_noise()
-            sampled = host.sample(latents, view, noise, plan.size, None, mask)
-            return sampled, _lost(view, sampled, now.tiles)
+            tiled, noise = tiled_and_noise()
+            sampled = host.sample(latents, tiled, noise, plan.size, None, mask)
+            return sampled, _lost(tiled, sampled, now.tiles)
 
-        view, noise = view_and_noise()
-        sampled = host.sample(latents, view, noise, plan.size, None, mask)
-        lost = first = _lost(view, sampled, now.tiles)
+        tiled, noise = tiled_and_noise()
+        sampled = host.sample(latents, tiled, noise, plan.size, None, mask)
+        lost = first = _lost(tiled, sampled, now.tiles)
         if first:
             sampled, lost = in_full_precision(host, again) or (sampled, lost)
             for tile in now.tiles:
@@ -266,6 +266,6 @@ def _cut(latents: Tensor, factor: int, tile: Rect) -> Tensor:
     return tile.shrink(factor).of(latents)
 
 
-def _lost(view: Fused, sampled: Tensor, tiles: Sequence[Rect]) -> set[Rect]:
+def _lost(tiled: MultiDiffusion, sampled: Tensor, tiles: Sequence[Rect]) -> set[Rect]:
     """The tiles that NaN is left of."""
-    return view.lost if sampled.isfinite().all() else set(tiles)
+    return tiled.lost if sampled.isfinite().all() else set(tiles)

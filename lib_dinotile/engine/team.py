@@ -52,7 +52,7 @@ class Team:
             del results, errors, failed
 
     def gather(self, mine: Any) -> list[Any]:
-        """What each process gave, in the order of their numbers."""
+        """The results of all processes, in the order of their numbers."""
         return [mine]
 
     def close(self) -> None:

@@ -14,11 +14,11 @@ from torch import Tensor
 
 from lib_dinotile import DinotileError
 from lib_dinotile.condition.shape import UNetShape
-from lib_dinotile.engine.host import Batch, Views
+from lib_dinotile.engine.host import Batch, TiledDenoiser
 from lib_dinotile.engine.prediction import from_x0, timestep_to_sigma, to_x0
 from lib_dinotile.hosts.hints import crop_hint, is_spatial
 from lib_dinotile.hosts.ldm import LdmResiduals, cfg_rows
-from lib_dinotile.hosts.patched import in_float32, overridden
+from lib_dinotile.hosts.patched import in_float32, patched
 from lib_dinotile.hosts.webui import WebUIHost
 
 
@@ -37,7 +37,7 @@ class A1111Host(WebUIHost):
     def channels(self) -> int:
         return getattr(self._p.sd_model, "latent_channels", 4)
 
-    def _picture(self, denoiser: Any, x: Tensor, output: Tensor, sigma: Tensor) -> Tensor:
+    def _x0(self, denoiser: Any, x: Tensor, output: Tensor, sigma: Tensor) -> Tensor:
         # Timestep samplers are answered with the noise, also in the callback.
         if not self._estimates_noise(denoiser):
             return output
@@ -67,7 +67,7 @@ class A1111Host(WebUIHost):
             )
 
     @contextlib.contextmanager
-    def seeing(self, batch: Batch, chosen: Sequence[int], parts: int) -> Iterator[None]:
+    def conditioned(self, batch: Batch, chosen: Sequence[int], parts: int) -> Iterator[None]:
         hints = self._hints(batch)
         if batch.condition is None and not hints:
             yield
@@ -92,7 +92,7 @@ class A1111Host(WebUIHost):
                 script_callbacks.remove_callbacks_for_function(on_step)
 
     @contextlib.contextmanager
-    def sampling(self, views: Views, canvas: tuple[int, int]) -> Iterator[None]:
+    def sampling(self, tiled: TiledDenoiser, canvas: tuple[int, int]) -> Iterator[None]:
         self._canvas = canvas
         # Setting `hint_cond` makes the extension forget what it has derived from the last one.
         self._whole = [
@@ -142,8 +142,8 @@ class A1111Host(WebUIHost):
         flags = {"unet_needs_upcast": False, "force_fp16": False, "fp8": False}
         with (
             in_float32(parts),
-            overridden(model.first_stage_model, _dtype=full),  # Lightning keeps it besides the weights
-            overridden(devices, **dict.fromkeys(names, full), **flags),
+            patched(model.first_stage_model, _dtype=full),  # Lightning keeps it besides the weights
+            patched(devices, **dict.fromkeys(names, full), **flags),
             devices.without_autocast(),
         ):
             yield

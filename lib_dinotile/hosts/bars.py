@@ -8,7 +8,7 @@ from typing import Any
 from modules import shared
 
 from lib_dinotile.engine.progress import Progress
-from lib_dinotile.hosts.patched import overridden
+from lib_dinotile.hosts.patched import patched
 
 JOBS = 10_000
 """To the WebUI, whose bars show what share of its jobs is done, every image is so many of them. That is far more than
@@ -42,7 +42,7 @@ class Bars:
         self.say()
 
     def say(self, more: str = "") -> None:
-        """What is being done, and more about that."""
+        """The current work, and details of it."""
         shared.state.textinfo = f"DINO Tile: {self._progress.text}{more}"
 
     def advance(self, share: float) -> None:
@@ -62,4 +62,4 @@ class Bars:
     @staticmethod
     def own() -> contextlib.AbstractContextManager[Any]:
         """While open, the sampler does not count its steps in the console."""
-        return overridden(shared.total_tqdm, update=lambda: None)
+        return patched(shared.total_tqdm, update=lambda: None)

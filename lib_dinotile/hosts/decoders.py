@@ -1,4 +1,4 @@
-"""What the WebUIs decode a picture with while it is sampled, as functions that gradients go through."""
+"""The WebUIs' decoders for live previews, as differentiable functions."""
 
 from __future__ import annotations
 

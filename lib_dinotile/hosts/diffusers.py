@@ -20,12 +20,12 @@ from torch import Tensor, nn
 from lib_dinotile import DinotileError, one_line
 from lib_dinotile.condition.conditioner import MINI
 from lib_dinotile.condition.shape import UNetShape
-from lib_dinotile.engine.host import Batch, Views
+from lib_dinotile.engine.host import Batch, TiledDenoiser
 from lib_dinotile.engine.prediction import coefficients, from_x0, noise_level, to_x0
 from lib_dinotile.engine.progress import Progress
 from lib_dinotile.hosts.devices import empty_cache, find_device, find_dtype
 from lib_dinotile.hosts.memory_format import fast
-from lib_dinotile.hosts.patched import in_float32, overridden
+from lib_dinotile.hosts.patched import in_float32, patched
 from lib_dinotile.settings import APPROXIMATE, AUTO, AUTOMATIC, FULL_VAE, TAESD, Generation
 from lib_dinotile.tiling.canvas import Canvas
 from lib_dinotile.tiling.noise import TileNoise
@@ -94,7 +94,7 @@ class DiffusersHost:
         progress: Callable[[float, str], None] = lambda done, text: None,
     ) -> None:
         """text: gives the embeddings (1, n, D) of a prompt and of the negative one, for SDXL also the pooled (1, D);
-        progress: is told the share of an image that is done, and a line."""
+        progress: called with the share of an image that is done, and a line."""
         self.unet, self._codec, self._generation, self._show = unet, codec, generation, progress
         self.factor, self.channels, self.base = codec.factor, codec.channels, base
         self.shape = UNetShape.of_diffusers(unet)
@@ -103,7 +103,7 @@ class DiffusersHost:
         self.alphas = self._scheduler.alphas_cumprod
         self._sigmas = noise_level(self.alphas).tolist()
         self.prediction: str = self._scheduler.config.prediction_type
-        """What the UNet predicts: `epsilon`, `v_prediction` or `sample`."""
+        """Prediction type of the UNet: `epsilon`, `v_prediction` or `sample`."""
         self._guided = text is not None and generation.cfg > 1
         self._text = functools.lru_cache(maxsize=64)(text) if text else None
         self.prompt, self.denoise = generation.prompt, generation.denoise
@@ -134,7 +134,7 @@ class DiffusersHost:
     def sample(
         self,
         latents: Tensor,
-        views: Views,
+        tiled: TiledDenoiser,
         noise: TileNoise,
         canvas: tuple[int, int],
         denoise: float | None = None,
@@ -154,17 +154,17 @@ class DiffusersHost:
         x = scheduler.add_noise(latents, start, timesteps[:1].repeat(len(latents)))
         for number, timestep in enumerate(timesteps):
             alpha, sigma = coefficients(self.alphas, timestep)
-            see = functools.partial(self._see, timestep=timestep, number=number, total=len(timesteps))
+            model = functools.partial(self._denoise_batch, timestep=timestep, number=number, total=len(timesteps))
             known = functools.partial(from_x0, x, latents, alpha, sigma, self.prediction)
-            prediction = views(x, see, known)
+            prediction = tiled(x, model, known)
             if free is not None:
                 prediction = torch.lerp(known(), prediction, free)
             x = scheduler.step(prediction, timestep, x, return_dict=False)[0]
             self._show(self._progress.at((number + 1) / len(timesteps)), self._progress.text)
         return x if free is None else torch.lerp(latents, x, free)
 
-    def _see(self, tiles: Tensor, batch: Batch, timestep: Tensor, number: int, total: int) -> Tensor:
-        """The guided prediction for a batch at the step `number` of `total`; see `engine.host.See`."""
+    def _denoise_batch(self, tiles: Tensor, batch: Batch, timestep: Tensor, number: int, total: int) -> Tensor:
+        """The guided prediction for a batch at the step `number` of `total`; see `engine.host.Denoise`."""
         x, copies = self._scheduler.scale_model_input(tiles, timestep), 2 if self._guided else 1
         words, residuals = self._conditions(batch, timestep, number / total)
         prediction = self.predict(x.repeat(copies, 1, 1, 1), timestep, words, residuals)
@@ -234,7 +234,7 @@ class DiffusersHost:
 
     @contextlib.contextmanager
     def full_precision(self) -> Iterator[None]:
-        with in_float32([self.unet, self._codec]), overridden(self, dtype=torch.float32):
+        with in_float32([self.unet, self._codec]), patched(self, dtype=torch.float32):
             yield
 
     @contextlib.contextmanager

@@ -14,10 +14,10 @@ from modules import devices, processing, sd_samplers_kdiffusion, sd_samplers_tim
 from torch import Tensor
 
 from lib_dinotile.condition.shape import UNetShape
-from lib_dinotile.engine.host import Batch, Views
+from lib_dinotile.engine.host import Batch, TiledDenoiser
 from lib_dinotile.hosts.decoders import own_copy
 from lib_dinotile.hosts.hints import crop_hint, is_spatial
-from lib_dinotile.hosts.patched import in_float32, overridden
+from lib_dinotile.hosts.patched import in_float32, patched
 from lib_dinotile.hosts.webui import WebUIHost
 
 
@@ -37,7 +37,7 @@ class ResidualControl(ControlBase):
         previous = self.previous_controlnet
         control = previous.get_control(x, t, cond, batched_number) if previous is not None else None
         host = self._host()
-        denoiser, (batch, chosen) = host.denoiser, host.seen
+        denoiser, (batch, chosen) = host.denoiser, host.active
         found = batch.condition.residuals(float(t[0]), denoiser.step / max(denoiser.total_steps, 1))
         if found is None:
             return control
@@ -47,8 +47,8 @@ class ResidualControl(ControlBase):
 
 
 class ForgeHost(WebUIHost):
-    seen: tuple[Batch, list[int]]
-    """What the UNet looks at: these tiles of the batch."""
+    active: tuple[Batch, list[int]]
+    """The tiles of a batch that the UNet is called for."""
 
     def __init__(self, p: Any) -> None:
         super().__init__(p)
@@ -56,7 +56,7 @@ class ForgeHost(WebUIHost):
         unet = model.forge_objects.unet.model.diffusion_model
         self.unet = unet if hasattr(unet, "output_blocks") else None
         self.shape = UNetShape.of_ldm(self.unet) if self.unet is not None else None
-        self._views: Views | None = None
+        self._tiled: TiledDenoiser | None = None
         self._canvas = (0, 0)
         self._hints: list[tuple[Any, str, Tensor]] = []
         self._shown: tuple[Batch | None, list[int]] = (None, [])
@@ -82,36 +82,36 @@ class ForgeHost(WebUIHost):
         return decode
 
     @contextlib.contextmanager
-    def seeing(self, batch: Batch, chosen: Sequence[int], parts: int) -> Iterator[None]:
-        self.seen = batch, list(chosen)
-        if self._shown[0] is not batch or self._shown[1] != self.seen[1]:
+    def conditioned(self, batch: Batch, chosen: Sequence[int], parts: int) -> Iterator[None]:
+        self.active = batch, list(chosen)
+        if self._shown[0] is not batch or self._shown[1] != self.active[1]:
             tiles = [batch.tiles[number] for number in chosen]
             for control, name, hint in self._hints:
                 setattr(control, name, crop_hint(hint, tiles, self._canvas))
                 control.cond_hint = None  # what it has made of the last one
-            self._shown = self.seen
+            self._shown = self.active
         try:
             yield
         finally:
-            del self.seen  # it knows the canvas
+            del self.active  # it knows the canvas
 
     @contextlib.contextmanager
-    def sampling(self, views: Views, canvas: tuple[int, int]) -> Iterator[None]:
+    def sampling(self, tiled: TiledDenoiser, canvas: tuple[int, int]) -> Iterator[None]:
         model = self._p.sd_model
-        self._views, self._canvas = views, canvas
+        self._tiled, self._canvas = tiled, canvas
         try:
             with contextlib.ExitStack() as stack:
-                if not views.whole:  # the memory to be had is that for the tiles of a batch
+                if not tiled.is_batch:  # the memory to be had is that for the tiles of a batch
                     for module in (sd_samplers_kdiffusion, sd_samplers_timesteps):
-                        stack.enter_context(overridden(module, sampling_prepare=self._prepare))
+                        stack.enter_context(patched(module, sampling_prepare=self._prepare))
                 yield
         finally:
-            self._views, self._hints, self._shown = None, [], (None, [])
+            self._tiled, self._hints, self._shown = None, [], (None, [])
             model.forge_objects = model.forge_objects_after_applying_lora.shallow_copy()
 
     def _prepare(self, unet: Any, x: Tensor) -> None:
-        width, height = (side // self.factor for side in self._views.tile_size)
-        sampling_prepare(unet, x.new_empty(self._views.limit, x.shape[1], height, width))
+        width, height = (side // self.factor for side in self._tiled.tile_size)
+        sampling_prepare(unet, x.new_empty(self._tiled.limit, x.shape[1], height, width))
 
     def before_sampling(self, latents: Tensor, start: Tensor, cond: Any, uncond: Any) -> Tensor:
         # What Forge's own StableDiffusionProcessingImg2Img.sample does before it samples.
@@ -127,7 +127,7 @@ class ForgeHost(WebUIHost):
             for name in ("cond_hint_original", "advanced_mask_weighting")
             if is_spatial(getattr(control, name, None))
         ]
-        if self._views.conditioned:
+        if self._tiled.conditioned:
             unet = model.forge_objects.unet.clone()
             unet.add_patched_controlnet(ResidualControl(self))
             model.forge_objects.unet = unet
@@ -138,8 +138,8 @@ class ForgeHost(WebUIHost):
         objects, full = self._p.sd_model.forge_objects, torch.float32
         with (
             in_float32([objects.unet.model.diffusion_model, objects.vae.first_stage_model]),
-            overridden(objects.unet.model, computation_dtype=full),
-            overridden(objects.vae, vae_dtype=full),
+            patched(objects.unet.model, computation_dtype=full),
+            patched(objects.vae, vae_dtype=full),
             devices.without_autocast(),
         ):
             yield

@@ -9,7 +9,7 @@ from PIL import Image
 
 from lib_dinotile import DinotileError, one_line
 from lib_dinotile.engine.host import Interrupted
-from lib_dinotile.hosts.patched import overridden
+from lib_dinotile.hosts.patched import patched
 
 
 def _each(name: str, images: Sequence[Image.Image], ask: Callable[[Image.Image], str]) -> list[str]:
@@ -30,7 +30,7 @@ def _each(name: str, images: Sequence[Image.Image], ask: Callable[[Image.Image],
 
 def _clip(images: Sequence[Image.Image]) -> list[str]:
     # It would begin and end a job of its own, and the running one with it.
-    with overridden(shared.state, begin=lambda *_, **__: None, end=lambda: None):
+    with patched(shared.state, begin=lambda *_, **__: None, end=lambda: None):
         return _each("CLIP", images, shared.interrogator.interrogate)
 
 

@@ -11,7 +11,7 @@ from torch import nn
 
 
 @contextlib.contextmanager
-def overridden(target: Any, **values: Any) -> Iterator[None]:
+def patched(target: Any, **values: Any) -> Iterator[None]:
     """Attributes of an object set for a while; put back, or taken away again, whatever happens."""
     before = {name: target.__dict__[name] for name in values if name in target.__dict__}
     try:

@@ -92,10 +92,10 @@ def _by_model(image: Image.Image, size: tuple[int, int], data: Any) -> Image.Ima
 
 
 def _recipe(data: Any) -> tuple[Any, ...] | None:
-    """What a result depends on besides image and size; None if that is not known: there is no model file."""
+    """All that a result depends on besides image and size; None if that is not known: there is no model file."""
     file = data.local_data_path
     if not file or not Path(file).is_file():
         return None
     opts = shared.opts
-    told = (name for name, row in opts.data_labels.items() if row.section and row.section[0] == "upscaling")
-    return data.name, stamp(file), *((name, str(getattr(opts, name))) for name in told)
+    relevant = (name for name, row in opts.data_labels.items() if row.section and row.section[0] == "upscaling")
+    return data.name, stamp(file), *((name, str(getattr(opts, name))) for name in relevant)

@@ -1,4 +1,4 @@
-"""What A1111 and Forge share: the loaded checkpoint as a host, sampled as a processing object says."""
+"""Common base of the A1111 and Forge hosts: the loaded checkpoint, sampled as a processing object says."""
 
 from __future__ import annotations
 
@@ -16,21 +16,21 @@ from torch import Tensor
 
 from lib_dinotile import DinotileError
 from lib_dinotile.condition.shape import UNetShape
-from lib_dinotile.engine.host import Batch, Interrupted, Views
+from lib_dinotile.engine.host import Batch, Interrupted, TiledDenoiser
 from lib_dinotile.engine.prediction import coefficients, from_x0
 from lib_dinotile.engine.progress import Progress
 from lib_dinotile.hosts import decoders, upscalers
 from lib_dinotile.hosts.bars import Bars
 from lib_dinotile.hosts.interrogators import INTERROGATORS
 from lib_dinotile.hosts.memory_format import fast, fast_input
-from lib_dinotile.hosts.patched import overridden, seeded
+from lib_dinotile.hosts.patched import patched, seeded
 from lib_dinotile.tiling.canvas import Canvas
 from lib_dinotile.tiling.noise import TileNoise
 
 PREVIEW_SIDE = 1024
 """Longest side of the live preview, in pixels."""
 ORIGINAL, LATENT_NOISE, LATENT_NOTHING = 1, 2, 3
-"""What inpainting can start from besides the picture itself, or what fills it."""
+"""The WebUI's numbers of what fills the masked area before inpainting, besides the picture itself."""
 
 
 def base_of(model: Any) -> str:
@@ -46,7 +46,7 @@ def _stacked(entries: Sequence[tuple[Any, Any]]) -> tuple[Any, Any]:
 
 
 def _form(cond: Any) -> Any:
-    """What conditionings have in common that the WebUI stacks as they are: it pads short ones to the length of long
+    """Equal for conditionings that the WebUI stacks as they are: it pads short ones to the length of long
     ones, which changes what they say, and Forge weighs the parts of all prompts alike."""
 
     def length(entry: Any) -> int:
@@ -100,11 +100,11 @@ class WebUIHost:
         """Channels of a latent."""
 
     @abstractmethod
-    def seeing(self, batch: Batch, chosen: Sequence[int], parts: int) -> contextlib.AbstractContextManager[None]:
+    def conditioned(self, batch: Batch, chosen: Sequence[int], parts: int) -> contextlib.AbstractContextManager[None]:
         """While open, the UNet's rows of these tiles get their residuals, and ControlNets their hints.
 
-        chosen: the numbers, in the batch, of the tiles that the UNet looks at; parts: into how many parts AND cuts the
-        prompt of each of them.
+        chosen: the numbers, in the batch, of the tiles that the UNet is called for; parts: into how many parts AND cuts
+        the prompt of each of them.
         """
 
     @abstractmethod
@@ -121,14 +121,14 @@ class WebUIHost:
 
     def _conditioning(self, prompt: str | None, size: tuple[int, int]) -> tuple[Any, Any]:
         """Conditionings of a tile of that (width, height), as entries of the batches; None is the main prompt."""
-        sized = self.base == "sdxl"  # it is told the size of what it paints: a tile's, not the canvas's
+        sized = self.base == "sdxl"  # its conditioning has the size of what it paints: a tile's, not the canvas's
         if prompt is None and not sized:
             return self._main
         key = prompt, size if sized else (0, 0)
         if key not in self._others:
             p, texts = self._p, [self.prompt if prompt is None else prompt]
             more = {"width": size[0], "height": size[1], "c": None, "uc": None}
-            with overridden(p, prompts=texts, negative_prompts=[self._negative], **more), devices.autocast():
+            with patched(p, prompts=texts, negative_prompts=[self._negative], **more), devices.autocast():
                 p.setup_conds()
                 self._others[key] = self.marked(p.c.batch[0], None if p.uc is None else p.uc[0])
         return self._others[key]
@@ -181,7 +181,7 @@ class WebUIHost:
     def sample(
         self,
         latents: Tensor,
-        views: Views,
+        tiled: TiledDenoiser,
         noise: TileNoise,
         canvas: tuple[int, int],
         denoise: float | None = None,
@@ -203,22 +203,22 @@ class WebUIHost:
         def noise_sampler(*_: Any) -> Any:
             return lambda sigma, sigma_next: rng.next()
 
-        for prompt in views.prompts:  # all now: a text encoder that is loaded amid sampling may push out the UNet
-            self._conditioning(prompt, views.tile_size)
-        cond, uncond = _stacked([self._conditioning(None, views.tile_size)] * count)
-        image_conditioning = self._image_conditioning(latents, views, mask)
+        for prompt in tiled.prompts:  # all now: a text encoder that is loaded amid sampling may push out the UNet
+            self._conditioning(prompt, tiled.tile_size)
+        cond, uncond = _stacked([self._conditioning(None, tiled.tile_size)] * count)
+        image_conditioning = self._image_conditioning(latents, tiled, mask)
         denoiser = p.sampler.model_wrap_cfg
-        forward = self._looking(denoiser, views, latents, free)
+        forward = self._tiled_forward(denoiser, tiled, latents, free)
         begin = latents
         if free is not None and denoise is None and p.inpainting_fill in (LATENT_NOISE, LATENT_NOTHING):
             content = rng.next().to(latents) if p.inpainting_fill == LATENT_NOISE else torch.zeros_like(latents)
             begin = torch.lerp(latents, content, free)
         with (
-            overridden(p, **values),
-            overridden(p.sampler, create_noise_sampler=noise_sampler),
-            overridden(denoiser, forward=forward),
+            patched(p, **values),
+            patched(p.sampler, create_noise_sampler=noise_sampler),
+            patched(denoiser, forward=forward),
             self.bars.own(),
-            self.sampling(views, canvas),
+            self.sampling(tiled, canvas),
             fast_input(self.unet),
         ):
             start = self.before_sampling(begin, start, cond, uncond)
@@ -229,23 +229,23 @@ class WebUIHost:
 
     def steps(self, denoise: float | None = None) -> int:
         values = {} if denoise is None else {"denoising_strength": denoise}
-        with overridden(self._p, **values):
+        with patched(self._p, **values):
             return sd_samplers_common.setup_img2img_steps(self._p)[1] + 1
 
-    def _looking(self, denoiser: Any, views: Views, latents: Tensor, free: Tensor | None) -> Any:
-        """In place of the `forward` of the WebUI's CFGDenoiser: it looks through the views."""
-        whole = denoiser.forward
+    def _tiled_forward(self, denoiser: Any, tiled: TiledDenoiser, latents: Tensor, free: Tensor | None) -> Any:
+        """In place of the `forward` of the WebUI's CFGDenoiser: tile by tile."""
+        inner = denoiser.forward
 
         def forward(x: Tensor, sigma: Tensor, **extra: Any) -> Tensor:
-            if denoiser.need_last_noise_uncond and not views.whole:
+            if denoiser.need_last_noise_uncond and not tiled.is_batch:
                 raise DinotileError(
                     f"order: the sampler {self._p.sampler_name} cannot be fused; choose another, or chess"
                 )
             step = denoiser.step
             self.bars.advance(step / max(denoiser.total_steps, 1))
 
-            def see(tiles: Tensor, batch: Batch) -> Tensor:
-                entries = [self._conditioning(prompt, views.tile_size) for prompt in batch.prompts]
+            def model(tiles: Tensor, batch: Batch) -> Tensor:
+                entries = [self._conditioning(prompt, tiled.tile_size) for prompt in batch.prompts]
                 alike: dict[Any, list[int]] = {}
                 for number, (cond, _) in enumerate(entries):
                     alike.setdefault(_form(cond), []).append(number)
@@ -253,14 +253,14 @@ class WebUIHost:
                 for chosen in alike.values():
                     denoiser.step = step  # it counts its calls
                     noisy, (cond, uncond) = tiles[chosen], _stacked([entries[number] for number in chosen])
-                    seen = extra["image_cond"]
-                    seen = seen[chosen] if views.whole else noisy.new_zeros(len(chosen), *seen.shape[1:])
-                    own = {"cond": cond, "uncond": uncond, "image_cond": seen}
+                    image = extra["image_cond"]
+                    image = image[chosen] if tiled.is_batch else noisy.new_zeros(len(chosen), *image.shape[1:])
+                    own = {"cond": cond, "uncond": uncond, "image_cond": image}
                     with (
-                        self.seeing(batch, chosen, len(cond.batch[0])),
+                        self.conditioned(batch, chosen, len(cond.batch[0])),
                         self._steered(batch, chosen, denoiser, noisy, sigma),
                     ):
-                        outputs.append(whole(noisy, sigma[:1].expand(len(chosen)), **{**extra, **own}))
+                        outputs.append(inner(noisy, sigma[:1].expand(len(chosen)), **{**extra, **own}))
                     noises.append(denoiser.last_noise_uncond)
                 back = torch.tensor([number for chosen in alike.values() for number in chosen]).argsort()
                 if denoiser.need_last_noise_uncond:
@@ -270,8 +270,8 @@ class WebUIHost:
             def known() -> Tensor:
                 return self._output_for(denoiser, x, sigma, latents)
 
-            output = views(x, see, known)
-            if not views.whole:
+            output = tiled(x, model, known)
+            if not tiled.is_batch:
                 self._preview(denoiser, output)
             return output if free is None else torch.lerp(known().to(output), output, free.to(output))
 
@@ -279,7 +279,7 @@ class WebUIHost:
 
     @contextlib.contextmanager
     def _steered(self, batch: Batch, chosen: Sequence[int], denoiser: Any, x: Tensor, sigma: Tensor) -> Iterator[None]:
-        """While open, the picture predicted for these tiles of the batch is moved as the batch's guide says.
+        """While open, the x0 predicted for these tiles of the batch is moved as the batch's guide says.
 
         x (k, C, h, w): their noisy latents, as the denoiser gets them.
         """
@@ -287,7 +287,7 @@ class WebUIHost:
 
         def after(params: script_callbacks.AfterCFGCallbackParams) -> None:
             try:
-                x0 = self._picture(denoiser, x, params.x, sigma)
+                x0 = self._x0(denoiser, x, params.x, sigma)
                 moved = batch.guide(x0, denoiser.step, denoiser.total_steps, chosen)
                 if moved is not None:
                     params.x = self._prediction(denoiser, x, moved, sigma).to(params.x)
@@ -306,8 +306,8 @@ class WebUIHost:
             script_callbacks.remove_callbacks_for_function(after)
             failed.clear()  # an error has the frames of `after`, and they have the list: its tensors would stay
 
-    def _picture(self, denoiser: Any, x: Tensor, output: Tensor, sigma: Tensor) -> Tensor:
-        """The x0 that an answer in the WebUI's after-CFG callback stands for; for most samplers it is that."""
+    def _x0(self, denoiser: Any, x: Tensor, output: Tensor, sigma: Tensor) -> Tensor:
+        """x0 of an output in the WebUI's after-CFG callback; for most samplers it is that output."""
         return output
 
     def _prediction(self, denoiser: Any, x: Tensor, x0: Tensor, sigma: Tensor) -> Tensor:
@@ -327,7 +327,7 @@ class WebUIHost:
         return getattr(denoiser, "classic_ddim_eps_estimation", False) or denoiser.mask_before_denoising
 
     def _output_for(self, denoiser: Any, x: Tensor, sigma: Tensor, latents: Tensor) -> Tensor:
-        """What the denoiser would have to answer at x to say that these are the latents without noise."""
+        """The denoiser's output at x for which these would be the latents without noise."""
         if not self._estimates_noise(denoiser):
             return latents.to(x)
         return from_x0(x, latents, *self._coefficients(denoiser, sigma), "epsilon")
@@ -337,12 +337,12 @@ class WebUIHost:
         """alpha and sigma, see `coefficients`, for samplers whose noise levels are timesteps."""
         return coefficients(denoiser.inner_model.inner_model.alphas_cumprod, sigma[:1].round())
 
-    def _image_conditioning(self, latents: Tensor, views: Views, mask: Tensor | None) -> Tensor:
+    def _image_conditioning(self, latents: Tensor, tiled: TiledDenoiser, mask: Tensor | None) -> Tensor:
         """Zeros, but for inpainting, depth and editing checkpoints, which look at a tile's own pixels."""
         p = self._p
         with seeded(self.device):
-            if views.whole:
-                pixels = views.pixels().to(self.device)
+            if tiled.is_batch:
+                pixels = tiled.pixels().to(self.device)
                 seen = None if mask is None else F.interpolate(mask.to(pixels), scale_factor=self.factor)
                 return p.img2img_image_conditioning(pixels * 2 - 1, latents, seen)
             cells = 8
@@ -355,7 +355,7 @@ class WebUIHost:
         return conditioning
 
     @contextlib.contextmanager
-    def sampling(self, views: Views, canvas: tuple[int, int]) -> Iterator[None]:
+    def sampling(self, tiled: TiledDenoiser, canvas: tuple[int, int]) -> Iterator[None]:
         """While open, these views of a canvas of (width, height) are sampled."""
         yield
 

@@ -54,7 +54,7 @@ class Canvas:
         self._original = None if mask is None else self._pad(np.asarray(image))
         self._levels: _Levels | None = None
         self._coming: list[tuple[Rect, Tensor, torch.cuda.Event]] = []
-        """Painted, on the way from a CUDA device."""
+        """Painted pixels, on the way from a CUDA device."""
 
     def _pad(self, pixels: np.ndarray) -> Tensor:
         """(h, w, C) -> (C, H, W), of the padded size."""
@@ -73,7 +73,7 @@ class Canvas:
         return part.to(self.device).float()
 
     def source(self, tile: Rect) -> Tensor:
-        """What tiles of this pass started from (3, h, w) in [0, 1]: at first the upscaled image."""
+        """Pixels that tiles of this pass started from (3, h, w) in [0, 1]: at first the upscaled image."""
         return self._crop(self._base, tile).div_(255)
 
     def mask(self, tile: Rect) -> Tensor | None:
@@ -102,7 +102,7 @@ class Canvas:
         return Image.fromarray(to_bytes(self.crop(tile)).permute(1, 2, 0).contiguous().cpu().numpy())
 
     def painted(self, tile: Rect) -> Tensor:
-        """What tiles have painted (3, h, w) in [0, 1], whatever the mask."""
+        """Pixels as tiles have painted them (3, h, w) in [0, 1], whatever the mask."""
         return self.source(tile).add_(self.change(tile)).clamp_(0, 1)
 
     def paint(self, tile: Rect, pixels: Tensor, weight: Tensor) -> None:
@@ -145,7 +145,7 @@ class Canvas:
             self._levels.close()
 
     def flatten(self) -> None:
-        """What is painted becomes the base that the next tiles are painted on."""
+        """Make the painted pixels the base that the next tiles are painted on."""
         for band in self._bands(*self._padded):
             band.of(self._base).copy_(to_bytes(self.painted(band)))
         self._change.zero_()
@@ -204,7 +204,7 @@ class _Levels:
                 self._sums[tile] += tile.intersection(area).within(area).of(change).sum((1, 2), dtype=torch.float32)
 
     def close(self) -> None:
-        """What is painted stays. Tiles that are not minded are not shifted."""
+        """Shift the levels of these tiles. Painted pixels stay; other tiles are not shifted."""
         none = torch.zeros(3)
         shifts = [
             -self._sums[tile].cpu() / self._counted[tile] if self._counted.get(tile) else none

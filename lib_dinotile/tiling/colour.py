@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 CORRECTIONS = ("none", "AdaIN", "wavelet")
-"""What `correct` takes as its method."""
+"""Methods of `correct`."""
 
 BLOCK = 8
 """Side of the squares, in pixels, whose means the coarse levels are made from."""

@@ -57,7 +57,7 @@ class Rect:
         return Rect(self.x // factor, self.y // factor, self.width // factor, self.height // factor)
 
     def intersection(self, other: Rect) -> Rect:
-        """What both cover. ValueError if that is nothing."""
+        """The rectangle that both cover. ValueError if there is none."""
         left, top = max(self.x, other.x), max(self.y, other.y)
         width, height = min(self.right, other.right) - left, min(self.bottom, other.bottom) - top
         if width <= 0 or height <= 0:

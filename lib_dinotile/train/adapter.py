@@ -2,7 +2,7 @@
 
 As in use: the encoder sees the whole degraded source, the UNet a tile; a tile's features are cropped from those of the
 whole. The objective is ControlNet's (arXiv 2302.05543), the denoiser's own loss, weighted by min-SNR (arXiv
-2303.09556). A part of the tiles comes from the degraded picture: there the UNet, told by the adapter, has to restore.
+2303.09556). A part of the tiles comes from the degraded picture: there the UNet, helped by the adapter, has to restore.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ def fitting(host: DiffusersHost, caption: str) -> str:
 def prepared_tiles(
     host: DiffusersHost, encoder: PatchEncoder, options: Training, tile: int, head: RestorationHead | None = None
 ) -> Callable[[Picture], dict[str, Tensor]]:
-    """What training needs of a picture: latents `sharp` and `degraded` (C, h, w), `features` (D, gh, gw) of the whole
+    """Training data of a picture: latents `sharp` and `degraded` (C, h, w), `features` (D, gh, gw) of the whole
     source, as `head` restores them if there is one, and the caption's embeddings `words.0` ..."""
 
     @torch.no_grad()
@@ -148,8 +148,8 @@ class AdapterLoss:
         silent = torch.rand(count, generator=generator) < o.drop_prompt
         features = batch["features"] * ~dropped.to(batch["features"].device)[:, None, None, None]
         words = [
-            torch.where(silent.to(told.device).view(-1, *(1,) * (told.ndim - 1)), nothing.to(told), told)
-            for told, nothing in zip(self._words(batch), self._nothing)
+            torch.where(silent.to(given.device).view(-1, *(1,) * (given.ndim - 1)), nothing.to(given), given)
+            for given, nothing in zip(self._words(batch), self._nothing)
         ]
         return self.value(model, self.noised(batch, generator), batch, features, words), {}
 

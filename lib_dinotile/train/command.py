@@ -40,7 +40,7 @@ HEADS = ("hidden",)
 
 @dataclass(frozen=True)
 class Job:
-    """What was asked for."""
+    """The job as the command line gives it."""
 
     options: Training
     images: Path
@@ -67,7 +67,7 @@ class Job:
             print(text, flush=True)
 
     def prepared(self, compute: Any, recipe: Any, tile: int) -> tuple[Prepared, Prepared]:
-        """What is trained on, and what is measured on."""
+        """Pictures for training, and for measuring."""
         options = self.options
         trained_on, held_out, left_out = find_photos(self.images, tile, options.held_out)
         photos = (
@@ -87,7 +87,7 @@ class Job:
 
     def write(self, save: Callable[[Path, dict[str, str]], None], figures: Mapping[str, str], examples: int) -> None:
         """Write `out` by way of another file, so that it is whole whenever a run is killed."""
-        made = {"dinotile": __version__, "examples": str(examples), "options": self.told, **figures}
+        made = {"dinotile": __version__, "examples": str(examples), "options": self.arguments, **figures}
         part = self.out.with_suffix(".part")
         try:
             save(part, made)
@@ -96,7 +96,7 @@ class Job:
             part.unlink(missing_ok=True)
 
     @property
-    def told(self) -> str:
+    def arguments(self) -> str:
         """The options that are not as by default, as on the command line; of paths only the last part."""
         chosen = {row: getattr(self.options, row.name) for row in self.options.table() if row.name != "cache"}
         return " ".join(
@@ -183,8 +183,8 @@ def _train_adapter(job: Job, encoder: PatchEncoder, host: DiffusersHost, heads: 
     pictures = job.prepared(prepared_tiles(host, encoder, options, tile, head), recipe, tile)
 
     def save(adapter: Adapter, figures: Mapping[str, str]) -> None:
-        told = {**figures, "prediction": host.prediction}
-        job.write(lambda path, made: save_adapter(adapter, path, heads=heads, **made), told, len(pictures[0]))
+        figures = {**figures, "prediction": host.prediction}
+        job.write(lambda path, made: save_adapter(adapter, path, heads=heads, **made), figures, len(pictures[0]))
 
     train_adapter(host, encoder, options, job.schedule, pictures, tile, save, head)
 
@@ -195,7 +195,7 @@ def _named(value: Any) -> Any:
 
 
 def _digest(head: RestorationHead) -> str:
-    """What tells a head from any other."""
+    """Identity of a head."""
     weights = b"".join(tensor.cpu().numpy().tobytes() for tensor in head.state_dict().values())
     return hashlib.sha256(weights).hexdigest()
 
@@ -209,7 +209,7 @@ def _check_precision(precision: str) -> None:
 
 
 def _already_there(job: Job) -> str:
-    """What is in the file already: nothing, or what may be gone on with or added to."""
+    """Heads or adapter that are in the file already and may be trained further or added to, if any."""
     kind = ""
     if job.out.exists():
         metadata = read_metadata(job.out)

@@ -72,7 +72,7 @@ class Schedule:
     resume: bool = False
 
     recipe: Mapping[str, Any] = field(default_factory=dict)
-    """What must be the same when a run is resumed, for JSON."""
+    """Everything that must be the same when a run is resumed, for JSON."""
 
 
 class CheckpointError(Exception):
@@ -158,8 +158,8 @@ def fit(
             accelerator.save_state(str(new))
             accelerator.wait_for_everyone()
             if rank == 0:
-                told = {"step": step, "recipe": schedule.recipe}
-                (new / "step.json").write_text(json.dumps(told))  # last: what has it is whole
+                state = {"step": step, "recipe": schedule.recipe}
+                (new / "step.json").write_text(json.dumps(state))  # last: what has it is whole
                 _put(new, schedule.out)
         except (OSError, RuntimeError, SafetensorError) as error:  # torch's writer raises RuntimeError
             shutil.rmtree(new, ignore_errors=True)
@@ -170,7 +170,7 @@ def fit(
         accelerator.wait_for_everyone()
 
     def agreed(wish: bool) -> bool:
-        """What the first process wishes: clocks differ."""
+        """The first process's decision: clocks differ."""
         return broadcast_object_list([wish])[0] if count > 1 else wish
 
     each = schedule.batch * schedule.accumulate * count

@@ -67,7 +67,7 @@ class Training(Options):
         maximum=1.0,
     )
     drop_prompt: float = option(
-        0.3, "Prompts dropped", "Share of the tiles that are told nothing.", minimum=0.0, maximum=1.0
+        0.3, "Prompts dropped", "Share of the tiles that are trained with an empty prompt.", minimum=0.0, maximum=1.0
     )
     drop_condition: float = option(
         0.05, "Conditions dropped", "Share of the tiles whose features are zeros.", minimum=0.0, maximum=1.0

@@ -36,7 +36,7 @@ SHOWN = 5
 
 @dataclass(frozen=True)
 class Picture:
-    """What an upscaler is given, and what it ought to make of it."""
+    """An upscaler's input, and the result that it ought to have."""
 
     sharp: Image.Image
     """RGB, of the canvas's size."""
@@ -54,7 +54,7 @@ class Pictures(Protocol):
     def __getitem__(self, index: int) -> Picture: ...
 
     def key(self, index: int) -> Any:
-        """What tells it from all others, for JSON."""
+        """Its identity, for JSON."""
 
 
 def find_photos(folder: Path, least: int, held_out: int) -> tuple[list[Path], list[Path], list[str]]:
@@ -137,7 +137,7 @@ class Photos:
 
 
 class Prepared(torch.utils.data.Dataset):
-    """What is computed of each picture, by name. Made once and kept on disk, in half precision."""
+    """Tensors computed from each picture, by name. Made once and kept on disk, in half precision."""
 
     def __init__(
         self, pictures: Pictures, compute: Callable[[Picture], dict[str, Tensor]], folder: Path, recipe: Any

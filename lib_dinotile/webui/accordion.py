@@ -28,14 +28,14 @@ PREVIEW = ()
 """The row that has the preview."""
 GROUPS: tuple[tuple[str | None, tuple[tuple[str, ...], ...]], ...] = (
     (None, (("target", "scale", "longest"), ("tile",), ("guidance", "guard"), PREVIEW)),
-    ("Upscaler, colours and how tiles are laid", (("upscaler", "colour"), ("overlap", "order"), ("batch", "flat"))),
-    ("Borders that can be seen: a second pass over them", (("seams",), ("seam_denoise", "seam_width"))),
+    ("Upscaler, colour and tile layout", (("upscaler", "colour"), ("overlap", "order"), ("batch", "flat"))),
+    ("Seam pass", (("seams",), ("seam_denoise", "seam_width"))),
     (
-        "Words for single tiles",
+        "Prompts per tile",
         (("tile_prompt", "tile_prompt_mode"), ("captions",), ("tile_prompts",)),
     ),
     (
-        "Staying true: steering and checking in detail",
+        "Guidance and guard",
         (
             ("guard_seeds", "guard_weaker"),
             ("guard_budget", "guard_strictness"),
@@ -46,8 +46,8 @@ GROUPS: tuple[tuple[str | None, tuple[tuple[str, ...], ...]], ...] = (
             ("maps",),
         ),
     ),
-    ("Adapter: trained weights, if you have some", (("adapter",), ("strength",), ("start", "end"))),
-    ("How DINO looks at the source", (("encoder", "head"), ("patches", "windows"))),
+    ("Adapter", (("adapter",), ("strength",), ("start", "end"))),
+    ("DINO features of the source", (("encoder", "head"), ("patches", "windows"))),
 )
 """Titles of foldable groups, and which options stand side by side in them; `enabled` is the accordion's own switch."""
 
@@ -101,7 +101,7 @@ def build() -> dict[str, Any]:
     components: dict[str, Any] = {}
     enabled = options["enabled"]
     with InputAccordion(enabled.default, label=TITLE, elem_id="dinotile_enabled") as components["enabled"]:
-        told = first_minute.add()
+        status = first_minute.add()
         for title, rows in GROUPS:
             with gr.Accordion(title, open=False) if title else contextlib.nullcontext():
                 for row in rows:
@@ -117,7 +117,7 @@ def build() -> dict[str, Any]:
                         _add_captions(components["tile_prompts"])
     _follow_target(components)
     img2img.show_in(*shown, components)
-    first_minute.connect(*told, components)
+    first_minute.connect(*status, components)
     return {name: components[name] for name in options}
 
 
@@ -155,20 +155,20 @@ def infotext_fields(components: Mapping[str, Any]) -> list[tuple[Any, Any]]:
 
     What an image of ours may leave untold goes to its default then: nothing of an earlier image stays.
     """
-    told = [option for option in Settings.table() if option.infotext]
+    written = [option for option in Settings.table() if option.infotext]
     always = Settings().infotext
 
     def ours(params: Mapping[str, Any]) -> bool:
-        return told[0].infotext in params
+        return written[0].infotext in params
 
     def reader(option: Option) -> Callable[[Mapping[str, Any]], Any]:
         return lambda params: params.get(option.infotext, option.default) if ours(params) else None
 
-    keys = [option.infotext if option.infotext in always else reader(option) for option in told]
-    return [(components["enabled"], ours), *zip((components[option.name] for option in told), keys)]
+    keys = [option.infotext if option.infotext in always else reader(option) for option in written]
+    return [(components["enabled"], ours), *zip((components[option.name] for option in written), keys)]
 
 
-def mind_types(*_: Any) -> None:
+def restore_types(*_: Any) -> None:
     """Values of controls in their options' own types, once the WebUI has set the user's defaults.
 
     It keeps 0.0 as 0, and would then read PNG info in a request as whole numbers.

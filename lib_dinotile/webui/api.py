@@ -26,7 +26,7 @@ from lib_dinotile.options import Option
 from lib_dinotile.settings import MAX_SIDE, Settings
 from lib_dinotile.webui import folders
 from lib_dinotile.webui.accordion import TITLE
-from lib_dinotile.webui.preview import Prospect, checkpoint, loaded, waves
+from lib_dinotile.webui.preview import Preview, checkpoint, loaded, waves
 
 PREFIX = "/dinotile/v1"
 LIKE = "/sdapi/v1/img2img"
@@ -72,12 +72,12 @@ def options_field(default: Any, description: str) -> Any:
 
 
 class Route(APIRoute):
-    """What is wrong with a request is told in one line, the `detail` of an answer 4xx."""
+    """Answers a bad request with 4xx and one line, its `detail`."""
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
         handle = super().get_route_handler()
 
-        async def told(request: Request) -> Response:
+        async def route(request: Request) -> Response:
             try:
                 return await handle(request)
             except RequestValidationError as error:
@@ -87,7 +87,7 @@ class Route(APIRoute):
             except DinotileError as error:
                 raise HTTPException(error.status_code, error.detail) from error
 
-        return told
+        return route
 
 
 class Refused(BaseModel):
@@ -144,7 +144,7 @@ class Tile(BaseModel):
 
 
 class Plan(BaseModel):
-    """What would be painted."""
+    """The tiles that would be painted."""
 
     width: int = Field(..., description="Of the result, in pixels.")
     height: int = Field(..., description="Of the result, in pixels.")
@@ -172,10 +172,10 @@ class SemanticMap(BaseModel):
 
 
 class Weights(BaseModel):
-    """What a file says of itself. Besides what is listed here: all that `python -m lib_dinotile info FILE` tells."""
+    """Description of a file. Besides the fields here it has all that `python -m lib_dinotile info FILE` prints."""
 
     name: str = Field(..., description="As the option takes it.")
-    error: str | None = Field(None, description="Why the file cannot be used; nothing else is told of it then.")
+    error: str | None = Field(None, description="Why the file cannot be used; it has no other fields then.")
     kind: str | None = Field(None, description="adapter, or restoration heads.")
     base: str | None = Field(None, description="The family of checkpoints that an adapter is for: sd15, sdxl ...")
     encoder: str | None = Field(None, description="The encoder that it was trained with.")
@@ -245,33 +245,33 @@ def plan(request: PlanRequest) -> Any:
         size = request.width, request.height
     else:
         raise DinotileError("image: give an image, or a width and a height")
-    prospect = _prospect(size, settings, request)
-    found = prospect.plan
+    preview = _preview(size, settings, request)
+    found = preview.plan
     tiles = found.tiles if found.order != "none" else []
     return {
         "width": found.width,
         "height": found.height,
-        "options": {row.name: getattr(prospect.settings, row.name) for row in Settings.table()},
+        "options": {row.name: getattr(preview.settings, row.name) for row in Settings.table()},
         "tiles": [
             {"number": number, "x": tile.x, "y": tile.y, "width": tile.width, "height": tile.height}
             for number, tile in enumerate(tiles, 1)
         ],
         "waves": waves(found),
-        "painted": prospect.workload[0],
+        "painted": preview.workload[0],
     }
 
 
 @router.post("/semantic-map", response_model=SemanticMap, openapi_extra=EXAMPLE)
 def semantic_map(request: MapRequest) -> Any:
-    """What DINO sees in an image, as a picture with the tiles.
+    """The semantic map of an image, with the tiles.
 
     Nothing is painted. It is answered after what is being generated.
     """
     settings, source = Settings.parse(request.options), read_image(_file(request.image), "image")
-    prospect = _prospect(source.size, settings, request)
+    preview = _preview(source.size, settings, request)
     with call_queue.queue_lock:
         try:
-            picture = prospect.semantic_map(source)
+            picture = preview.semantic_map(source)
         except Exception as error:
             if not is_out_of_memory(error):
                 raise
@@ -287,15 +287,15 @@ def semantic_map(request: MapRequest) -> Any:
     }
 
 
-def _prospect(size: tuple[int, int], settings: Settings, request: Body) -> Prospect:
+def _preview(size: tuple[int, int], settings: Settings, request: Body) -> Preview:
     model = loaded()
     if model is None:
         with call_queue.queue_lock:  # after what is being generated
             model = checkpoint()
-    prospect = Prospect(size, settings, model, (request.resize_width, request.resize_height), request.resize_mode)
-    if len(prospect.plan) > MOST_TILES:
-        raise DinotileError(f"tile: makes {len(prospect.plan)} tiles, more than {MOST_TILES} are not listed")
-    return prospect
+    preview = Preview(size, settings, model, (request.resize_width, request.resize_height), request.resize_mode)
+    if len(preview.plan) > MOST_TILES:
+        raise DinotileError(f"tile: makes {len(preview.plan)} tiles, more than {MOST_TILES} are not listed")
+    return preview
 
 
 def _file(text: str) -> io.BytesIO:

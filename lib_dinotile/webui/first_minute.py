@@ -1,4 +1,4 @@
-"""The line at the top of the accordion that says which encoder looks, and the button that gets it ready."""
+"""The line at the top of the accordion that names the encoder in use, and the button that gets it ready."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from lib_dinotile.condition.adapter_file import read_config
 from lib_dinotile.condition.conditioner import installed_weights
 from lib_dinotile.dino.checkpoint import BUILT_IN, automatic_encoder, encoders, install, installed
 from lib_dinotile.dino.encoder import encoder_dtype, load_encoder
-from lib_dinotile.dino.once import Progress
+from lib_dinotile.dino.locks import Progress
 from lib_dinotile.dino.state import FIRST, EncoderState, megabytes, state_of
 from lib_dinotile.settings import AUTOMATIC, NONE
 from lib_dinotile.webui import folders
@@ -110,7 +110,7 @@ def get_ready(name: str, progress: Progress) -> None:
 
 
 def current(encoder: str, adapter: str) -> EncoderState:
-    """Of the encoder that looks with these options."""
+    """Of the encoder that these options choose."""
     folder = folders.encoders()
     if encoder == AUTOMATIC and adapter != NONE:
         with contextlib.suppress(DinotileError, KeyError):  # said when it is used
@@ -142,7 +142,7 @@ def start(encoder: str, adapter: str) -> Iterator[list[Any]]:
 
 
 def follow(encoder: str, adapter: str, started: bool = False) -> Iterator[list[Any]]:
-    """What to show in line, button, Stop and list of encoders: how far it is, and at last what looks."""
+    """Updates of line, button, Stop and list of encoders: the progress, and at last the encoder in use."""
     while job.running:
         started = True
         yield [gr.update(value=_bar(job)), gr.update(visible=False), gr.update(visible=not job.stopping), gr.update()]

@@ -8,7 +8,7 @@ from modules import paths, shared
 
 from lib_dinotile.condition.conditioner import installed_weights
 from lib_dinotile.dino.calibrated import FOLDER, Store
-from lib_dinotile.dino.once import Progress, unseen
+from lib_dinotile.dino.locks import Progress, silent
 
 
 def _folder(option: str, name: str) -> Path:
@@ -33,7 +33,7 @@ def trained_heads() -> dict[str, Path]:
     return {name: file for name, file in installed_weights(heads()).items() if not name.startswith(f"{FOLDER}/")}
 
 
-def calibrated_heads(progress: Progress = unseen) -> Store:
+def calibrated_heads(progress: Progress = silent) -> Store:
     """The heads that dinotile calibrates by itself; progress: is told when it does."""
     return Store(heads() / FOLDER, progress)
 

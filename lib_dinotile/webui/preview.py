@@ -45,7 +45,7 @@ NUMBERS = {
 LAST = "img2img_gallery"
 """By the time that this is there, all of them are."""
 INFORMATION = "generation_info_img2img"
-"""What a page keeps of the images that it shows, as JSON (`Processed.js`)."""
+"""A page's hidden text box with the infotexts of the images that it shows, as JSON (`Processed.js`)."""
 
 SLOW = 5.0
 """Seconds of a first trial above which there is no other."""
@@ -82,8 +82,8 @@ def flat(image: Image.Image) -> Image.Image:
     return images.flatten(ImageOps.exif_transpose(image), shared.opts.img2img_background_color)
 
 
-class Prospect:
-    """An image as it would be upscaled with these settings, and img2img's own size and resize mode."""
+class Preview:
+    """How an image would be upscaled with these settings, and img2img's own size and resize mode."""
 
     settings: Settings
     """With the tile size that belongs to the checkpoint, where it is automatic."""
@@ -105,7 +105,7 @@ class Prospect:
         return flow.workload(self.plan, self.settings)
 
     def semantic_map(self, image: Image.Image) -> Image.Image:
-        """What DINO sees in the image (RGB), with the tiles. DinotileError if an encoder or adapter is not there."""
+        """The semantic map of the image (RGB), with the tiles. DinotileError if an encoder or adapter is not there."""
         device = torch.device(devices.device)
         conditioner = Conditioner.without_model(
             dataclasses.replace(self.settings, maps=SEMANTIC, guard=OFF),
@@ -130,7 +130,7 @@ def _checkpoint(model: Any) -> str:
 
 
 def learn_speed(model: Any, seconds: float, pixels: float, steps: int) -> None:
-    """What it took to paint so many pixels in so many steps each, retries counted in, with all that belongs to it."""
+    """Keep the time that it took to paint so many pixels in so many steps each, retries and all else included."""
     if seconds > 0 and pixels and steps:
         _speed[_checkpoint(model)] = 0.0, seconds * 1e6 / (pixels * steps)
 
@@ -193,7 +193,7 @@ class Img2Img:
         self._own: tuple[Any, Any, Any, Mapping[str, Any]] | None = None
         self._captions: tuple[Any, Any] | None = None
 
-    def pick(self, component: Any, **arguments: Any) -> None:
+    def on_component(self, component: Any, **arguments: Any) -> None:
         """Called with every component that is built, and the arguments that it is built with."""
         name = arguments.get("elem_id")
         if name == "mode_img2img":  # img2img's part of the page begins
@@ -215,11 +215,11 @@ class Img2Img:
             button.click(fn=last_captions, inputs=[component], outputs=[prompts], show_progress=False)
 
     def show_in(self, button: Any, text: Any, picture: Any, options: Mapping[str, Any]) -> None:
-        """What the preview is asked by and shown in, and the controls that its options come from."""
+        """Set the button, the line and the image of the preview, and the controls that its options come from."""
         self._own = button, text, picture, options
 
     def copy_captions(self, button: Any, prompts: Any) -> None:
-        """What copies the captions of the last image, and the control that they are copied into."""
+        """Set the button that copies the captions of the last image, and the control that they are copied into."""
         self._captions = button, prompts
 
     def _connect(self) -> None:
@@ -241,14 +241,14 @@ class Img2Img:
             sources = {name: next(rest) for name in places}
             img2img = {key: next(rest) for key in numbers}
             chosen, sizing = [next(rest) for _ in tabs] if len(tabs) == 2 else (0, 0)
-            told = dict(zip(options, rest))
-            return answer(sources, int(chosen or 0), int(sizing or 0), img2img, told)
+            chosen_options = dict(zip(options, rest))
+            return answer(sources, int(chosen or 0), int(sizing or 0), img2img, chosen_options)
 
         button.click(fn=ask, inputs=inputs, outputs=[text, picture])
 
 
 def last_captions(information: str | None) -> Any:
-    """What the tiles of the last image of a page were told of their own, one line each.
+    """Prompts of the tiles of the last image of a page, one line each.
 
     information: of that page's images, and so of no other user's; without an image the control stays as it is.
     """
@@ -261,10 +261,10 @@ def last_captions(information: str | None) -> Any:
 def answer(
     sources: Mapping[str, Any], chosen: int, sizing: int, img2img: Mapping[str, Any], options: Mapping[str, Any]
 ) -> tuple[Any, Any]:
-    """What to show: a line, and the picture. What cannot be upscaled is told in the line."""
+    """Updates of the line and of the image; the line also says why an image cannot be upscaled."""
     try:
         with call_queue.queue_lock:  # after what is being generated
-            line, picture = look(sources, chosen, sizing, img2img, options)
+            line, picture = show(sources, chosen, sizing, img2img, options)
         return gr.update(value=f"<p>{html.escape(line)}</p>"), gr.update(value=picture, visible=True)
     except DinotileError as error:
         line = str(error)
@@ -274,7 +274,7 @@ def answer(
     return gr.update(value=f"<div class='error'>{html.escape(line)}</div>"), gr.update(value=None, visible=False)
 
 
-def look(
+def show(
     sources: Mapping[str, Any], chosen: int, sizing: int, img2img: Mapping[str, Any], options: Mapping[str, Any]
 ) -> tuple[str, Any]:
     """The line and the picture (RGB). DinotileError as in a run."""
@@ -289,41 +289,41 @@ def look(
     if sizing == 1:  # Resize by, as img2img counts it
         given = tuple(int(side * img2img["scale"]) // 8 * 8 for side in source.size)
     model = checkpoint()
-    prospect = Prospect(source.size, settings, model, given, int(img2img.get("resize") or 0))
-    picture = prospect.semantic_map(source)
+    preview = Preview(source.size, settings, model, given, int(img2img.get("resize") or 0))
+    picture = preview.semantic_map(source)
     steps = max(1, int((img2img.get("steps") or 20) * min(img2img.get("denoise") or 0, 0.999)) + 1)
-    return describe(prospect, guess(prospect, model, steps)), picture
+    return describe(preview, guess(preview, model, steps)), picture
 
 
-def guess(prospect: Prospect, model: Any, steps: int) -> float | None:
+def guess(preview: Preview, model: Any, steps: int) -> float | None:
     """Seconds that it will take, or None if that cannot be said."""
-    _, pixels = prospect.workload
+    _, pixels = preview.workload
     known = known_seconds(model, pixels, steps)
     if known is None and pixels:
         try:
-            _try_out(model, prospect.plan.tile_size)
+            _try_out(model, preview.plan.tile_size)
         except Exception:
             errors.report("DINO Tile: a tile could not be tried out", exc_info=True)
         known = known_seconds(model, pixels, steps)
     return known
 
 
-def describe(prospect: Prospect, seconds: float | None) -> str:
-    """It in a line."""
-    plan, (tiles, _) = prospect.plan, prospect.workload
+def describe(preview: Preview, seconds: float | None) -> str:
+    """The preview in a line."""
+    plan, (tiles, _) = preview.plan, preview.workload
     main = 0 if plan.order == "none" else len(plan)
     parts = [f"{main} tiles of {plan.tile_size[0]} x {plan.tile_size[1]}"] if main else []
     if tiles > main:
         parts.append(f"{tiles - main} for the seam pass")
     work = " and ".join(parts) or "nothing to paint"
     time = "" if not tiles else ", time not known yet" if seconds is None else f", about {in_words(seconds)}"
-    more = reserve(prospect.settings) * (seconds or 0)
+    more = reserve(preview.settings) * (seconds or 0)
     time += f", and up to {in_words(more)} more for tiles that the guard paints again" if more else ""
     return f"{plan.width} x {plan.height} pixels: {work}{time}. In colours: what DINO sees; alike is what looks alike."
 
 
 def in_words(seconds: float) -> str:
-    """A time as one says it."""
+    """A time in words."""
     if seconds < 90:
         return f"{max(1, round(seconds))} s"
     minutes = round(seconds / 60)

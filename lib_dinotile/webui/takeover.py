@@ -28,7 +28,7 @@ from lib_dinotile.engine import flow
 from lib_dinotile.engine.host import Interrupted, check_name
 from lib_dinotile.engine.prompts import check_prompts
 from lib_dinotile.hosts import bars
-from lib_dinotile.hosts.patched import overridden
+from lib_dinotile.hosts.patched import patched
 from lib_dinotile.hosts.webui import LATENT_NOISE, LATENT_NOTHING, ORIGINAL, WebUIHost
 from lib_dinotile.settings import NONE, Settings
 from lib_dinotile.tiling.noise import NoiseField
@@ -88,7 +88,7 @@ def _in_one_line(work: Callable[..., T]) -> Callable[..., T]:
     object is given back then: the WebUI lets no hook know of an error."""
 
     @functools.wraps(work)
-    def told(takeover: Takeover, *args: Any, **more: Any) -> T:
+    def wrapper(takeover: Takeover, *args: Any, **more: Any) -> T:
         try:
             return work(takeover, *args, **more)
         except BaseException as error:
@@ -97,7 +97,7 @@ def _in_one_line(work: Callable[..., T]) -> Callable[..., T]:
                 raise
             raise DinotileError(one_line(error), 500) from error
 
-    return told
+    return wrapper
 
 
 def _replace(p: Any, **values: Any) -> None:
@@ -124,11 +124,11 @@ def refuse(p: Any, error: Exception) -> None:
     if not isinstance(error, DinotileError):
         errors.report("DINO Tile: a job could not be begun", exc_info=True)
     # Not the error itself: its frames know p, and p would have it.
-    told, code, job = one_line(error), getattr(error, "status_code", 500), weakref.ref(p)
+    line, code, job = one_line(error), getattr(error, "status_code", 500), weakref.ref(p)
 
     def fail(*_: Any, **__: Any) -> None:
         undo(job())
-        raise DinotileError(told, code)
+        raise DinotileError(line, code)
 
     undo(p)
     _replace(p, init=fail)
@@ -261,8 +261,8 @@ class Takeover:
             trusted=False,
             store=folders.calibrated_heads(_getting_ready),
         )
-        used = self._conditioner.used if self._conditioner else self._settings
-        p.extra_generation_params.update(used.infotext)
+        resolved = self._conditioner.resolved if self._conditioner else self._settings
+        p.extra_generation_params.update(resolved.infotext)
         if self._settings.adapter != NONE:
             self._host.check_residuals()
         plan = flow.make_plan(self._host, self._area.canvas, self._settings)
@@ -283,9 +283,9 @@ class Takeover:
         """In place of `p.sample`: upscales every image of the batch; pixels (3, H, W) in [-1, 1]."""
         p, host = self._p, self._host
         results: list[Image.Image] = []
-        told: dict[str, list[str | None]] = {"DINO Tile painted": [], "DINO Tile notes": []}
+        notes: dict[str, list[str | None]] = {"DINO Tile painted": [], "DINO Tile notes": []}
         if self._settings.captions != NONE:
-            told["DINO Tile tile prompts"] = []
+            notes["DINO Tile tile prompts"] = []
         for number in range(len(seeds)):
             uncond = None if unconditional_conditioning is None else unconditional_conditioning[number]
             host.bind(prompts[number], p.negative_prompts[number], conditioning.batch[number], uncond)
@@ -306,14 +306,14 @@ class Takeover:
             p.__dict__[FOUND].append((result.report, result.maps))
             for line in result.report.lines:
                 p.comment(f"DINO Tile: {line}")
-            told["DINO Tile painted"].append(None if result.complete else f"{result.painted} of {result.total}")
-            told["DINO Tile notes"].append("; ".join(result.report.lines) or None)
+            notes["DINO Tile painted"].append(None if result.complete else f"{result.painted} of {result.total}")
+            notes["DINO Tile notes"].append("; ".join(result.report.lines) or None)
             if self._settings.captions != NONE:
-                told["DINO Tile tile prompts"].append(result.report.prompts or None)
+                notes["DINO Tile tile prompts"].append(result.report.prompts or None)
             results.append(self._area.finish(result.image, source))
         p.width, p.height = self._area.finished
         # One entry per image of the batch; the WebUI leaves out what is None.
-        p.extra_generation_params.update(told)
+        p.extra_generation_params.update(notes)
         samples = processing.DecodedSamples()
         samples.extend(to_sample(image) for image in results)
         return samples
@@ -325,8 +325,8 @@ class Takeover:
         began = time.perf_counter()
         with (
             # The WebUI's own preview would show single tiles; the host shows the canvas.
-            overridden(shared.state, do_set_current_image=lambda: None, current_latent=None),
-            overridden(self._p, width=width, height=height),
+            patched(shared.state, do_set_current_image=lambda: None, current_latent=None),
+            patched(self._p, width=width, height=height),
         ):
             result = flow.upscale(
                 self._host,

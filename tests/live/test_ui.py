@@ -52,9 +52,9 @@ def tab(browser: Browser, url: str, picture: Image.Image) -> Iterator[Tab]:
         tab.number("#img2img_denoising_strength", 0.4)
         tab.number("#img2img_seed", 7)
         tab.slide("tile", 128)
-        tab.fold("Upscaler, colours")
+        tab.fold("Upscaler, colour")
         tab.slide("overlap", 32)
-        tab.fold("Upscaler, colours")
+        tab.fold("Upscaler, colour")
         yield tab
         assert not [error for error in tab.errors if "dinotile" in error.lower()]
 
@@ -138,11 +138,11 @@ def test_a_preview_follows_the_options(tab: Tab):
 
 def test_what_cannot_be_is_told_in_a_line(browser: Browser, tab: Tab, url: str):
     tab.slide("tile", 64)
-    tab.fold("Upscaler, colours")
+    tab.fold("Upscaler, colour")
     tab.slide("overlap", 40)
     assert tab.preview() == "overlap: 40 is not allowed with tile 64, give at most 32"
     tab.slide("overlap", 32)
-    tab.fold("Upscaler, colours")
+    tab.fold("Upscaler, colour")
     tab.slide("tile", 128)
     with open_tab(browser, url) as empty:
         empty.enable()
@@ -235,11 +235,11 @@ def test_the_users_defaults_survive_a_reload(browser: Browser, url: str, webui: 
 
 def test_a_refusal_is_told_where_the_user_looks(tab: Tab):
     tab.slide("tile", 64)
-    tab.fold("Upscaler, colours")
+    tab.fold("Upscaler, colour")
     tab.slide("overlap", 40)
     tab.generate()
     tab.done()
     assert "overlap: 40 is not allowed with tile 64, give at most 32" in tab.told
     tab.slide("overlap", 32)
-    tab.fold("Upscaler, colours")
+    tab.fold("Upscaler, colour")
     tab.slide("tile", 128)

@@ -1,4 +1,4 @@
-"""What tiles show, patch by patch and in their surroundings, beside what the source shows there."""
+"""Patch features of tiles in their surroundings, compared with those of the source."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ benchmarks/features.py."""
 
 
 @dataclass(frozen=True)
-class Look:
-    """An encoder that looks at tiles of one canvas.
+class TileFeatures:
+    """Extracts and compares the features of tiles of one canvas.
 
     A tile is seen in a window: itself and what the canvas shows around it. Windows of tiles of one size have one size;
     those at the canvas's border move inward. A patch covers on the canvas what a cell of the field does.
@@ -29,7 +29,7 @@ class Look:
 
     encoder: PatchEncoder
     field: FeatureField
-    """What the source shows: the features that tiles ought to have."""
+    """The source's features, which tiles ought to have."""
     size: tuple[int, int]
     """(width, height) of the canvas as it is worked on, in pixels."""
     layer: int = -1
@@ -44,12 +44,13 @@ class Look:
         """Pixels of the canvas along a patch."""
         return self.field.canvas[0] / self.field.features.shape[2]
 
-    def shifted(self, shift: Sequence[float]) -> Look:
+    def shifted(self, shift: Sequence[float]) -> TileFeatures:
         """The same with windows that lie elsewhere."""
         return replace(self, shift=tuple(shift))
 
     def window(self, tile: Rect) -> Rect:
-        """What is seen of a tile and its surroundings. Unless it is shifted its patches are cells of the field."""
+        """The rectangle that is encoded for a tile, with its surroundings. Unless it is shifted its patches are cells
+        of the field."""
         rows, columns = self.field.features.shape[1:]
         (x, width), (y, height) = (
             self._widen(start, side, canvas / cells, length, shift)

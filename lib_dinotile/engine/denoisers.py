@@ -1,4 +1,4 @@
-"""How the model sees what is sampled: a batch of tiles for itself, or the whole canvas through all its tiles."""
+"""Denoising through tiles: one batch of them by itself, or the whole canvas through all its tiles."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from lib_dinotile.engine.host import Batch, See, Views
+from lib_dinotile.engine.host import Batch, Denoise, TiledDenoiser
 from lib_dinotile.engine.memory import BatchSize
 from lib_dinotile.engine.team import Team
 from lib_dinotile.tiling.blend import Blend
@@ -18,10 +18,10 @@ from lib_dinotile.tiling.plan import Rect, Tiles
 T = TypeVar("T")
 
 
-class Whole(Views):
+class TileBatch(TiledDenoiser):
     """The latents are those of one batch of tiles."""
 
-    whole = True
+    is_batch = True
 
     def __init__(self, batch: Batch, pixels: Callable[[], Tensor]) -> None:
         """pixels: gives what the tiles start from, (k, 3, H, W)."""
@@ -31,11 +31,11 @@ class Whole(Views):
         self.conditioned = batch.condition is not None
         self.prompts = [prompt for prompt in batch.prompts if prompt is not None]
 
-    def __call__(self, x: Tensor, see: See, known: Callable[[], Tensor]) -> Tensor:
-        return see(x, self._batch)
+    def __call__(self, x: Tensor, model: Denoise, known: Callable[[], Tensor]) -> Tensor:
+        return model(x, self._batch)
 
 
-class Fused(Views):
+class MultiDiffusion(TiledDenoiser):
     """The latents (1, C, H, W) are those of the canvas; at every step the model's outputs for all tiles are blended.
 
     MultiDiffusion (arXiv 2302.08113) with weights that fall off towards a tile's border, as Mixture of Diffusers
@@ -44,7 +44,7 @@ class Fused(Views):
     A tile that the model returns NaN for is left out from then on, or it would spread to all others.
     """
 
-    whole = False
+    is_batch = False
     pixels = None
 
     def __init__(
@@ -69,12 +69,12 @@ class Fused(Views):
         self.conditioned = any(batch.condition is not None for batch in self._batches)
         self.prompts = [prompt for batch in self._batches for prompt in batch.prompts if prompt is not None]
 
-    def __call__(self, x: Tensor, see: See, known: Callable[[], Tensor]) -> Tensor:
+    def __call__(self, x: Tensor, model: Denoise, known: Callable[[], Tensor]) -> Tensor:
         output = torch.zeros(x.shape, device=x.device)
         total = torch.zeros(x.shape[-2:], device=x.device)
         for group in chunks(self._batches, self._team.size):
-            seen = self._team.share(group, partial(self._see, x, see))
-            for batch, outputs in zip(group, seen):
+            found = self._team.share(group, partial(self._outputs, x, model))
+            for batch, outputs in zip(group, found):
                 finite = torch.stack(outputs).isfinite().flatten(1).all(1).tolist()
                 self.lost.update(tile for tile, good in zip(batch.tiles, finite) if not good)
                 for tile, out in zip(batch.tiles, outputs):
@@ -87,13 +87,13 @@ class Fused(Views):
         blended = (output / total.clamp(min=1e-6)).to(x.dtype)
         return blended if (total > 0).all() else torch.where(total > 0, blended, known())
 
-    def _see(self, x: Tensor, see: See, batch: Batch) -> list[Tensor]:
+    def _outputs(self, x: Tensor, model: Denoise, batch: Batch) -> list[Tensor]:
         """The model's outputs (C, h, w) for the tiles of a batch."""
         outputs: list[Tensor] = []
         for tiles in self._size.parts(batch.tiles, outputs):
             with self._size.halved(len(tiles)):
                 part = batch if len(tiles) == len(batch.tiles) else self._part(tuple(tiles))
-                outputs += see(torch.cat([tile.shrink(self._factor).of(x) for tile in tiles]), part)
+                outputs += model(torch.cat([tile.shrink(self._factor).of(x) for tile in tiles]), part)
                 if part.condition is not None:
                     part.condition.forget()
         return outputs

@@ -14,7 +14,7 @@ from lib_dinotile.condition.guard import Floor, Guard, rehearsal_size, rehearse
 from lib_dinotile.condition.guidance import DISTANCES, LENGTH, PATCHES, SELF_SIMILARITY, Guidance
 from lib_dinotile.dino.encoder import load_encoder
 from lib_dinotile.dino.field import FeatureField, feature_field
-from lib_dinotile.dino.look import Look
+from lib_dinotile.dino.tile_features import TileFeatures
 from lib_dinotile.tiling.canvas import Canvas
 from lib_dinotile.tiling.plan import Rect, TilePlan
 from tests.test_tiling import random_image
@@ -57,8 +57,8 @@ def to_tensor(image):
     )
 
 
-def look(field, **more):
-    return Look(Colours(), field, **{"size": PLAN.padded, **more})
+def tile_features(field, **more):
+    return TileFeatures(Colours(), field, **{"size": PLAN.padded, **more})
 
 
 SIDES = st.integers(40, 300)
@@ -69,7 +69,7 @@ def test_windows_lie_on_the_canvas_hold_their_tile_and_have_one_size(width, heig
     plan = TilePlan(width, height, tile, overlap=0, factor=4)
     rows = max(1, round(patches * height / max(width, height)))
     field = FeatureField(torch.zeros(3, rows, patches), (width, height))
-    seen = Look(Colours(), field, plan.padded, context=context)
+    seen = TileFeatures(Colours(), field, plan.padded, context=context)
     windows = [seen.window(tile) for tile in plan.tiles]
     assert len({(window.width, window.height) for window in windows}) == 1
     for tile, window in zip(plan.tiles, windows):
@@ -92,7 +92,7 @@ def test_windows_lie_on_the_canvas_hold_their_tile_and_have_one_size(width, heig
 def test_a_picture_is_like_itself_and_a_tile_is_judged_at_its_own_place():
     image = random_image(6, 4).resize(SIZE, Image.Resampling.BICUBIC)
     canvas = Canvas(image, PLAN)
-    seen = look(colours(image))
+    seen = tile_features(colours(image))
     tiles = PLAN.tiles
     own = torch.stack([canvas.source(tile) for tile in tiles])
     assert seen.similarity(canvas.crop, tiles, own).quantile(0.01) > 0.97
@@ -106,7 +106,7 @@ def test_a_picture_is_like_itself_and_a_tile_is_judged_at_its_own_place():
 
 def guidance(image, **values):
     more = {"strength": 0.5, "start": 0.0, "end": 1.0, "every": 1, "views": 1, "distance": PATCHES, **values}
-    return Guidance(look(colours(image)), lambda latents: F.pixel_shuffle(latents, 2) / 2 + 0.5, **more)
+    return Guidance(tile_features(colours(image)), lambda latents: F.pixel_shuffle(latents, 2) / 2 + 0.5, **more)
 
 
 def latents(pixels):
@@ -127,7 +127,7 @@ def test_guidance_moves_x0_towards_the_source_and_by_no_more_than_asked_for(infe
         moved = guide(x0, 0, 4)
     assert moved.shape == x0.shape and moved.isfinite().all()
     before, after = (
-        made.look.similarity(canvas.crop, tiles, F.pixel_shuffle(x, 2) / 2 + 0.5).mean() for x in (x0, moved)
+        made.tile_features.similarity(canvas.crop, tiles, F.pixel_shuffle(x, 2) / 2 + 0.5).mean() for x in (x0, moved)
     )
     if distance == PATCHES:
         assert after > before + 0.02
@@ -166,7 +166,9 @@ def test_guidance_moves_nothing_by_much_that_is_not_worth_it():
     made = guidance(source)
     blind = Blind()
     field = FeatureField(feature_field(blind, to_tensor(source), SIZE, patches=24).features, SIZE)
-    assert moved(replace(made, look=replace(made.look, encoder=blind, field=field))) < 0.05 * moved(made)
+    assert moved(replace(made, tile_features=replace(made.tile_features, encoder=blind, field=field))) < 0.05 * moved(
+        made
+    )
 
 
 def test_what_all_steps_agree_on_adds_up():
@@ -239,7 +241,7 @@ def test_a_picture_without_a_gradient_is_left_as_it_is():
 def test_shifted_windows_lie_on_the_canvas_beside_the_grid_and_have_one_size(width, height, tile, patches, x, y):
     plan = TilePlan(width, height, tile, overlap=0, factor=4)
     rows = max(1, round(patches * height / max(width, height)))
-    seen = look(FeatureField(torch.zeros(3, rows, patches), (width, height)), size=plan.padded).shifted((x, y))
+    seen = tile_features(FeatureField(torch.zeros(3, rows, patches), (width, height)), size=plan.padded).shifted((x, y))
     windows = [seen.window(tile) for tile in plan.tiles]
     assert len({(window.width, window.height) for window in windows}) == 1
     for tile, window in zip(plan.tiles, windows):
@@ -278,7 +280,7 @@ def test_keys_of_the_real_encoder_are_another_facet_and_take_gradients():
 def painted_guard(relative=False):
     source = random_image(*SIZE)
     canvas = Canvas(source, PLAN)
-    return Guard(look(colours(source)), canvas, TRUE, 3.0, relative), canvas
+    return Guard(tile_features(colours(source)), canvas, TRUE, 3.0, relative), canvas
 
 
 def spoiled(canvas, tile, area):
@@ -368,7 +370,7 @@ def test_a_rehearsal_tells_how_much_sharpness_changes():
     canvas = Canvas(source.resize(truth.size, Image.Resampling.LANCZOS), plan)
 
     def seen(image):
-        return Look(encoder, feature_field(encoder, to_tensor(image), truth.size, patches=32), plan.padded)
+        return TileFeatures(encoder, feature_field(encoder, to_tensor(image), truth.size, patches=32), plan.padded)
 
     shrunk = source.resize(rehearsal_size(source.size, truth.size), Image.Resampling.LANCZOS)
     guard = Guard(seen(source), canvas, rehearse(seen(source).field, seen(shrunk).field), 6.0, relative=True)

@@ -1,4 +1,4 @@
-"""Work that is done once for all: by one process while others wait, with progress, and kept where all of them look."""
+"""Work that only one process does while others wait for it, with progress, and where its results are kept."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ WAIT = 0.5
 """Seconds between two looks at whether another process is done."""
 
 Progress = Callable[[str, float], None]
-"""Is told what is being done, and its share that is done, in [0, 1]. What it raises ends the work."""
+"""Called with a description of the work and the share of it that is done, in [0, 1]. An exception ends the work."""
 
 
-def unseen(text: str, share: float) -> None:
-    """The `Progress` of nobody who looks."""
+def silent(text: str, share: float) -> None:
+    """A `Progress` that shows nothing."""
 
 
 def models_folder(kind: str) -> Path:
@@ -31,7 +31,7 @@ def models_folder(kind: str) -> Path:
 
 
 @contextlib.contextmanager
-def alone(file: Path, waiting: Callable[[], None]) -> Iterator[None]:
+def locked(file: Path, waiting: Callable[[], None]) -> Iterator[None]:
     """While open, other processes wait that want the same lock file, and call `waiting` every now and then.
 
     The file's folder is made. Where locks cannot be had, nobody waits.
