@@ -162,7 +162,7 @@ def _turned(image: Image.Image) -> Image.Image:
     """Upright. ImageOps.exif_transpose wants to write EXIF anew, and stumbles over it if it is damaged."""
     if image.format == "TIFF":  # these Pillow turns when it loads them, and its older versions still say how
         return image
-    turn = TURNS.get(_orientation(image))
+    turn = TURNS.get(_orientation(image) or 1)
     return image if turn is None else image.transpose(turn)
 
 

@@ -24,7 +24,7 @@ class Option:
 
     name: str
     """As in the API; the command line has it with dashes."""
-    type: type
+    type: type[Any]
     """bool, int, float or str."""
     default: Any
     label: str

@@ -53,7 +53,9 @@ def test_every_tile_is_conditioned_by_the_features_of_its_own_place(adapters):
     conditioner = Conditioner.load(settings(), HOST, adapters)
     field = conditioner.features(random_image(64, 48), (128, 96))
     tiles = [Rect(0, 0, 64, 64), Rect(64, 32, 64, 64)]
-    given = conditioner.condition(field, tiles, (8, 8)).residuals(1.0, 0.0)
+    canvas = Canvas(random_image(128, 96), plan := TilePlan(128, 96, 64))
+    conditions = conditioner.conditions(random_image(64, 48), field, canvas, plan)
+    given = conditions.adapted(tiles, (8, 8)).residuals(1.0, 0.0)
     adapter = random_adapter(CONFIG)
     for number, tile in enumerate(tiles):
         own = AdapterCondition(adapter, field.adapter.crop([tile], adapter.grid((8, 8))), (8, 8)).residuals(1.0, 0.0)

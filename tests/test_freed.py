@@ -56,6 +56,8 @@ def host(modules) -> Any:
     module.script_callbacks.remove_callbacks_for_function = callbacks.remove
 
     class Host(module.WebUIHost):
+        conditioned = full_decoder = full_precision = None
+
         def __init__(self) -> None:
             pass
 

@@ -241,7 +241,7 @@ def test_a_picture_without_a_gradient_is_left_as_it_is():
 def test_shifted_windows_lie_on_the_canvas_beside_the_grid_and_have_one_size(width, height, tile, patches, x, y):
     plan = TilePlan(width, height, tile, overlap=0, factor=4)
     rows = max(1, round(patches * height / max(width, height)))
-    seen = tile_features(FeatureField(torch.zeros(3, rows, patches), (width, height)), size=plan.padded).shifted((x, y))
+    seen = tile_features(FeatureField(torch.zeros(3, rows, patches), (width, height)), size=plan.padded).shifted(x, y)
     windows = [seen.window(tile) for tile in plan.tiles]
     assert len({(window.width, window.height) for window in windows}) == 1
     for tile, window in zip(plan.tiles, windows):

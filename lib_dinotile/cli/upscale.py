@@ -107,7 +107,7 @@ def run(arguments: argparse.Namespace) -> None:
         say(*(f"{source.name} {line}" for line in notes))
         size = canvas_size(image.size, settings, (generation.width, generation.height))
         check_writable(target, size)
-        recipe = _recipe(resolved, generation, source, conditioner and conditioner.encoder.fingerprint)
+        recipe = _recipe(resolved, generation, source, conditioner.encoder.fingerprint if conditioner else None)
         if arguments.resume and _is_done(target, recipe):
             with contextlib.suppress(DinotileError):  # tiles of another recipe are not this image's
                 open_journal(target, recipe, True, sharing).close()
@@ -129,7 +129,8 @@ def run(arguments: argparse.Namespace) -> None:
                 parameters = _parameters(resolved, generation, size, error.result.report.lines)
                 write_image(error.result.image, kept, {"parameters": parameters})
                 where = f" (kept in {kept}; --resume goes on with it)"
-            raise UnfinishedError(error.__cause__, error.result, where) from error.__cause__
+            cause = error.__cause__ or error
+            raise UnfinishedError(cause, error.result, where) from cause
         if sharing.rank == 0:
             try:  # the image last: once it is there --resume makes nothing any more
                 for name, picture in result.maps.items():

@@ -110,7 +110,8 @@ class Adapter(nn.Module):
 
     def grid(self, latent: tuple[int, int]) -> tuple[int, int]:
         """(rows, columns) of the grid on which `prepare` wants the features of a tile with this latent (h, w)."""
-        return tuple(-(-side // self.config.grid) for side in latent)
+        rows, columns = (-(-side // self.config.grid) for side in latent)
+        return rows, columns
 
     def prepare(self, features: Tensor, latent: tuple[int, int]) -> dict[int, Tensor]:
         """The part that does not depend on the step.

@@ -7,7 +7,7 @@ import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -42,10 +42,14 @@ MINI = Path(__file__).parents[1] / "mini"
 class Model(Protocol):
     """The part of a `Host` that conditioning needs."""
 
-    base: str
-    shape: UNetShape | None
-    device: torch.device
-    dtype: torch.dtype
+    @property
+    def base(self) -> str: ...
+    @property
+    def shape(self) -> UNetShape | None: ...
+    @property
+    def device(self) -> torch.device: ...
+    @property
+    def dtype(self) -> torch.dtype: ...
 
     def guidance_decoder(self, choice: str) -> tuple[str, Callable[[Tensor], Tensor]]: ...
 
@@ -195,7 +199,7 @@ class Conditioner:
 
         A head that stays Automatic is the one in the adapter's file.
         """
-        stood_for = {"encoder": self.encoder.id, "head": self._heads.name}
+        stood_for: dict[str, Any] = {"encoder": self.encoder.id, "head": self._heads.name}
         if self._decoder and self._decoder[0] in DECODERS:
             stood_for["decoder"] = self._decoder[0]
         automatic = {name: value for name, value in stood_for.items() if getattr(self._settings, name) == AUTOMATIC}
@@ -227,7 +231,7 @@ class Conditioner:
     def features(self, source: Image.Image, size: tuple[int, int]) -> Features:
         """The source's (RGB) features as fields over a canvas of (width, height)."""
         settings = self._settings
-        wanted = {
+        wanted: dict[str, tuple[int, Facet] | None] = {
             "adapter": (self._adapter.config.layer, "tokens") if self._adapter else None,
             "guidance": self._guided if settings.guidance else None,
             "guard": (self._guarded, "tokens") if settings.judges else None,
@@ -239,7 +243,7 @@ class Conditioner:
         for patches in dict.fromkeys(fine.values()):  # one, but for small canvases
             names = [name for name in asked if fine[name] == patches]
             fields.update(zip(names, self._fields(source, size, [asked[name] for name in names], patches)))
-        through = [name for name in ("guidance", "guard") if asked.get(name, ("", ""))[1] == "tokens"]
+        through = [name for name in ("guidance", "guard") if name in asked and asked[name][1] == "tokens"]
         heads = self._heads.of(source.size, size, [asked[name][0] for name in through]) if through else {}
         for name in through:
             fields[name] = _through(heads.get(asked[name][0]), fields[name])
@@ -272,19 +276,20 @@ class Conditioner:
         steered = self._settings.guidance and self._guided[0] == GUARD_LAYER and self.encoder.depth >= -OTHER_LAYER
         return OTHER_LAYER if steered else GUARD_LAYER
 
-    def condition(self, features: Features, tiles: Sequence[Rect], latent: tuple[int, int]) -> AdapterCondition:
+    def _condition(
+        self, adapter: Adapter, field: FeatureField, tiles: Sequence[Rect], latent: tuple[int, int]
+    ) -> AdapterCondition:
         """The adapter's condition of a batch of tiles with this latent (h, w)."""
-        settings = self._settings
-        crops = features.adapter.crop(tiles, self._adapter.grid(latent))
-        return AdapterCondition(self._adapter, crops, latent, settings.strength, settings.start, settings.end)
+        settings, crops = self._settings, field.crop(tiles, adapter.grid(latent))
+        return AdapterCondition(adapter, crops, latent, settings.strength, settings.start, settings.end)
 
     def conditions(self, source: Image.Image, features: Features, canvas: Canvas, plan: TilePlan) -> Conditions:
         """Adapter, guidance and guard for the tiles of a canvas."""
         settings = self._settings
         adapted, guidance, guard = None, None, None
-        if self._adapter:
-            adapted = functools.partial(self.condition, features)
-        if features.guidance:
+        if self._adapter and features.adapter:
+            adapted = functools.partial(self._condition, self._adapter, features.adapter)
+        if features.guidance and self._decoder:
             layer, facet = self._guided
             guidance = Guidance(
                 TileFeatures(self.encoder, features.guidance, plan.padded, layer, facet, GUIDANCE_CONTEXT),
@@ -297,17 +302,17 @@ class Conditioner:
                 settings.distance,
             )
         if features.guard:
-            guard = self._guard(source, features, canvas, plan)
+            guard = self._guard(source, features.guard, features.heads, canvas, plan)
         return Conditions(adapted, guidance, guard, features.shown, self.notes)
 
-    def _guard(self, source: Image.Image, features: Features, canvas: Canvas, plan: TilePlan) -> Guard:
+    def _guard(self, source: Image.Image, field: FeatureField, heads: ByLayer, canvas: Canvas, plan: TilePlan) -> Guard:
         size, layer = (plan.width, plan.height), self._guarded
-        tile_features = TileFeatures(self.encoder, features.guard, plan.padded, layer)
-        head, strictness = features.heads.get(layer), self._settings.guard_strictness
+        tile_features = TileFeatures(self.encoder, field, plan.padded, layer)
+        head, strictness = heads.get(layer), self._settings.guard_strictness
         if head is not None and head.floor[1] > 0:
             return Guard(tile_features, canvas, Floor(*head.floor.tolist()), strictness, relative=False)
         shrunk = source.resize(rehearsal_size(source.size, size), Image.Resampling.LANCZOS)
-        floor = rehearse(features.guard, self._fields(shrunk, size, [(layer, "tokens")], self._patches(size, True))[0])
+        floor = rehearse(field, self._fields(shrunk, size, [(layer, "tokens")], self._patches(size, True))[0])
         return Guard(tile_features, canvas, floor, strictness, relative=True)
 
 

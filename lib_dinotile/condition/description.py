@@ -56,8 +56,8 @@ def describe(path: Path) -> dict[str, Any]:
             f"{path.name} holds no weights of dinotile: its metadata names no format {adapter_file.FORMAT!r} or "
             f"{head.FORMAT!r}"
         )
-    found = sorted({tensor["dtype"] for tensor in header.values()})
-    precision = ", ".join(f"{PRECISIONS[name]} ({name})" if name in PRECISIONS else name for name in found)
+    dtypes = sorted({tensor["dtype"] for tensor in header.values()})
+    precision = ", ".join(f"{PRECISIONS[name]} ({name})" if name in PRECISIONS else name for name in dtypes)
     size = round(path.stat().st_size / 1e6, 3)
     made = {key: metadata[key] for key in sorted(metadata.keys() - known)}
     return {**found, "precision": precision, "megabytes": size, "made": made}

@@ -137,7 +137,8 @@ def _blocks(patches: Tensor) -> Tensor:
 def rehearsal_size(source: tuple[int, int], canvas: tuple[int, int]) -> tuple[int, int]:
     """(width, height) that a source of (width, height) is shrunk to, to be to itself as it is to its canvas."""
     scale = max(LEAST_SCALE, *(large / small for large, small in zip(canvas, source)))
-    return tuple(max(1, round(side / scale)) for side in source)
+    width, height = (max(1, round(side / scale)) for side in source)
+    return width, height
 
 
 def rehearse(source: FeatureField, shrunk: FeatureField) -> Floor:

@@ -150,7 +150,7 @@ class Guide:
         measure = _patches if self._guidance.distance == PATCHES else _self_similarity
         pixels, total = self._guidance.decode(x).to(tile_features.encoder.device).float(), 0.0
         for view in range(step * views, (step + 1) * views):
-            shifted = tile_features.shifted([view * share % 1 for share in SPREAD])
+            shifted = tile_features.shifted(*(view * share % 1 for share in SPREAD))
             with torch.no_grad():
                 targets = shifted.targets(tiles).clone()
                 shares = [shifted.share(tile).to(targets) for tile in tiles]

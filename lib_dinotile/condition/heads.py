@@ -21,8 +21,9 @@ ByLayer = Mapping[int, RestorationHead]
 class Heads(Protocol):
     """Restoration heads for one encoder."""
 
-    name: str
-    """Their name as a value of the option `head`, for PNG info."""
+    @property
+    def name(self) -> str:
+        """Their name as a value of the option `head`, for PNG info."""
 
     def of(self, source: tuple[int, int], canvas: tuple[int, int], layers: Sequence[int]) -> ByLayer:
         """Those for some layers, for a source and a canvas of (width, height). DinotileError if they are not to be

@@ -54,7 +54,7 @@ class Pictures(Sequence[Image.Image]):
     def __len__(self) -> int:
         return len(self._files)
 
-    def __getitem__(self, number: int) -> Image.Image:
+    def __getitem__(self, number: int) -> Image.Image:  # type: ignore[override]  # no slices
         return read_image(self._files[number])
 
 

@@ -20,7 +20,7 @@ from PIL import Image
 from torch import Tensor
 
 from lib_dinotile.dino.degradation import degrade
-from lib_dinotile.dino.encoder import PatchEncoder
+from lib_dinotile.dino.encoder import Facet, PatchEncoder
 from lib_dinotile.dino.field import FeatureField, feature_fields, patch_grid
 from lib_dinotile.dino.head import Floor, RestorationHead
 from lib_dinotile.dino.tile_features import TileFeatures
@@ -130,7 +130,7 @@ class Pairs:
         same way each time."""
         picture, patch = self.pictures[number], self.encoder.patch
         patches = max(1, min(PATCHES, max(picture.size) // patch))
-        rows, columns = patch_grid(*picture.size, patches)
+        rows, columns = patch_grid(picture.width, picture.height, patches)
         sharp = picture.resize((columns * patch, rows * patch), Image.Resampling.LANCZOS)
         wanted = self._seen(sharp, sharp.size, patches)
         found = []
@@ -143,7 +143,7 @@ class Pairs:
 
     def _seen(self, image: Image.Image, size: tuple[int, int], patches: int) -> list[Tensor]:
         pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1).float().div_(255).to(self.encoder.device)
-        wanted = [(layer, "tokens") for layer in self.layers]
+        wanted: list[tuple[int, Facet]] = [(layer, "tokens") for layer in self.layers]
         return [field.features for field in feature_fields(self.encoder, pixels, size, patches, 1, wanted)]
 
 
@@ -173,8 +173,8 @@ def calibrate(
         sums = [{layer: NormalEquations(encoder.width) for layer in layers} for _ in range(FOLDS)]
         for number in range(len(pictures)):
             step()
-            for tokens in pairs.tokens(number):
-                for layer, each in zip(layers, tokens):
+            for by_layer in pairs.tokens(number):
+                for layer, each in zip(layers, by_layer):
                     sums[number % FOLDS][layer].add(each.source, each.sharp)
         made = {"pictures": str(len(pictures)), "severities": ", ".join(f"{severity:g}" for severity in severities)}
         heads, tested = {}, {}
@@ -182,28 +182,31 @@ def calibrate(
             step()
             penalty, heads[layer], tested[layer] = _fit([fold.pop(layer) for fold in sums], encoder.device)
             made[f"penalty {layer}"] = f"{penalty:g}"
-        raw, restored = ({layer: [] for layer in layers} for _ in range(2))
-        true: dict[int, list[Tensor]] = {layer: [] for layer in layers}
+        found: dict[str, dict[int, list[Tensor]]] = {
+            kind: {layer: [] for layer in layers} for kind in ("raw", "restored", "true")
+        }
         for number in held_out:
             step()
-            for severity, seen in enumerate(pairs.tokens(number)):
-                mended = {layer: tested[layer](tokens.source[None])[0] for layer, tokens in zip(layers, seen)}
-                for layer, tokens in zip(layers, seen):
-                    raw[layer].append(_distances(tokens.source, tokens.sharp))
-                    restored[layer].append(_distances(mended[layer], tokens.sharp))
+            for severity, by_layer in enumerate(pairs.tokens(number)):
+                mended = {layer: tested[layer](tokens.source[None])[0] for layer, tokens in zip(layers, by_layer)}
+                for layer, tokens in zip(layers, by_layer):
+                    found["raw"][layer].append(_distances(tokens.source, tokens.sharp))
+                    found["restored"][layer].append(_distances(mended[layer], tokens.sharp))
                 if severity == 0:
-                    for layer, distances in true_distances(encoder, mended, seen[0].pictures).items():
-                        true[layer].append(distances)
+                    for layer, distances in true_distances(encoder, mended, by_layer[0].pictures).items():
+                        found["true"][layer].append(distances)
         for layer, head in heads.items():
-            before, after = (float(torch.cat(found[layer]).mean()) for found in (raw, restored))
+            before, after = (float(torch.cat(found[kind][layer]).mean()) for kind in ("raw", "restored"))
             made[f"held out, raw {layer}"], made[f"held out, restored {layer}"] = f"{before:.5f}", f"{after:.5f}"
             if after > before:
                 made[f"penalty {layer}"], made[f"held out, restored {layer}"] = "inf", f"{before:.5f}"
                 head.outer.weight.zero_(), head.outer.bias.zero_()
                 mild = replace(pairs, severities=severities[:1], layers=[layer])
                 seen = itertools.chain.from_iterable(itertools.chain(*mild.tokens(number)) for number in held_out)
-                true[layer] = [true_distances(encoder, {layer: each.source}, each.pictures)[layer] for each in seen]
-            floor = Floor.of(torch.cat(true[layer]))
+                found["true"][layer] = [
+                    true_distances(encoder, {layer: each.source}, each.pictures)[layer] for each in seen
+                ]
+            floor = Floor.of(torch.cat(found["true"][layer]))
             head.floor.copy_(torch.tensor([floor.median, floor.spread]))
         progress(1.0)
     return Calibration(heads, made)
@@ -219,7 +222,7 @@ def true_distances(
     half of `PATCHES`.
     """
     source, sharp = pictures
-    plan = TilePlan(*sharp.size, tile or PATCHES // 2 * encoder.patch, 0, factor=1)
+    plan = TilePlan(sharp.width, sharp.height, tile or PATCHES // 2 * encoder.patch, 0, factor=1)
     blurred, canvas = Canvas(source.resize(sharp.size, Image.Resampling.LANCZOS), plan), Canvas(sharp, plan)
     by_layer = {
         layer: TileFeatures(encoder, FeatureField(tokens, sharp.size), plan.padded) for layer, tokens in wanted.items()

@@ -11,6 +11,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from lib_dinotile import one_line
 from lib_dinotile.dino.locks import Progress, locked
@@ -133,7 +134,7 @@ class _Watched(io.BufferedWriter):
         super().__init__(io.FileIO(path, "wb"))
         self._report = report
 
-    def write(self, data: bytes) -> int:
+    def write(self, data: Any) -> int:
         count = super().write(data)
         self._report.add(count)
         return count

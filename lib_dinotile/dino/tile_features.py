@@ -44,9 +44,9 @@ class TileFeatures:
         """Pixels of the canvas along a patch."""
         return self.field.canvas[0] / self.field.features.shape[2]
 
-    def shifted(self, shift: Sequence[float]) -> TileFeatures:
+    def shifted(self, across: float, down: float) -> TileFeatures:
         """The same with windows that lie elsewhere."""
-        return replace(self, shift=tuple(shift))
+        return replace(self, shift=(across, down))
 
     def window(self, tile: Rect) -> Rect:
         """The rectangle that is encoded for a tile, with its surroundings. Unless it is shifted its patches are cells

@@ -29,13 +29,10 @@ class A1111Host(WebUIHost):
         unet = getattr(getattr(model, "model", None), "diffusion_model", None)
         self.unet = unet if hasattr(unet, "output_blocks") else None
         self.shape = UNetShape.of_ldm(self.unet) if self.unet is not None else None
+        self.channels = getattr(model, "latent_channels", 4)
         self._canvas = (0, 0)
         self._whole: list[tuple[Any, str, Tensor]] = []
         self._cut: tuple[Batch | None, list[tuple[Any, str, Tensor]]] = (None, [])
-
-    @property
-    def channels(self) -> int:
-        return getattr(self._p.sd_model, "latent_channels", 4)
 
     def _x0(self, denoiser: Any, x: Tensor, output: Tensor, sigma: Tensor) -> Tensor:
         # Timestep samplers are answered with the noise, also in the callback.

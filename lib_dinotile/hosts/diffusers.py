@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from lib_dinotile import DinotileError, one_line
 from lib_dinotile.condition.conditioner import MINI
 from lib_dinotile.condition.shape import UNetShape
-from lib_dinotile.engine.host import Batch, TiledDenoiser
+from lib_dinotile.engine.host import Batch, Host, TiledDenoiser
 from lib_dinotile.engine.prediction import coefficients, from_x0, noise_level, to_x0
 from lib_dinotile.engine.progress import Progress
 from lib_dinotile.hosts.devices import empty_cache, find_device, find_dtype
@@ -75,7 +75,7 @@ class VaeCodec(nn.Module):
         return self.vae.decode((latents / self._scale + self._shift).to(self.vae.dtype)).sample.float()
 
 
-class DiffusersHost:
+class DiffusersHost(Host):
     """img2img with a diffusers UNet and DPM-Solver++ 2M (arXiv 2211.01095), which draws no noise of its own.
 
     Latents are float32, also between the steps: what the UNet in half precision rounds once a step, its input and its
@@ -283,7 +283,7 @@ def _single_file(path: Path, config: str) -> Any:
     except (OSError, SafetensorError) as error:
         raise DinotileError(f"model: {path.name} cannot be read as a safetensors file: {error}") from error
     pipeline = StableDiffusionXLPipeline if sdxl else StableDiffusionPipeline
-    more = {"config": config} if config else {}
+    more: dict[str, Any] = {"config": config} if config else {}
     if not sdxl:
         more["safety_checker"] = None
     pipe = pipeline.from_single_file(str(path), **more)

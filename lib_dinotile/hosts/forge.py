@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -37,8 +38,11 @@ class ResidualControl(ControlBase):
         previous = self.previous_controlnet
         control = previous.get_control(x, t, cond, batched_number) if previous is not None else None
         host = self._host()
+        if host is None or host.active is None:
+            return control
         denoiser, (batch, chosen) = host.denoiser, host.active
-        found = batch.condition.residuals(float(t[0]), denoiser.step / max(denoiser.total_steps, 1))
+        progress = denoiser.step / max(denoiser.total_steps, 1)
+        found = None if batch.condition is None else batch.condition.residuals(float(t[0]), progress)
         if found is None:
             return control
         rows = torch.tensor(chosen, device=x.device)[torch.arange(len(x), device=x.device) % len(chosen)]
@@ -47,23 +51,18 @@ class ResidualControl(ControlBase):
 
 
 class ForgeHost(WebUIHost):
-    active: tuple[Batch, list[int]]
-    """The tiles of a batch that the UNet is called for."""
-
     def __init__(self, p: Any) -> None:
         super().__init__(p)
         model = p.sd_model
         unet = model.forge_objects.unet.model.diffusion_model
         self.unet = unet if hasattr(unet, "output_blocks") else None
         self.shape = UNetShape.of_ldm(self.unet) if self.unet is not None else None
-        self._tiled: TiledDenoiser | None = None
+        self.channels = model.forge_objects.vae.latent_channels
+        self.active: tuple[Batch, list[int]] | None = None
+        """The tiles of a batch that the UNet is called for; None between its calls."""
         self._canvas = (0, 0)
         self._hints: list[tuple[Any, str, Tensor]] = []
         self._shown: tuple[Batch | None, list[int]] = (None, [])
-
-    @property
-    def channels(self) -> int:
-        return self._p.sd_model.forge_objects.vae.latent_channels
 
     @property
     def denoiser(self) -> Any:
@@ -93,32 +92,32 @@ class ForgeHost(WebUIHost):
         try:
             yield
         finally:
-            del self.active  # it knows the canvas
+            self.active = None  # it knows the canvas
 
     @contextlib.contextmanager
     def sampling(self, tiled: TiledDenoiser, canvas: tuple[int, int]) -> Iterator[None]:
         model = self._p.sd_model
-        self._tiled, self._canvas = tiled, canvas
+        self._canvas = canvas
         try:
             with contextlib.ExitStack() as stack:
                 if not tiled.is_batch:  # the memory to be had is that for the tiles of a batch
                     for module in (sd_samplers_kdiffusion, sd_samplers_timesteps):
-                        stack.enter_context(patched(module, sampling_prepare=self._prepare))
+                        stack.enter_context(patched(module, sampling_prepare=functools.partial(self._prepare, tiled)))
                 yield
         finally:
-            self._tiled, self._hints, self._shown = None, [], (None, [])
+            self._hints, self._shown = [], (None, [])
             model.forge_objects = model.forge_objects_after_applying_lora.shallow_copy()
 
-    def _prepare(self, unet: Any, x: Tensor) -> None:
-        width, height = (side // self.factor for side in self._tiled.tile_size)
-        sampling_prepare(unet, x.new_empty(self._tiled.limit, x.shape[1], height, width))
+    def _prepare(self, tiled: TiledDenoiser, unet: Any, x: Tensor) -> None:
+        width, height = (side // self.factor for side in tiled.tile_size)
+        sampling_prepare(unet, x.new_empty(tiled.limit, x.shape[1], height, width))
 
-    def before_sampling(self, latents: Tensor, start: Tensor, cond: Any, uncond: Any) -> Tensor:
+    def before_sampling(self, tiled: TiledDenoiser, latents: Tensor, start: Tensor, cond: Any, uncond: Any) -> Tensor:
         # What Forge's own StableDiffusionProcessingImg2Img.sample does before it samples.
         p, model = self._p, self._p.sd_model
         model.forge_objects = model.forge_objects_after_applying_lora.shallow_copy()
         processing.apply_token_merging(model, p.get_token_merging_ratio())
-        start = super().before_sampling(latents, start, cond, uncond)
+        start = super().before_sampling(tiled, latents, start, cond, uncond)
         if p.modified_noise is not None:
             start, p.modified_noise = p.modified_noise, None
         self._hints = [
@@ -127,7 +126,7 @@ class ForgeHost(WebUIHost):
             for name in ("cond_hint_original", "advanced_mask_weighting")
             if is_spatial(getattr(control, name, None))
         ]
-        if self._tiled.conditioned:
+        if tiled.conditioned:
             unet = model.forge_objects.unet.clone()
             unet.add_patched_controlnet(ResidualControl(self))
             model.forge_objects.unet = unet

@@ -88,18 +88,18 @@ class LdmResiduals:
         if self._condition is not None:
             self._residuals = self._condition.residuals(self._sigma(float(timesteps[0])), self._progress)
 
-    def _add(self, h: Tensor, slot: int) -> Tensor:
-        residual = self._residuals[slot].to(h.device, h.dtype).index_select(0, self._index)
+    def _add(self, h: Tensor, residual: Tensor) -> Tensor:
+        residual = residual.to(h.device, h.dtype).index_select(0, self._index)
         head = h.shape[1] - residual.shape[1]
         if head == 0:
             return h + residual
         return torch.cat([h[:, :head], h[:, head:] + residual], dim=1)
 
     def _after_middle(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
-        return None if self._residuals is None else self._add(output, -1)
+        return None if self._residuals is None else self._add(output, self._residuals[-1])
 
     def _before_output(self, slot: int) -> Callable[..., tuple[Any, ...] | None]:
         def hook(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
-            return None if self._residuals is None else (self._add(args[0], slot), *args[1:])
+            return None if self._residuals is None else (self._add(args[0], self._residuals[slot]), *args[1:])
 
         return hook

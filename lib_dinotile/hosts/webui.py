@@ -16,7 +16,7 @@ from torch import Tensor
 
 from lib_dinotile import DinotileError
 from lib_dinotile.condition.shape import UNetShape
-from lib_dinotile.engine.host import Batch, Interrupted, TiledDenoiser
+from lib_dinotile.engine.host import Batch, Host, Interrupted, TiledDenoiser
 from lib_dinotile.engine.prediction import coefficients, from_x0
 from lib_dinotile.engine.progress import Progress
 from lib_dinotile.hosts import decoders, upscalers
@@ -65,7 +65,7 @@ class SamplerNoise:
         return self._noise.next().to(devices.device)
 
 
-class WebUIHost:
+class WebUIHost(Host):
     """The loaded checkpoint, sampled as the processing object `p` says; see `Host`."""
 
     factor = processing.opt_f
@@ -79,6 +79,7 @@ class WebUIHost:
         self.base = base_of(p.sd_model)
         self.device = devices.device
         self.dtype = devices.dtype
+        self.denoise = p.denoising_strength
         self._negative = ""
         self._main: tuple[Any, Any] = (None, None)
         self._others: dict[tuple[str | None, tuple[int, int]], tuple[Any, Any]] = {}
@@ -88,16 +89,6 @@ class WebUIHost:
     def _p(self) -> Any:
         """The processing object: it has us, so we do not keep it alive."""
         return self._job()
-
-    @property
-    def denoise(self) -> float:
-        """The generation's denoising strength."""
-        return self._p.denoising_strength
-
-    @property
-    @abstractmethod
-    def channels(self) -> int:
-        """Channels of a latent."""
 
     @abstractmethod
     def conditioned(self, batch: Batch, chosen: Sequence[int], parts: int) -> contextlib.AbstractContextManager[None]:
@@ -221,7 +212,7 @@ class WebUIHost:
             self.sampling(tiled, canvas),
             fast_input(self.unet),
         ):
-            start = self.before_sampling(begin, start, cond, uncond)
+            start = self.before_sampling(tiled, begin, start, cond, uncond)
             samples = p.sampler.sample_img2img(p, begin, start, cond, uncond, image_conditioning=image_conditioning)
         if shared.state.interrupted or shared.state.skipped:
             raise Interrupted
@@ -283,20 +274,20 @@ class WebUIHost:
 
         x (k, C, h, w): their noisy latents, as the denoiser gets them.
         """
-        failed: list[Exception] = []
+        guide, failed = batch.guide, list[Exception]()
+        if guide is None:
+            yield
+            return
 
         def after(params: script_callbacks.AfterCFGCallbackParams) -> None:
             try:
                 x0 = self._x0(denoiser, x, params.x, sigma)
-                moved = batch.guide(x0, denoiser.step, denoiser.total_steps, chosen)
+                moved = guide(x0, denoiser.step, denoiser.total_steps, chosen)
                 if moved is not None:
                     params.x = self._prediction(denoiser, x, moved, sigma).to(params.x)
             except Exception as error:  # the WebUI would only log it
                 failed.append(error)
 
-        if batch.guide is None:
-            yield
-            return
         script_callbacks.on_cfg_after_cfg(after)
         try:
             yield
@@ -341,7 +332,7 @@ class WebUIHost:
         """Zeros, but for inpainting, depth and editing checkpoints, which look at a tile's own pixels."""
         p = self._p
         with seeded(self.device):
-            if tiled.is_batch:
+            if tiled.pixels is not None:
                 pixels = tiled.pixels().to(self.device)
                 seen = None if mask is None else F.interpolate(mask.to(pixels), scale_factor=self.factor)
                 return p.img2img_image_conditioning(pixels * 2 - 1, latents, seen)
@@ -359,7 +350,7 @@ class WebUIHost:
         """While open, these views of a canvas of (width, height) are sampled."""
         yield
 
-    def before_sampling(self, latents: Tensor, start: Tensor, cond: Any, uncond: Any) -> Tensor:
+    def before_sampling(self, tiled: TiledDenoiser, latents: Tensor, start: Tensor, cond: Any, uncond: Any) -> Tensor:
         """Lets other extensions in; returns the start noise, which they may have changed."""
         p = self._p
         if p.scripts is not None:

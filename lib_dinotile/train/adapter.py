@@ -47,7 +47,7 @@ SHOWN = 4
 
 def encode_image(host: DiffusersHost, image: Image.Image, tile: int) -> Tensor:
     """The latents (C, h, w) of a whole canvas, RGB, as its tiles get them in use."""
-    plan = TilePlan(*image.size, tile, 0, host.factor)
+    plan = TilePlan(image.width, image.height, tile, 0, host.factor)
     canvas, whole = Canvas(image, plan), Rect(0, 0, *plan.padded)
     return SourceLatents(host, canvas, whole, PieceSize(plan.tile_size, host.factor), print).crop(whole)
 
@@ -242,10 +242,10 @@ class Samples:
 
     def strip(self, number: int, picture: Picture, adapter: Adapter, head: RestorationHead | None) -> np.ndarray:
         """(tile, 4 * tile, 3) uint8: the enlarged source, painted without the adapter and with it, the truth."""
-        size = picture.sharp.size
-        plan = TilePlan(*size, self._tile, 0, self._host.factor)
+        size = width, height = picture.sharp.size
+        plan = TilePlan(width, height, self._tile, 0, self._host.factor)
         tile = plan.tiles[len(plan) // 2]
-        box = (tile.x, tile.y, min(tile.right, size[0]), min(tile.bottom, size[1]))
+        box = (tile.x, tile.y, min(tile.right, width), min(tile.bottom, height))
         mask = Image.new("L", size, 0)
         mask.paste(255, box)
         settings = replace(self._settings, tile_prompt=fitting(self._host, picture.caption), tile_prompt_mode="replace")
@@ -285,7 +285,7 @@ def train_adapter(
     trained_on, held_out = (
         Tiles(prepared, tile, host.factor, grid, options.seed + number) for number, prepared in enumerate(pictures)
     )
-    shown, measured = Samples(host, encoder, options, tile), {}
+    shown, measured = Samples(host, encoder, options, tile), dict[str, float]()
 
     def report(averaged: nn.Module, step: int) -> tuple[dict[str, float], dict[str, np.ndarray]]:
         measured.clear()

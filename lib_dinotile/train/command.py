@@ -75,7 +75,7 @@ class Job:
             Photos(self.images, held_out, options, tile, 1),
         )
         folder = Path(options.cache) if options.cache else self.out.with_suffix(".cache")
-        both = tuple(Prepared(each, compute, folder, recipe) for each in photos)
+        both = Prepared(photos[0], compute, folder, recipe), Prepared(photos[1], compute, folder, recipe)
         self.say(f"{len(trained_on)} images to train on, {len(held_out)} held out; logs: {self.run}")
         for each, what in zip(both, ("images", "held-out images")):
             left_out += each.prepare(self.team, what)
@@ -178,7 +178,7 @@ def _train_heads(job: Job, encoder: PatchEncoder) -> None:
 
 def _train_adapter(job: Job, encoder: PatchEncoder, host: DiffusersHost, heads: Mapping[int, RestorationHead]) -> None:
     options, head, tile = job.options, heads.get(-job.options.layer), tile_size(job.options, host.base)
-    recipe = ["tiles", options.base, stamp(options.base), options.config, encoder.id, encoder.fingerprint]
+    recipe: list[object] = ["tiles", options.base, stamp(options.base), options.config, encoder.id, encoder.fingerprint]
     recipe += [options.layer, options.patches, options.precision, tile, head and _digest(head)]
     pictures = job.prepared(prepared_tiles(host, encoder, options, tile, head), recipe, tile)
 

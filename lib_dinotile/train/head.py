@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from lib_dinotile.condition.conditioner import to_tensor
 from lib_dinotile.dino.calibration import true_distances
-from lib_dinotile.dino.encoder import PatchEncoder
+from lib_dinotile.dino.encoder import Facet, PatchEncoder
 from lib_dinotile.dino.field import feature_fields
 from lib_dinotile.dino.head import Floor, RestorationHead
 from lib_dinotile.train.loop import Schedule, fit
@@ -33,7 +33,8 @@ def prepared_pairs(
 
     @torch.no_grad()
     def compute(picture: Picture) -> dict[str, Tensor]:
-        size, wanted = picture.sharp.size, [(layer, "tokens") for layer in layers]
+        size = picture.sharp.size
+        wanted: list[tuple[int, Facet]] = [(layer, "tokens") for layer in layers]
         return {
             f"{name}.{layer}": field.features
             for name, image in (("source", picture.source), ("sharp", picture.sharp))
@@ -118,7 +119,8 @@ def measure_floor(
     distances: dict[int, list[Tensor]] = {layer: [] for layer in heads}
     for number in range(len(pictures)):
         picture = pictures.picture(number)
-        source, wanted = to_tensor(picture.source).to(encoder.device), [(layer, "tokens") for layer in heads]
+        source = to_tensor(picture.source).to(encoder.device)
+        wanted: list[tuple[int, Facet]] = [(layer, "tokens") for layer in heads]
         fields = feature_fields(encoder, source, picture.sharp.size, patches, 1, wanted)
         restored = {layer: head(field.features[None])[0] for (layer, head), field in zip(heads.items(), fields)}
         for layer, found in true_distances(encoder, restored, (picture.source, picture.sharp), tile).items():

@@ -162,7 +162,7 @@ def infotext_fields(components: Mapping[str, Any]) -> list[tuple[Any, Any]]:
         return written[0].infotext in params
 
     def reader(option: Option) -> Callable[[Mapping[str, Any]], Any]:
-        return lambda params: params.get(option.infotext, option.default) if ours(params) else None
+        return lambda params: params.get(str(option.infotext), option.default) if ours(params) else None
 
     keys = [option.infotext if option.infotext in always else reader(option) for option in written]
     return [(components["enabled"], ours), *zip((components[option.name] for option in written), keys)]
@@ -175,7 +175,7 @@ def restore_types(*_: Any) -> None:
     """
     options = {f"dinotile_{option.name}": option for option in Settings.table()}
     for field in infotext_utils.paste_fields.get("img2img", {}).get("fields", ()):
-        option = options.get(getattr(field.component, "elem_id", None))
+        option = options.get(getattr(field.component, "elem_id", None) or "")
         if option is not None and option.type in (int, float):
             field.component.value = option.type(field.component.value)
 

@@ -34,7 +34,8 @@ class Area:
 
     def __init__(self, p: Any, settings: Settings, size: tuple[int, int]) -> None:
         """size: (width, height) of the source. DinotileError for sizes that cannot be, and for an empty mask."""
-        self.mask, self.infotext, self._box, self._overlay = None, {}, None, None
+        self.infotext: dict[str, Any] = {}
+        self.mask = self._box = self._overlay = None
         given, self._resize = (p.width, p.height), 0
         if p.image_mask is not None:
             self.mask = self._prepare(p).resize(size)

@@ -187,17 +187,22 @@ class Img2Img:
     """img2img's own controls, picked up while the WebUI builds its page."""
 
     def __init__(self) -> None:
+        self._captions: tuple[Any, Any] | None = None
+        self._own: tuple[Any, Any, Any, Mapping[str, Any]] | None = None
+        self._forget()
+
+    def _forget(self) -> None:
+        """The page is built anew."""
         self._found: dict[str, Any] = {}
         self._place: str | None = None
         self._hidden: list[Any] = []
-        self._own: tuple[Any, Any, Any, Mapping[str, Any]] | None = None
-        self._captions: tuple[Any, Any] | None = None
+        self._own = self._captions = None
 
     def on_component(self, component: Any, **arguments: Any) -> None:
         """Called with every component that is built, and the arguments that it is built with."""
-        name = arguments.get("elem_id")
+        name = arguments.get("elem_id") or ""
         if name == "mode_img2img":  # img2img's part of the page begins
-            self.__init__()
+            self._forget()
         if name in IMAGES:
             self._place = name
         if name in IMAGES and isinstance(component, gr.Image):
@@ -206,7 +211,7 @@ class Img2Img:
             self._found.setdefault(self._place, component)
         elif name in NUMBERS.values():
             self._found[name] = component
-        elif name is None and isinstance(component, gr.Number) and not component.visible:
+        elif not name and isinstance(component, gr.Number) and not component.visible:
             self._hidden.append(component)  # the numbers of the chosen tabs: of sources, and of sizes
         elif name == LAST:
             self._connect()
@@ -287,7 +292,8 @@ def show(
     source, settings = flat(source), Settings.parse({**options, "enabled": True})
     given = int(img2img.get("width") or 0), int(img2img.get("height") or 0)
     if sizing == 1:  # Resize by, as img2img counts it
-        given = tuple(int(side * img2img["scale"]) // 8 * 8 for side in source.size)
+        width, height = (int(side * img2img["scale"]) // 8 * 8 for side in source.size)
+        given = width, height
     model = checkpoint()
     preview = Preview(source.size, settings, model, given, int(img2img.get("resize") or 0))
     picture = preview.semantic_map(source)

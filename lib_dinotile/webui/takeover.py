@@ -282,6 +282,7 @@ class Takeover:
     ) -> list[Tensor]:
         """In place of `p.sample`: upscales every image of the batch; pixels (3, H, W) in [-1, 1]."""
         p, host = self._p, self._host
+        assert host is not None  # the WebUI calls `init` first
         results: list[Image.Image] = []
         notes: dict[str, list[str | None]] = {"DINO Tile painted": [], "DINO Tile notes": []}
         if self._settings.captions != NONE:
@@ -293,7 +294,7 @@ class Takeover:
             noise = NoiseField(seeds[number], host.channels, subseeds[number], subseed_strength)
             source = self._sources[number % len(self._sources)]
             try:
-                result = self._upscale(source, noise)
+                result = self._upscale(host, source, noise)
             except flow.UnfinishedError as error:
                 if isinstance(error.__cause__, DinotileError) and not results and not error.result.painted:
                     # There is nothing to tell but what stands against it. Not the cause itself: raised here, it would
@@ -302,7 +303,8 @@ class Takeover:
                 # What is done of the batch is kept, too.
                 done = results + ([self._area.finish(error.result.image, source)] if error.result.painted else [])
                 where = self._keep(done, seeds, prompts)
-                raise flow.UnfinishedError(error.__cause__, error.result, where) from error.__cause__
+                cause = error.__cause__ or error
+                raise flow.UnfinishedError(cause, error.result, where) from cause
             p.__dict__[FOUND].append((result.report, result.maps))
             for line in result.report.lines:
                 p.comment(f"DINO Tile: {line}")
@@ -318,7 +320,7 @@ class Takeover:
         samples.extend(to_sample(image) for image in results)
         return samples
 
-    def _upscale(self, source: Image.Image, noise: NoiseField) -> flow.Result:
+    def _upscale(self, host: WebUIHost, source: Image.Image, noise: NoiseField) -> flow.Result:
         area = self._area
         fill = masking.fill if area.mask is not None and self._p.inpainting_fill == 0 else None
         width, height = area.canvas
@@ -329,7 +331,7 @@ class Takeover:
             patched(self._p, width=width, height=height),
         ):
             result = flow.upscale(
-                self._host,
+                host,
                 area.cut(source),
                 self._settings,
                 noise,
@@ -338,10 +340,10 @@ class Takeover:
                 mask=area.mask,
                 fill=fill,
             )
-        tiles, pixels = flow.workload(flow.make_plan(self._host, area.canvas, self._settings), self._settings)
+        tiles, pixels = flow.workload(flow.make_plan(host, area.canvas, self._settings), self._settings)
         painted = pixels * result.painted / max(1, tiles) * (1 + (result.report.retried or 0))
-        learn_speed(self._p.sd_model, time.perf_counter() - began, painted, self._host.steps())
-        self._host.bars.end()  # also if it was stopped
+        learn_speed(self._p.sd_model, time.perf_counter() - began, painted, host.steps())
+        host.bars.end()  # also if it was stopped
         return result
 
     def _keep(self, done: Sequence[Image.Image], seeds: Sequence[int], prompts: Sequence[str]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -89,7 +90,7 @@ def register() -> None:
             name = f"[{TITLE}] {option.label}"
             if not option.infotext or name in present:
                 continue
-            choices = CHOICES.get(option.name) or (option.choices and (lambda o=option: list(o.choices)))
+            choices = CHOICES.get(option.name) or (option.choices and functools.partial(list, option.choices))
             axis = module.AxisOptionImg2Img(
                 name,
                 str if choices else option.type,
