@@ -1,4 +1,4 @@
-"""Whether the borders of tiles can be seen in the result: python benchmarks/seams.py [--webui URL] [--json]
+"""Whether the borders of tiles can be seen in the result: python benchmarks/seams.py [--json]
 
 A seam is gradient energy across the borders of tiles over that elsewhere in the same image; 1.0 is no seam.
 
@@ -20,10 +20,6 @@ the tiles' inside.
 Checked on every run, with the same images (the rows in brackets): "nowhere" takes lines in the middle between the
 real ones, where no border is, and has to be 1.00; "cut" is the reference cut into tiles, the colours of each shifted
 by 2 levels up or down, and has to be well above.
-
-In a WebUI (--webui: some canvases of each group, through dinotile and, where they are installed, Ultimate SD Upscale
-and Tiled Diffusion) the reference is dinotile's single tile. Peers draw other noise than that, so their figures
-scatter more.
 
 --json: one last line, "worst" is the largest cell for dinotile without a seam pass. Target: at most 1.02.
 """
@@ -47,7 +43,6 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from benchmarks.photographs import EXAMPLE, installed, middle
-from benchmarks.webui import TILED, ULTIMATE, WebUI, client, tiles
 from lib_dinotile.engine.flow import upscale
 from lib_dinotile.hosts.diffusers import load_host
 from lib_dinotile.images import read_image
@@ -62,7 +57,6 @@ SIDE, SCALE = 256, 2
 """Of the sources, and how much larger the canvases are."""
 GENERATION = Generation(steps=6, denoise=0.35)  # two UNet steps a tile
 TILES = Settings(scale=SCALE, tile=128, overlap=32, batch=4, guidance=0.0, guard="off")
-WEBUI_TILES = replace(TILES, tile=192, overlap=64)
 ORDERS = ("chess", "linear", "fused")
 WITH_PASS = 2
 """Canvases of each group that the seam passes are run on."""
@@ -280,33 +274,8 @@ def fill(table: Table, make: Make, groups: dict[str, dict[str, Image.Image]], ba
                     table.pool(f"dinotile {order}, {seams}", group).add(result, reference, plan_lines(plan, settings))
 
 
-def fill_peers(
-    table: Table, webui: WebUI, make: Make, groups: dict[str, dict[str, Image.Image]], base: Settings
-) -> None:
-    """The peers' rows, with tiles that the UNet sees as large as dinotile's."""
-    installed = webui.scripts()
-    inner, side = base.tile - base.overlap, SIDE * SCALE
-    plan = TilePlan(side, side, base.tile, base.overlap, PERIOD)
-    for group, images in groups.items():
-        for seed, image in enumerate(images.values()):
-            reference = make(image, alone(base), seed)
-            squares = Lines(side)
-            for line in range(inner, side, inner):  # a tile is pasted up to here, its crop ends at the padding
-                squares.add(line - base.overlap // 2, line + base.overlap // 2)
-            for order, seams in itertools.product(("chess", "linear"), SEAMS) if ULTIMATE in installed else ():
-                request = webui.ultimate(SCALE, inner, base.overlap // 2, order, seams, base.seam_denoise)
-                result = webui.img2img(image, **request, seed=seed).images[-1]
-                table.pool(f"Ultimate SD Upscale {order}, {seams}", group).add(result, reference, (squares, squares))
-            for method in ("MultiDiffusion", "Mixture of Diffusers") if TILED in installed else ():
-                request = webui.tiled(SCALE, base.tile, base.overlap, base.batch, method)
-                result = webui.img2img(image, **request, seed=seed).images[-1]
-                table.pool(f"Tiled Diffusion, {method}", group).add(result, reference, plan_lines(plan, base))
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--webui", metavar="URL", help="also through a running A1111 with --api, and the peers in it")
-    parser.add_argument("--images", type=int, default=2, help="of each group with --webui")
     parser.add_argument("--json", action="store_true", help="one last line of JSON")
     arguments = parser.parse_args()
 
@@ -326,22 +295,6 @@ def main() -> None:
     print(table)
     print(f"worst without a seam pass: {worst:.3f} (target: at most {TARGET})")
 
-    if arguments.webui:
-        webui, table = WebUI(arguments.webui), Table(groups)
-        webui.need(client.SCRIPT)
-
-        def there(image: Image.Image, settings: Settings, seed: int) -> Image.Image:
-            names = ("scale", "tile", "overlap", "batch", "order", "seams")
-            options = tiles(**{name: getattr(settings, name) for name in names})
-            return webui.img2img(image, **options, seed=seed).image
-
-        few = {group: dict(itertools.islice(images.items(), arguments.images)) for group, images in groups.items()}
-        fill(table, there, few, WEBUI_TILES, PERIOD)
-        fill_peers(table, webui, there, few, WEBUI_TILES)
-        print(
-            f"WebUI, tiles of {WEBUI_TILES.tile} with overlap {WEBUI_TILES.overlap}; {arguments.images} of each group"
-        )
-        print(table)
     if arguments.json:
         print(json.dumps({"worst": round(worst, 4)}))
 

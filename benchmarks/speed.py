@@ -23,7 +23,7 @@ one tile of a canvas of 1024 x 1024 is painted, and guidance's floating-point op
 
 adapter: parameters and operations of an adapter for Stable Diffusion 1.5 (tiles of 512 px) and XL (of 1024 px) against
 those of the UNet with one row, counted and not run: of a step, and of a tile, which also has the part that runs once.
-How often the parts run, with the built-in model. `--time sd15` also takes the seconds (XL in float32 wants 12 GB).
+How often the parts run, with the built-in model.
 
 training: operations of a training tile (forward, backward through the frozen UNet, adapter; latents and features from
 the cache) and of a bare UNet row; their seconds, on a GPU if there is one; tiles an hour. `--count` only counts.
@@ -68,7 +68,7 @@ from benchmarks.models import (
 )
 from benchmarks.photographs import example, noise
 from lib_dinotile.condition import conditioner as conditioners
-from lib_dinotile.condition.adapter import Adapter, AdapterCondition
+from lib_dinotile.condition.adapter import Adapter
 from lib_dinotile.condition.conditioner import MINI, Conditioner
 from lib_dinotile.condition.guard import Guard
 from lib_dinotile.condition.guidance import Guide
@@ -249,37 +249,6 @@ def counted(name: str) -> dict[str, float]:
     }
 
 
-@torch.no_grad()
-def timed(name: str, runs: int) -> dict[str, float]:
-    """Seconds, and the share of a step and of a whole tile, in float32 on the CPU; medians of some runs.
-
-    A step of the adapter is `AdapterCondition.residuals` and adding them as a host does, the UNet's is its bare call;
-    each run times both.
-    """
-    pair = Trainer(name, "cpu", 1, "no", False)
-    for module in (pair.unet, pair.adapter.eval()):
-        module.to(memory_format=torch.channels_last)
-    condition = AdapterCondition(pair.adapter, pair.batch["features"], pair.latent)
-    skips = [torch.randn_like(residual) for residual in condition.residuals(1.0, 0.5)]
-
-    def add(condition: AdapterCondition) -> list[Tensor]:
-        return [skip + residual for skip, residual in zip(skips, condition.residuals(1.0, 0.5))]
-
-    rows = []
-    for _ in range(runs + 1):
-        clocks = prepare, forward, unet = Clock(), Clock(), Clock()
-        forward(add, prepare(AdapterCondition, pair.adapter, pair.batch["features"], pair.latent))
-        unet(pair.bare)
-        rows.append([clock.seconds for clock in clocks])
-    rows = rows[1:]  # the first one warms up
-    names = ("prepare_seconds", "forward_seconds", "unet_seconds")
-    return {
-        **{name: statistics.median(column) for name, column in zip(names, zip(*rows))},
-        "step_time_share": statistics.median(row[1] / row[2] for row in rows),
-        "tile_time_share": statistics.median((row[0] + STEPS * row[1]) / (STEPS * row[2]) for row in rows),
-    }
-
-
 def adapter_calls(batch: int, side: int = 128) -> dict[str, int]:
     """How often the parts of the built-in adapter ran for an image of `side` px, enlarged with `batch` tiles at once.
 
@@ -308,14 +277,6 @@ def adapter(arguments: argparse.Namespace) -> dict[str, Any]:
         print(f"  GFLOP: UNet, step, once    {unet:.1f}, {step:.2f}, {once:.2f}")
         print(f"  share of a step's FLOP     {found['step_share']:.4f}   (at most {SHARE})")
         print(f"  share of a tile's FLOP     {found['tile_share']:.4f}   ({STEPS} steps, and what runs once)")
-        if name in arguments.time:
-            found |= timed(name, arguments.runs)
-            unet, step, once = (found[f"{part}_seconds"] for part in ("unet", "forward", "prepare"))
-            print(
-                f"  seconds: UNet, step, once  {unet:.2f}, {step:.4f}, {once:.3f}   (medians of {arguments.runs} runs)"
-            )
-            print(f"  share of a step's seconds  {found['step_time_share']:.4f}   (at most {SHARE})")
-            print(f"  share of a tile's seconds  {found['tile_time_share']:.4f}")
     for batch in (1, 4):
         calls = figures[f"calls_batch_{batch}"] = adapter_calls(batch)
         print(f"calls for an image, batch {batch}: " + ", ".join(f"{name} {count}" for name, count in calls.items()))
@@ -357,7 +318,6 @@ def main(given: Sequence[str] | None = None) -> int:
     parser.add_argument("--json", action="store_true", help="one last line of JSON")
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--shapes", nargs="+", choices=("mini", TINY, *UNETS), help="cost (one), training, --gpu")
-    parser.add_argument("--time", nargs="+", choices=UNETS, default=(), help="adapter: also in seconds")
     parser.add_argument("--batch", type=int, default=1, help="training")
     parser.add_argument("--precision", choices=PRECISIONS, default="bf16", help="training")
     parser.add_argument("--checkpointing", action="store_true", help="training")

@@ -324,7 +324,19 @@ def test_an_image_of_an_encoder_that_was_exchanged_since_is_done_again(photo, tm
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     place = tmp_path / "cache" / "dinotile" / "encoders" / "tiny"
     write_checkpoint(place)
-    arguments = [photo, tmp_path / "out.png", *QUICK, "--adapter", "None", "--dino", "tiny", "--guidance", 0, "--head", "None"]
+    arguments = [
+        photo,
+        tmp_path / "out.png",
+        *QUICK,
+        "--adapter",
+        "None",
+        "--dino",
+        "tiny",
+        "--guidance",
+        0,
+        "--head",
+        "None",
+    ]
     assert run(*arguments) == 0
     sampled[:] = []
     assert run(*arguments, "--resume") == 0 and not sampled

@@ -2,36 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from benchmarks.world.host import SETTINGS, WEIGHTS, as_image
-from benchmarks.world.scenes import NO_LABEL, PATCH, SIDE, TRAIN_ATLAS, Scene, scene
+from benchmarks.world.scenes import PATCH, SIDE, TRAIN_ATLAS, Scene, scene
 from lib_dinotile import DinotileError
 from lib_dinotile.condition.guard import GUARD_LAYER
 from lib_dinotile.condition.heads import Heads, heads_for
 from lib_dinotile.dino.calibrated import Store
 from lib_dinotile.dino.encoder import PatchEncoder, load_encoder
 from lib_dinotile.dino.field import FeatureField, feature_field
-from lib_dinotile.dino.head import RestorationHead, save_heads
 from lib_dinotile.dino.tile_features import CONTEXT, TileFeatures
-from lib_dinotile.engine.team import Team
 from lib_dinotile.tiling.plan import Rect
-from lib_dinotile.train.head import prepared_pairs
-from lib_dinotile.train.head import train_heads as fit_heads
-from lib_dinotile.train.loop import Schedule
-from lib_dinotile.train.pictures import Picture, Prepared
+from lib_dinotile.train.pictures import Picture
 
-LAYERS = (-1, -2, -3)
-"""Of the trained heads."""
-HIDDEN = 128
 CALIBRATION_PICTURES, CALIBRATION_SEED = 48, 41
 
 TILE = 64
@@ -86,24 +77,6 @@ def in_windows(
     return features
 
 
-def train_heads(schedule: Schedule, export: Path, scenes: int = 400, held_out: int = 30) -> None:
-    """By the program's own training; no labels are used."""
-    encoder = load_encoder(str(export / "encoder"))
-    patches, recipe = SIDE // PATCH, ["heads", encoder.fingerprint]
-    compute = prepared_pairs(encoder, patches, LAYERS)
-    pictures = tuple(
-        Prepared(Scenes(count, schedule.seed + number), compute, schedule.out / "cache", recipe)
-        for number, count in enumerate((scenes, held_out))
-    )
-    for each in pictures:
-        each.prepare(Team(), "scenes")
-
-    def save(heads: Mapping[int, RestorationHead], figures: Mapping[str, str]) -> None:
-        save_heads(heads, export / "heads.safetensors", encoder.id, scenes=str(scenes), **figures)
-
-    fit_heads(encoder, HIDDEN, schedule, pictures, patches, TILE, save, LAYERS)
-
-
 def calibrated_heads(encoder: PatchEncoder, weights: Path = WEIGHTS) -> Heads:
     """As the product takes them by default; DinotileError if they are not there: it would calibrate on photographs."""
     store = Store(weights / "calibrated")
@@ -121,22 +94,6 @@ def calibrate_heads(export: Path, encoder: str) -> None:
     store = Store(export / "calibrated")
     store.make(load_encoder(str(export / encoder)), SETTINGS.scale, (GUARD_LAYER, -SETTINGS.layer), pictures)
     print(*store.notes, sep="\n")
-
-
-def train_probe(export: Path) -> None:
-    """A linear probe, logistic regression, that names a patch's class from the last layer's tokens of the source."""
-    from sklearn.linear_model import LogisticRegression
-
-    encoder, tokens, classes = load_encoder(str(export / "encoder")), [], []
-    for number in range(150):
-        made = scene(np.random.default_rng((11, number, 12)), TRAIN_ATLAS)
-        known = made.labels != NO_LABEL
-        tokens.append(source_features(encoder, made).permute(1, 2, 0).numpy()[known])
-        classes.append(made.labels[known])
-    probe = LogisticRegression(max_iter=300, C=0.1).fit(np.concatenate(tokens), np.concatenate(classes))
-    arrays = {"weight": probe.coef_, "bias": probe.intercept_}
-    tensors = {name: torch.from_numpy(array).half().contiguous() for name, array in arrays.items()}
-    save_file(tensors, export / "probe.safetensors")
 
 
 def probed(features: Tensor, weights: Path) -> np.ndarray:

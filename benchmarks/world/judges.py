@@ -12,10 +12,10 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from benchmarks.world.scenes import JUDGE_ATLAS, NO_LABEL, PATCH, TEXTURE, Scene, scene
+from benchmarks.world.scenes import NO_LABEL, PATCH, TEXTURE, Scene
 from benchmarks.world.textures import CLASSES, LOWEST
 
 NONE, GARBAGE = CLASSES, CLASSES + 1
@@ -117,30 +117,7 @@ class SpectralJudge:
         grid = pixels.shape[1] // PATCH, pixels.shape[2] // PATCH
         return np.where(contrast < TEXTURE / 4, NONE, named).reshape(grid)
 
-    def save(self, folder: Path) -> None:
-        tensors = {
-            name: torch.from_numpy(getattr(self, name)).half().contiguous() for name in ("means", "weights", "offsets")
-        }
-        folder.mkdir(parents=True, exist_ok=True)
-        save_file(tensors, folder / "spectral.safetensors")
-
     @classmethod
     def load(cls, folder: Path) -> SpectralJudge:
         tensors = load_file(folder / "spectral.safetensors")
         return cls(*(tensors[name].float().numpy() for name in ("means", "weights", "offsets")))
-
-
-def fit_spectral(export: Path, scenes: int = 150, seed: int = 6) -> None:
-    """On pictures of the judges' atlas."""
-    from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
-
-    features, labels = [], []
-    for i in range(scenes):
-        made = scene(np.random.default_rng((seed, i, 6)), JUDGE_ATLAS)
-        label = made.labels.flatten()
-        features.append(_spectra(made.sharp)[0][label != NO_LABEL])
-        labels.append(label[label != NO_LABEL])
-    x, y = np.concatenate(features), np.concatenate(labels)
-    middle = x.mean(0)
-    fitted = LinearDiscriminantAnalysis("lsqr", shrinkage=0.02, priors=np.full(CLASSES, 1 / CLASSES)).fit(x - middle, y)
-    SpectralJudge(middle, fitted.coef_, fitted.intercept_).save(export)

@@ -16,7 +16,7 @@ from lib_dinotile.tiling.plan import Rect
 
 CONTEXT = 1
 """Patches around a tile that are seen with it, on each side at least. More costs more and shows little more: see
-benchmarks/features.py."""
+benchmarks/world/README.md."""
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ def test_png_info_says_which_and_how(adapted: Reply, adapters: Adapters):
         "DINO Tile strength": "1.0",
         "DINO Tile start": "0.0",
         "DINO Tile end": "1.0",
-        "DINO Tile encoder": "Automatic",
+        "DINO Tile encoder": "mini",
         "DINO Tile patches": "64",
         "DINO Tile windows": "1",
     }
