@@ -11,8 +11,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from lib_dinotile import DinotileError
-from lib_dinotile.condition.guard import OFF, POLICIES, RETRY
-from lib_dinotile.condition.guidance import DISTANCES
 from lib_dinotile.options import Options, option
 from lib_dinotile.tiling.colour import CORRECTIONS
 from lib_dinotile.tiling.plan import ORDERS
@@ -43,6 +41,12 @@ TAESD, APPROXIMATE, FULL_VAE = "TAESD", "approximate", "full VAE"
 DECODERS = (AUTOMATIC, TAESD, APPROXIMATE, FULL_VAE)
 PREDICTIONS = (AUTOMATIC, "epsilon", "v_prediction")
 PRECISIONS = (AUTO, "fp32", "fp16", "bf16")
+OFF, REPORT, BLEND, RETRY = "off", "report", "blend back", "retry"
+POLICIES = (OFF, REPORT, BLEND, RETRY)
+PATCHES, SELF_SIMILARITY = "patches", "self-similarity"
+DISTANCES = (PATCHES, SELF_SIMILARITY)
+"""`patches`: one minus the cosine, patch by patch. `self-similarity`: how patches resemble each other (keys of the
+attention, their cosines, as in DiffuseIT, arXiv 2209.15264), which a change of style leaves as it is."""
 SEMANTIC, CONSISTENCY, BOTH = "semantic", "consistency", "both"
 MAPS = ("none", SEMANTIC, CONSISTENCY, BOTH)
 

@@ -10,7 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lib_dinotile.condition.adapter import AdapterCondition
-from lib_dinotile.condition.guidance import PATCHES, Guidance
+from lib_dinotile.condition.guidance import Guidance
+from lib_dinotile.settings import PATCHES
 from tests.test_adapter import random_adapter
 from tests.test_tile_features import latents
 

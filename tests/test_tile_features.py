@@ -11,10 +11,11 @@ from PIL import Image
 
 from lib_dinotile.condition import guard as guards
 from lib_dinotile.condition.guard import Floor, Guard, rehearsal_size, rehearse
-from lib_dinotile.condition.guidance import DISTANCES, LENGTH, PATCHES, SELF_SIMILARITY, Guidance
+from lib_dinotile.condition.guidance import LENGTH, Guidance
 from lib_dinotile.dino.encoder import load_encoder
 from lib_dinotile.dino.field import FeatureField, feature_field
 from lib_dinotile.dino.tile_features import TileFeatures
+from lib_dinotile.settings import DISTANCES, PATCHES, SELF_SIMILARITY
 from lib_dinotile.tiling.canvas import Canvas
 from lib_dinotile.tiling.plan import Rect, TilePlan
 from tests.test_tiling import random_image

@@ -19,7 +19,7 @@ from lib_dinotile.condition.adapter import Adapter, AdapterCondition
 from lib_dinotile.condition.adapter_file import check_encoder, check_fit, load_adapter, read_config
 from lib_dinotile.condition.guard import GUARD_LAYER, OTHER_LAYER, Guard, rehearsal_size, rehearse
 from lib_dinotile.condition.guidance import CONTEXT as GUIDANCE_CONTEXT
-from lib_dinotile.condition.guidance import SELF_SIMILARITY, Guidance
+from lib_dinotile.condition.guidance import Guidance
 from lib_dinotile.condition.heads import ByLayer, FixedHeads, Heads, chosen, heads_for
 from lib_dinotile.condition.shape import UNetShape
 from lib_dinotile.dino.cache import FeatureCache
@@ -30,7 +30,7 @@ from lib_dinotile.dino.field import FeatureField
 from lib_dinotile.dino.head import Floor, RestorationHead, forget_heads, heads_in
 from lib_dinotile.dino.locks import Progress
 from lib_dinotile.dino.tile_features import TileFeatures
-from lib_dinotile.settings import AUTOMATIC, BOTH, DECODERS, NONE, SEMANTIC, Settings
+from lib_dinotile.settings import AUTOMATIC, BOTH, DECODERS, NONE, SELF_SIMILARITY, SEMANTIC, Settings
 from lib_dinotile.tiling.canvas import Canvas
 from lib_dinotile.tiling.plan import Rect, TilePlan
 from lib_dinotile.weights import Stamp, stamp

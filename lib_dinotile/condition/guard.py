@@ -27,9 +27,6 @@ from lib_dinotile.dino.tile_features import TileFeatures
 from lib_dinotile.tiling.canvas import Canvas
 from lib_dinotile.tiling.plan import Rect
 
-OFF, REPORT, BLEND, RETRY = "off", "report", "blend back", "retry"
-POLICIES = (OFF, REPORT, BLEND, RETRY)
-
 GUARD_LAYER, OTHER_LAYER = -1, -2
 """The layer whose tokens it compares, and the one where guidance has steered by that."""
 LEAST_SCALE = 1.5

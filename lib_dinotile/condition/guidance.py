@@ -23,13 +23,10 @@ from torch import Tensor
 
 from lib_dinotile.condition.steps import first_step, is_between
 from lib_dinotile.dino.tile_features import TileFeatures
+from lib_dinotile.settings import PATCHES, SELF_SIMILARITY
 from lib_dinotile.tiling.canvas import Canvas
 from lib_dinotile.tiling.plan import Rect
 
-PATCHES, SELF_SIMILARITY = "patches", "self-similarity"
-DISTANCES = (PATCHES, SELF_SIMILARITY)
-"""`patches`: one minus the cosine, patch by patch. `self-similarity`: how patches resemble each other (keys of the
-attention, their cosines, as in DiffuseIT, arXiv 2209.15264), which a change of style leaves as it is."""
 SCALE = 256.0
 """Of the distance, so that gradients in half precision do not vanish; taken off again."""
 CONTEXT = 0

@@ -18,7 +18,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from lib_dinotile.condition.guard import BLEND, RETRY, Guard, Verdict
+from lib_dinotile.condition.guard import Guard, Verdict
 from lib_dinotile.engine.denoisers import chunks
 from lib_dinotile.engine.host import Host, Interrupted
 from lib_dinotile.engine.memory import BatchSize
@@ -27,7 +27,7 @@ from lib_dinotile.engine.painter import Attempt, PaintedBatch, TilePainter, rais
 from lib_dinotile.engine.passes import Pass
 from lib_dinotile.engine.report import Report
 from lib_dinotile.engine.team import Team
-from lib_dinotile.settings import Settings
+from lib_dinotile.settings import BLEND, RETRY, Settings
 from lib_dinotile.tiling.canvas import Canvas
 from lib_dinotile.tiling.noise import NoiseField
 from lib_dinotile.tiling.plan import Rect

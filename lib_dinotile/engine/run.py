@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from lib_dinotile.condition.conditioner import Conditions
-from lib_dinotile.condition.guard import OFF
 from lib_dinotile.engine.denoisers import MultiDiffusion, chunks
 from lib_dinotile.engine.host import Host, Interrupted
 from lib_dinotile.engine.journal import Journal
@@ -24,7 +23,7 @@ from lib_dinotile.engine.prompts import TilePrompts
 from lib_dinotile.engine.report import FLAT, PAINTED, UNMASKED, Report, TileReport
 from lib_dinotile.engine.retry import Budget, RetryPolicy, counted, reserve
 from lib_dinotile.engine.team import Team
-from lib_dinotile.settings import Settings
+from lib_dinotile.settings import OFF, Settings
 from lib_dinotile.tiling.blend import RIM, Blend
 from lib_dinotile.tiling.canvas import Canvas
 from lib_dinotile.tiling.colour import correct

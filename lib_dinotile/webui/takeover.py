@@ -23,14 +23,13 @@ from torch import Tensor
 
 from lib_dinotile import DinotileError, one_line
 from lib_dinotile.condition.conditioner import Conditioner, installed_weights
-from lib_dinotile.condition.guard import OFF
 from lib_dinotile.engine import flow
 from lib_dinotile.engine.host import Interrupted, check_name
 from lib_dinotile.engine.prompts import check_prompts
 from lib_dinotile.hosts import bars
 from lib_dinotile.hosts.patched import patched
 from lib_dinotile.hosts.webui import LATENT_NOISE, LATENT_NOTHING, ORIGINAL, WebUIHost
-from lib_dinotile.settings import NONE, Settings
+from lib_dinotile.settings import NONE, OFF, Settings
 from lib_dinotile.tiling.noise import NoiseField
 from lib_dinotile.webui import folders
 from lib_dinotile.webui.area import Area
