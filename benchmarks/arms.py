@@ -31,7 +31,7 @@ ARMS = (PLAIN, GUIDANCE, GUARD, BOTH, OTHER, SHUFFLED, ZERO)
 
 @dataclass(frozen=True)
 class Way:
-    """What is at work in an arm, and what it sees."""
+    """The parts that are at work in an arm, and their input."""
 
     adapter: bool = False
     guidance: bool = False
@@ -69,7 +69,7 @@ class Mistaken(Conditioner):
     mistake: Callable[[Features], Features] = staticmethod(lambda features: features)
     instead: Image.Image | None = None
     fields: FeatureField | None = None
-    """What the adapter is given in place of features."""
+    """Given to the adapter in place of features."""
 
     def features(self, source: Image.Image, size: tuple[int, int]) -> Features:
         features = super().features(self.instead or source, size)
@@ -95,9 +95,9 @@ class Reader:
 
     adapter: Adapter
     head: RestorationHead | None = None
-    """What it reads the source's features through."""
+    """The adapter reads the source's features through it."""
     fields: FeatureField | None = None
-    """What it is given in place of them."""
+    """Given to the adapter in place of them."""
 
 
 @dataclass(frozen=True)

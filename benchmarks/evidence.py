@@ -88,7 +88,7 @@ AT_MOST, AT_LEAST = "at most", "at least"
 
 @dataclass(frozen=True)
 class Target:
-    """What has to hold for the claim."""
+    """A condition of the claim."""
 
     name: str
     figure: str
@@ -174,7 +174,7 @@ def informed(world: World, row: Row, reader: Reader | None, made: Scene) -> Read
 
 @dataclass
 class Evidence:
-    """What was measured."""
+    """The measurements."""
 
     seeds: list[str]
     """Of the trainings."""

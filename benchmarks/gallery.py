@@ -1,4 +1,4 @@
-"""What the built-in model makes of photographs that it never saw: python benchmarks/gallery.py --out FOLDER [PHOTO ...]
+"""Photographs that the built-in model never saw, upscaled by it: python benchmarks/gallery.py --out FOLDER [PHOTO ...]
 
 For each photo, twice and four times as large: enlarged by Lanczos, painted in plain tiles, and by dinotile as it is by
 default. Writes the pictures, and for each scale a sheet of parts of them side by side. Without photos: the held-out

@@ -58,7 +58,7 @@ class World:
         return to_pixels(result.image), time.perf_counter() - began
 
     def judged(self, pixels: Tensor, made: Scene, other: Scene, control: bool) -> dict[str, float]:
-        """What the judges say of a result: shares of its labelled patches.
+        """The judges' verdicts on a result, as shares of its labelled patches.
 
         control: it was made with the features of the other image; where both show the same, that is no control, and
         those patches do not count.

@@ -48,7 +48,7 @@ from benchmarks.webui import TILED, ULTIMATE, Request, WebUI, client, tiles
 TARGETS = {"usdu_1024": 0.9, "usdu_8192": 0.5, "tiled_diffusion": 0.9}
 WARM, MEASURED = 4, 16
 INNER = 0.1, 0.25
-"""What of the large canvas is run."""
+"""Shares of the large canvas that are painted."""
 
 
 def dinotile_tiles(look: client.Progress) -> tuple[int, int] | None:

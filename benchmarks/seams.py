@@ -101,7 +101,7 @@ class Lines:
         return lines
 
     def band(self, start: int, weight: Tensor) -> None:
-        """What a tile of a seam pass paints, for its weights along this axis."""
+        """Add the band that a tile of a seam pass paints, for its weights along this axis."""
         painted = weight.nonzero()
         self.add(start + int(painted[0]), start + int(painted[-1]) + 1)
 

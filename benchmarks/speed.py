@@ -1,4 +1,4 @@
-"""What dinotile costs beside the model: python benchmarks/speed.py [engine | cost | adapter | training] [--json]
+"""The cost of dinotile beside the model: python benchmarks/speed.py [engine | cost | adapter | training] [--json]
 
 On a CPU seconds are those that this process computes, on one core: other work on the machine hardly shows in them. Runs
 take turns, and of their times the least counts, for what disturbs only ever adds to it.

@@ -1,4 +1,4 @@
-"""What a GPU decides: python benchmarks/speed.py --gpu [--shapes sd15 sdxl] [--json]
+"""Figures that need a GPU: python benchmarks/speed.py --gpu [--shapes sd15 sdxl] [--json]
 
 Models with the shapes of Stable Diffusion 1.5 and XL, their VAE, TAESD and DINOv2 small, random weights in half
 precision (the VAE in float32, as the command line runs it); 20 steps at strength 0.35, a negative prompt. Some minutes
@@ -60,7 +60,7 @@ def out_of_memory(error: BaseException | None) -> bool:
 
 
 def fitting(measure: Callable[..., Any], *arguments: Any) -> Any:
-    """What it gives, or None if the GPU's memory is too small."""
+    """The result, or None if the GPU's memory is too small."""
     try:
         return measure(*arguments)
     except Exception as error:

@@ -24,7 +24,7 @@ ADDRESSES = {
 RESAMPLER = "Lanczos"
 
 Request = Mapping[str, Any]
-"""What `img2img` and `start` are given besides the source."""
+"""Arguments of `img2img` and `start` besides the source."""
 
 
 def tiles(**options: Any) -> Request:

@@ -142,7 +142,7 @@ class Models:
         return tiny.eval().requires_grad_(False)
 
     def run(self, cell: Cell, device: torch.device, source: Image.Image = SOURCE, **more: Any) -> Result:
-        """What the engine makes of it; more: other settings."""
+        """The engine's result; more: other settings."""
         host = self.host(cell.pipeline, cell.precision, device)
         settings = self.settings(cell, **more)
         mask = {"mask": MASK, "fill": fill} if cell.flow == "mask" else {}
@@ -160,7 +160,7 @@ class Models:
 
     @functools.cache  # noqa: B019
     def reference(self, cell: Cell) -> Result:
-        """What it is to be near to: the same in float32 on the CPU."""
+        """The same in float32 on the CPU."""
         return self.run(Cell(cell.pipeline, "fp32", cell.condition, cell.flow), torch.device("cpu"))
 
     def check(self, cell: Cell, result: Result, tolerance: str = "") -> None:

@@ -35,7 +35,7 @@ class Environment:
         self.python = self.folder / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
 
     def command(self, module: str, *arguments: str) -> tuple[list[str], dict[str, str]]:
-        """What to run, and with which environment variables."""
+        """The command line, and its environment variables."""
         variables = {**os.environ, "PYTHONPATH": str(ROOT)}
         variables.pop("DINOTILE_PINS", None)
         if self.pins:

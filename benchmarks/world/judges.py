@@ -1,4 +1,4 @@
-"""What names the texture of each patch of a picture, and nothing else uses: two judges, and a check on the world.
+"""Two judges, which nothing else uses, name the texture of each patch of a picture; and a check on the world.
 
 The first judge is a small network, trained on an atlas and seeds of its own; it knows smooth patches and bad ones. The
 second has no network: power spectra of 32-px windows and Gaussians of one covariance (linear discriminant analysis).

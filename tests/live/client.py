@@ -66,7 +66,7 @@ def fields(infotext: str) -> dict[str, str]:
 
 @dataclass(frozen=True)
 class Reply:
-    """What a generation gave."""
+    """The result of a generation."""
 
     images: list[Image.Image]
     infotexts: list[str]
@@ -129,7 +129,7 @@ class Job:
             time.sleep(POLL)
 
     def reply(self) -> Reply:
-        """What it gave in the end."""
+        """The result."""
         self._thread.join(TIMEOUT)
         return self._webui.reply(self._answer[0])
 
@@ -151,7 +151,7 @@ class WebUI:
         return self._send(f"sdapi/v1/{task}", json.dumps(body or {}).encode())
 
     def dinotile(self, route: str, body: Mapping[str, Any] | bytes | None = None) -> requests.Response:
-        """What one of the routes of DINO Tile answers to a body, if that is not None by POST."""
+        """The answer of one of the routes of DINO Tile; by POST if there is a body."""
         path = f"dinotile/v1/{route}"
         if body is None:
             return self.get(path)
@@ -165,7 +165,7 @@ class WebUI:
             return session.post(f"{self._url}/{path}", body, headers=headers, auth=self._auth, timeout=TIMEOUT)
 
     def names(self, kind: str) -> list[str]:
-        """What the WebUI has of a kind, as `samplers` or `upscalers`."""
+        """Names of a kind in the WebUI, as `samplers` or `upscalers`."""
         return [entry["name"] for entry in self.get(f"sdapi/v1/{kind}").json()]
 
     def body(self, source: Image.Image, options: Options | None, **request: Any) -> dict[str, Any]:

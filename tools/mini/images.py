@@ -210,7 +210,7 @@ class Pool:
     """Sums to one."""
 
     missing: list[str]
-    """What `PHOTOS` names and isn't installed."""
+    """Photographs of `PHOTOS` that are not installed."""
 
     @classmethod
     def load(cls, extra_roots: Sequence[Path] = (), textures: float = 0.2, variants: int = 4, side: int = 384) -> Pool:
@@ -275,7 +275,7 @@ _KERNELS = (
 
 
 def degrade(rng: np.random.Generator, image: np.ndarray, factor: float | None = None) -> np.ndarray:
-    """What a plain upscaler makes of a small copy of `image`: shrunk, noisy, JPEG-coded, Lanczos back to its size.
+    """`image` as a plain upscaler makes it from a small copy: shrunk, noisy, JPEG-coded, Lanczos back to its size.
 
     `factor` is how many times smaller the copy is (default: 2 in half of the cases, else 1.5..4). Classical
     first-order degradation, as in Real-ESRGAN (arXiv 2107.10833), kept mild. Size and dtype stay.

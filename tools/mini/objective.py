@@ -1,4 +1,4 @@
-"""What the mini learns: from a blurred source with noise on it to the sharp picture."""
+"""The mini's objective: from a blurred source with noise on it to the sharp picture."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def flip(pairs: Tensor, generator: torch.Generator) -> Tensor:
 def restoration_inputs(
     degraded: Tensor, sharp: Tensor, alphas: Tensor, generator: torch.Generator
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """What the denoiser sees on its way from a blurred source to the sharp picture.
+    """The denoiser's input on the way from a blurred source to the sharp picture.
 
     degraded, sharp: latents (n, 12, h, w); alphas: cumulated, (1000,). Half of the batch starts at the degraded
     picture. A third is where a sampler is that began there with more noise and knows the sharp picture by now: of the
