@@ -136,7 +136,7 @@ def test_a_device_without_float64_and_antialiasing_gives_the_same(models, flow):
 
 
 def test_so_it_does_where_an_encoder_is_calibrated():
-    pictures = [random_image(48, 48, seed).resize((160, 160)) for seed in range(4)]
+    pictures = [random_image(48, 48, seed).resize((112, 112)) for seed in range(3)]
     with accelerator.lacking("float64", "antialias"):
         there = calibrate(load_encoder("mini", device=DEVICE), pictures, 2.0, (-1,)).heads[-1]
     here = calibrate(load_encoder("mini"), pictures, 2.0, (-1,)).heads[-1]

@@ -77,21 +77,22 @@ def test_an_encoder_without_calibrated_heads_is_not_measured(world, tmp_path):
     assert not (tmp_path / "calibrated").exists()
 
 
-def test_guidance_and_guard_bring_the_true_textures_back(world):
-    """One image only; `benchmarks/semantics.py` measures it properly."""
-    rows = [row for row in evidence.ROWS if row.name in (PLAIN, BOTH, OTHER, ZERO)]
-    found = evidence.collect(world, rows, 1, judging.TUNE_SEED).found
+@pytest.fixture(scope="module")
+def found(world):
+    """One image and one training only; `benchmarks/semantics.py --adapter` measures it properly."""
+    names = (PLAIN, BOTH, OTHER, ZERO, ADAPTER, ADAPTER_OTHER, UNTRAINED)
+    rows = [row for row in evidence.ROWS if row.name in names]
+    return evidence.collect(world, rows, 1, judging.TUNE_SEED, evidence.Adapters.load().first()).found
+
+
+def test_guidance_and_guard_bring_the_true_textures_back(found):
     rates = {name: values["rate"].mean() for name, values in found.items()}
     assert rates[BOTH] < 0.75 * rates[PLAIN]
     assert rates[OTHER] > 0.95 * rates[PLAIN]
     assert found[ZERO]["same"].all() and not found[BOTH]["same"].any()
 
 
-@pytest.mark.skipif(not any(evidence.ADAPTERS.glob("*.safetensors")), reason="no trained adapters yet")
-def test_a_trained_adapter_brings_the_true_textures_back(world):
-    """One training and two images only; `benchmarks/semantics.py --adapter` measures it properly."""
-    rows = [row for row in evidence.ROWS if row.name in (PLAIN, ADAPTER, ADAPTER_OTHER, UNTRAINED)]
-    found = evidence.collect(world, rows, 2, judging.TUNE_SEED, evidence.Adapters.load().first()).found
+def test_a_trained_adapter_brings_the_true_textures_back(found):
     rates = {name: values["rate"].mean() for name, values in found.items()}
     assert rates[ADAPTER] < 0.4 * rates[PLAIN]
     assert rates[ADAPTER_OTHER] > 0.9 * rates[PLAIN]
