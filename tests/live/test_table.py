@@ -37,13 +37,13 @@ FIRST: dict[str, Any] = {
     "strength": 0.5,
     "start": 0.1,
     "end": 0.9,
-    "guidance": 1.0,
+    "guidance": 0.8,
     "guidance_start": 0.05,
     "guidance_end": 0.95,
-    "every": 1,
+    "every": 2,
     "views": 2,
     "distance": "self-similarity",
-    "layer": 2,
+    "layer": 1,
     "decoder": "approximate",
     "guard": "retry",
     "guard_seeds": 1,
@@ -168,7 +168,7 @@ def test_what_automatic_stood_for_is_told(webui: WebUI, small: Image.Image):
     looking = {**TILES, "guidance": 0.5}
     first = webui.img2img(small, looking)
     told = {option.name: value(first.infotexts[0], option.infotext) for option in OPTIONS[-4:-2]}
-    assert told["head"] == "None" and told["encoder"] != "Automatic"
+    assert told["head"] == "calibrated" and told["encoder"] != "Automatic"
     decoder = first.fields["DINO Tile guidance decoder"]
     assert f"guidance decoder: {decoder}" in first.fields["DINO Tile notes"]
     second = webui.img2img(small, {**looking, **told, "decoder": decoder})
