@@ -129,8 +129,7 @@ def run(arguments: argparse.Namespace) -> None:
                 parameters = _parameters(resolved, generation, size, error.result.report.lines)
                 write_image(error.result.image, kept, {"parameters": parameters})
                 where = f" (kept in {kept}; --resume goes on with it)"
-            cause = error.__cause__ or error
-            raise UnfinishedError(cause, error.result, where) from cause
+            raise UnfinishedError(error.__cause__ or error, error.result, where) from error.__cause__
         if sharing.rank == 0:
             try:  # the image last: once it is there --resume makes nothing any more
                 for name, picture in result.maps.items():

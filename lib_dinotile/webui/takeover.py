@@ -302,8 +302,7 @@ class Takeover:
                 # What is done of the batch is kept, too.
                 done = results + ([self._area.finish(error.result.image, source)] if error.result.painted else [])
                 where = self._keep(done, seeds, prompts)
-                cause = error.__cause__ or error
-                raise flow.UnfinishedError(cause, error.result, where) from cause
+                raise flow.UnfinishedError(error.__cause__ or error, error.result, where) from error.__cause__
             p.__dict__[FOUND].append((result.report, result.maps))
             for line in result.report.lines:
                 p.comment(f"DINO Tile: {line}")
