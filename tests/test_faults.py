@@ -153,7 +153,9 @@ def state(host: DiffusersHost) -> dict[str, Any]:
     return {
         "hooks": sum(len(getattr(module, kind)) for module in modules for kind in kinds),
         "own": sorted(vars(host)),
-        "weights": {(name, weight.dtype, float(weight.sum())) for name, weight in host.unet.named_parameters()},
+        "weights": {
+            (name, weight.dtype, float(weight.detach().sum())) for name, weight in host.unet.named_parameters()
+        },
         "gradients": torch.is_grad_enabled(),
         "inference": torch.is_inference_mode_enabled(),
         "random": torch.get_rng_state().tolist(),
