@@ -52,7 +52,6 @@ class Case:
 
 MEMORY = "out of memory with a single tile: give a smaller tile size"
 GUIDED, GUARDED = {**BLIND, "guidance": 0.5}, {**BLIND, "guard": "report"}
-# Where the checkpoint is not trained every tile is in doubt, and the guard looks at it twice.
 SEAMS = {"seams": "half tile"}
 
 BROKEN_OFF = [
@@ -75,13 +74,13 @@ BROKEN_OFF = [
     Case("prompts", options={"tile_prompts": "3: a cat"}, after=1, painted=2),
     Case("encoder", options=GUARDED, after=2, painted=4),
     Case("positions", "nan", options=GUARDED, after=2, painted=4, line="encoder: 'mini' returned NaN: .*"),
-    Case("encoder", options=GUIDED, after=1, painted=1),
+    Case("encoder", options=GUIDED, after=3, painted=1),
     Case("guidance", options=GUIDED),
     Case("guidance", options=GUIDED, after=4, painted=2),
     Case("guidance", "memory", options=GUIDED, after=5, painted=2, line=MEMORY),
     Case("guidance", options={**GUIDED, "order": "fused"}, after=2),
-    Case("guard", options=GUARDED, after=4, painted=4),
-    Case("guard", "memory", options=GUARDED, after=4, painted=4, line=MEMORY),
+    Case("guard", options=GUARDED, after=3, painted=4),
+    Case("guard", "memory", options=GUARDED, after=3, painted=4, line=MEMORY),
     Case("guard", options={**GUARDED, "order": "fused"}, after=1, painted=4),
     Case("adapter", after=4, painted=2, adapter=True),
     Case("adapter", "memory", after=0, adapter=True, line=MEMORY),
