@@ -308,3 +308,15 @@ def test_a_fused_tile_that_is_not_a_number_does_not_spread():
         x = fused(x, model, lambda: known)
         assert x.isfinite().all() and fused.lost == {tiles[1]}
         assert (x[..., :4] == step).all() and (x[..., 6:] == step).all() and (x[..., 4:6] == 7).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_fused_outputs_are_blended_in_float32_and_come_in_the_models_dtype(dtype):
+    """Also where a host's sampler is in half precision, as those of the WebUIs are."""
+    plan = TilePlan(80, 32, tile=32, overlap=8, order="fused")
+    size = BatchSize(2, None, None)
+    fused = MultiDiffusion(plan, plan.tiles, 8, lambda some: Batch(some, [None] * len(some), None), size, Team())
+    x = torch.randn(1, 4, 4, 10, generator=torch.Generator().manual_seed(0)).to(dtype)
+    output = fused(x, lambda tiles, batch: tiles * 1, lambda: x)
+    assert output.dtype == dtype
+    assert torch.equal(output, x)
