@@ -92,7 +92,7 @@ class Guide:
         """By tile, of the last step, (C, h, w)."""
 
     def __call__(self, x0: Tensor, step: int, total: int, chosen: Sequence[int] | None = None) -> Tensor | None:
-        """x0 (k, C, h, w), the picture predicted at a step (from 0) of so many, moved; None where it is left as it is.
+        """The x0 (k, C, h, w) predicted at a step (from 0) of so many, moved; None where it is left as it is.
 
         chosen: the tiles of the batch that it is about, if not all. Runs under inference mode, too.
         """
@@ -107,10 +107,11 @@ class Guide:
             x = x0.detach().float().clone(memory_format=layout).requires_grad_()
             (gradient,) = torch.autograd.grad(self._distance(x, tiles, step), x)
         known = gradient.isfinite()
-        if x.isfinite().all() and not known.all():
-            self._note("guidance was left out where its decoder or encoder returned NaN")
-        if not known.any():
-            return None
+        if not known.all():
+            if x.isfinite().all():
+                self._note("guidance was left out where its decoder or encoder returned NaN")
+            if not known.any():
+                return None
         with torch.no_grad():
             start = torch.stack([self._source(tile) for tile in tiles]).to(x0.device).float()
             length = LENGTH * (1 - step / max(total, 1)) * guidance.strength * _rms(x0.float() - start)

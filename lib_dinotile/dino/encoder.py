@@ -158,7 +158,7 @@ class PatchEncoder(nn.Module):
                         found[place, facet] = seen.float().contiguous()
         if pixels.isfinite().all() and not all(seen.isfinite().all() for seen in found.values()):
             raise DinotileError(
-                f"encoder: {self.id!r} returned NaN: choose another, or none of what looks at the source",
+                f"encoder: {self.id!r} returned NaN: choose another, or switch guidance, guard, adapter and maps off",
                 500,
             )
         return [found[place] for place in places]

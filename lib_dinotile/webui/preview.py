@@ -187,8 +187,6 @@ class Img2Img:
     """img2img's own controls, picked up while the WebUI builds its page."""
 
     def __init__(self) -> None:
-        self._captions: tuple[Any, Any] | None = None
-        self._own: tuple[Any, Any, Any, Mapping[str, Any]] | None = None
         self._forget()
 
     def _forget(self) -> None:
@@ -196,7 +194,8 @@ class Img2Img:
         self._found: dict[str, Any] = {}
         self._place: str | None = None
         self._hidden: list[Any] = []
-        self._own = self._captions = None
+        self._own: tuple[Any, Any, Any, Mapping[str, Any]] | None = None
+        self._captions: tuple[Any, Any] | None = None
 
     def on_component(self, component: Any, **arguments: Any) -> None:
         """Called with every component that is built, and the arguments that it is built with."""
