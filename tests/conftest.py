@@ -1,5 +1,6 @@
 """What all tests share."""
 
+import gc
 import os
 import platform
 from importlib.metadata import PackageNotFoundError, version
@@ -46,6 +47,11 @@ def pytest_configure(config: pytest.Config) -> None:
     ]
     if wrong:
         raise pytest.UsageError(f"not what {os.environ['DINOTILE_PINS']} pins: {'; '.join(wrong)}")
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """What the imports made is there to stay: the garbage collector need not look at it again and again."""
+    gc.freeze()
 
 
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:

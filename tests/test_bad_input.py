@@ -11,7 +11,6 @@ import re
 import signal
 import struct
 import subprocess
-import sys
 import tempfile
 import zlib
 from pathlib import Path
@@ -27,10 +26,12 @@ from PIL import Image, ImageFile
 from lib_dinotile import DinotileError
 from lib_dinotile import __main__ as cli
 from lib_dinotile.cli import upscale as upscale_command
+from lib_dinotile.cli.common import silenced
 from lib_dinotile.engine.flow import canvas_size
 from lib_dinotile.hosts import diffusers
 from lib_dinotile.images import FORMATS, MAX_PIXELS, endings, read_image, read_mask, read_size
 from lib_dinotile.settings import Generation, Settings
+from tests.processes import Running
 from tests.strategies import ODD_TEXTS, SIZES, UPRIGHT, File, encoded, files, good, option_sets, stored, wrong
 
 LONGEST_LINE = 600
@@ -342,6 +343,25 @@ def damaged_tiffs() -> dict[str, bytes]:
     return {"a": whole[: len(whole) // 2], "b": whole[:300] + bytes(500) + whole[800:], "c": whole[:-5]}
 
 
+def _reads(folder: Path) -> int:
+    """Reads every file in all ways, and prints the lines that refuse it and the exit statuses."""
+    import resource
+
+    has = int(re.search(r"VmSize:\s+(\d+)", Path("/proc/self/status").read_text())[1]) * 1024
+    resource.setrlimit(resource.RLIMIT_AS, (has + 700 * 2**20,) * 2)
+    codes = []
+    for file in sorted(folder.iterdir()):
+        codes.append(cli.main(["analyze", str(file), str(file.with_suffix(".out.png"))]))
+        for read in (read_image, read_mask):
+            with file.open("rb") as opened, silenced():
+                try:
+                    read(opened, file.name)
+                except DinotileError as error:
+                    print(error)
+    print(codes)
+    return 0
+
+
 def test_what_is_huge_or_damaged_is_one_line_in_a_process_of_its_own(tmp_path):
     """It may take 700 MiB more than it has: Pillow would keep the smallest of the huge ones in 3 GiB."""
     for side in (30000, 60000, 2**30):
@@ -349,28 +369,7 @@ def test_what_is_huge_or_damaged_is_one_line_in_a_process_of_its_own(tmp_path):
             (tmp_path / f"{side}.{kind}").write_bytes(data)
     for kind, data in damaged_tiffs().items():
         (tmp_path / f"{kind}.tif").write_bytes(data)
-    script = f"""
-import re, resource
-from pathlib import Path
-from types import SimpleNamespace
-from lib_dinotile import DinotileError, __main__ as cli
-from lib_dinotile.cli.common import silenced
-from lib_dinotile.images import read_image, read_mask
-has = int(re.search(r"VmSize:\\s+(\\d+)", open("/proc/self/status").read())[1]) * 1024
-resource.setrlimit(resource.RLIMIT_AS, (has + 700 * 2**20,) * 2)
-codes, files = [], sorted(Path({str(tmp_path)!r}).iterdir())
-for file in files:
-    codes.append(cli.main(["analyze", str(file), str(file.with_suffix(".out.png"))]))
-    for read in (read_image, read_mask):
-        with file.open("rb") as opened, silenced():
-            try:
-                read(opened, file.name)
-            except DinotileError as error:
-                print(error)
-print(codes)
-"""
-    environment = {**os.environ, "PYTHONPATH": str(Path(cli.__file__).parents[1])}
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environment)
+    done = Running(_reads, tmp_path).wait()
     assert done.returncode == 0, done.stderr[-2000:]
     *lines, codes = done.stdout.splitlines()
     files = sorted(file.name for file in tmp_path.iterdir())

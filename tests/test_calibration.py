@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +17,7 @@ from lib_dinotile.dino.calibration import NormalEquations, _fit, calibrate
 from lib_dinotile.dino.encoder import PatchEncoder, load_encoder
 from lib_dinotile.dino.head import RestorationHead
 from lib_dinotile.dino.state import state_of
-from tests.processes import environment
+from tests.processes import Running
 from tests.test_encoder import write_checkpoint
 
 
@@ -190,14 +188,16 @@ def test_bad_input_is_one_line(words, says, tmp_path, monkeypatch, capsys):
     assert says in err and err.count("\n") == 1
 
 
+def _calibrates(encoder: Path, photos: Path, folder: Path) -> int:
+    """The number of times that this process had to."""
+    calibrated.Pictures.__init__.__defaults__ = (photos,)
+    store = Store(folder)
+    store.heads(load_encoder(str(encoder)), 2.0)
+    return len(store.notes)
+
+
 def test_two_processes_calibrate_once(photos, encoder, tmp_path):
-    code = (
-        "import sys; from pathlib import Path; from lib_dinotile.dino import calibrated as c; "
-        "from lib_dinotile.dino.encoder import load_encoder; "
-        "c.Pictures.__init__.__defaults__ = (Path(sys.argv[2]),); store = c.Store(Path(sys.argv[3])); "
-        "store.heads(load_encoder(sys.argv[1]), 2.0); print(len(store.notes))"
-    )
-    words = [sys.executable, "-c", code, str(tmp_path / "encoders" / "tiny"), str(photos), str(tmp_path / "heads")]
-    running = [subprocess.Popen(words, env=environment(), stdout=subprocess.PIPE, text=True) for _ in range(2)]
-    made = sorted(int(process.communicate(timeout=300)[0]) for process in running)
+    given = tmp_path / "encoders" / "tiny", photos, tmp_path / "heads"
+    running = [Running(_calibrates, *given) for _ in range(2)]
+    made = sorted(process.wait().returncode for process in running)
     assert made == [0, 1] and len(list((tmp_path / "heads").iterdir())) == 1

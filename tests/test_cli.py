@@ -1,11 +1,11 @@
 """python -m lib_dinotile, on the built-in model."""
 
+import io
 import itertools
 import json
 import os
 import re
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
@@ -20,7 +20,7 @@ from lib_dinotile.cli.common import parse_options
 from lib_dinotile.hosts.diffusers import DiffusersHost
 from lib_dinotile.images import read_image
 from lib_dinotile.settings import Generation, Settings
-from tests.processes import run_two
+from tests.processes import launch_two, run_two
 from tests.test_encoder import write_checkpoint
 from tests.test_settings import another
 from tests.test_tiling import random_image
@@ -275,15 +275,14 @@ def test_files_of_like_names_all_get_one_of_their_own(tmp_path):
     assert len(list((tmp_path / "out").iterdir())) == 3
 
 
-def test_a_name_that_cannot_be_printed_stops_nothing(photo, tmp_path):
+def test_a_name_that_cannot_be_printed_stops_nothing(photo, tmp_path, monkeypatch):
     photo.rename(tmp_path / "猫.png")
-    for given in ([tmp_path / "猫.png", tmp_path / "鳥.png"],):
-        done = subprocess.run(
-            [sys.executable, "-m", "lib_dinotile", "upscale", *given, *QUICK[1:], "--order", "none"],
-            env={**os.environ, "PYTHONIOENCODING": "cp1252:strict", "PYTHONPATH": str(Path(cli.__file__).parents[1])},
-            capture_output=True,
-        )
-        assert done.returncode == 0 and b"Traceback" not in done.stderr and (tmp_path / "鳥.png").is_file()
+    printed = {name: io.BytesIO() for name in ("stdout", "stderr")}
+    for name, into in printed.items():
+        monkeypatch.setattr(sys, name, io.TextIOWrapper(into, encoding="cp1252", errors="strict", write_through=True))
+    assert run(tmp_path / "猫.png", tmp_path / "鳥.png", *QUICK[1:], "--order", "none") == 0
+    assert b"Traceback" not in printed["stderr"].getvalue() and (tmp_path / "鳥.png").is_file()
+    assert any(into.getvalue() for into in printed.values())
 
 
 @pytest.mark.parametrize("resume", [(), ("--resume",)])
@@ -491,34 +490,28 @@ def test_a_mask_that_does_not_fit_is_refused(photo, tmp_path, capsys):
         assert says in capsys.readouterr().err
 
 
-@pytest.fixture
-def two(tmp_path):
-    """The command line in two processes that `accelerate launch` starts; they speak over gloo."""
+SHARED = [*QUICK, "--batch", "1", "--seams", "bands"]
+
+
+def test_two_processes_share_a_wave_and_give_the_image_of_one(photo, tmp_path):
     script = tmp_path / "two.py"
     script.write_text(
         "import sys; from lib_dinotile import __main__; from lib_dinotile.engine import team; "
         "assert team.make_team().size == 2; "
         "sys.exit(__main__.main(sys.argv[1:]))"
     )
-    return lambda *arguments: run_two(script, "upscale", *arguments)
-
-
-SHARED = [*QUICK, "--batch", "1", "--seams", "bands"]
-
-
-def test_two_processes_share_a_wave_and_give_the_image_of_one(photo, tmp_path, two):
-    done = two(photo, tmp_path / "two.png", *SHARED)
+    done = launch_two(script, "upscale", photo, tmp_path / "two.png", *SHARED)
     assert done.returncode == 0, done.stderr[-2000:]
     assert run(photo, tmp_path / "one.png", *SHARED) == 0
     assert (pixels(tmp_path / "two.png") == pixels(tmp_path / "one.png")).all()
 
 
-def test_two_processes_share_a_folder_and_a_bad_file_stops_none(tmp_path, two):
+def test_two_processes_share_a_folder_and_a_bad_file_stops_none(tmp_path):
     (tmp_path / "in").mkdir()
     for name in ("a.png", "c.png", "e.png"):
         random_image(30, 20, seed=ord(name[0])).save(tmp_path / "in" / name)
     (tmp_path / "in" / "b.png").write_bytes(b"no image")
-    done = two(tmp_path / "in", tmp_path / "two", *SHARED)
+    done = run_two("upscale", tmp_path / "in", tmp_path / "two", *SHARED)
     assert done.returncode != 0 and "dinotile: 1 of 4 images were left out: b.png: " in done.stderr
     assert sorted(file.name for file in (tmp_path / "two").iterdir()) == ["a.png", "c.png", "e.png"]
     assert run(tmp_path / "in", tmp_path / "one", *SHARED) == 2

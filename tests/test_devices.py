@@ -22,7 +22,8 @@ from lib_dinotile.engine.retry import Change
 from lib_dinotile.engine.team import Processes
 from tests import accelerator
 from tests.accelerator import DEVICE
-from tests.device_matrix import CONDITIONS, FLOWS, Cell, cells, models, pixels  # noqa: F401
+from tests.device_matrix import CONDITIONS, ENCODER, FLOWS, Cell, cells, models, pixels  # noqa: F401
+from tests.test_encoder import write_checkpoint
 from tests.test_tiling import random_image
 
 pytestmark = pytest.mark.skipif(not accelerator.AVAILABLE, reason="this torch takes no device from Python")
@@ -135,11 +136,13 @@ def test_a_device_without_float64_and_antialiasing_gives_the_same(models, flow):
         assert abs(error).mean() < 4
 
 
-def test_so_it_does_where_an_encoder_is_calibrated():
+def test_so_it_does_where_an_encoder_is_calibrated(tmp_path):
+    write_checkpoint(tmp_path / "tiny", ENCODER)
     pictures = [random_image(48, 48, seed).resize((112, 112)) for seed in range(3)]
     with accelerator.lacking("float64", "antialias"):
-        there = calibrate(load_encoder("mini", device=DEVICE), pictures, 2.0, (-1,)).heads[-1]
-    here = calibrate(load_encoder("mini"), pictures, 2.0, (-1,)).heads[-1]
+        there = calibrate(load_encoder(str(tmp_path / "tiny"), device=DEVICE), pictures, 2.0, (-1,)).heads[-1]
+    here = calibrate(load_encoder(str(tmp_path / "tiny")), pictures, 2.0, (-1,)).heads[-1]
+    assert here.outer.weight.any()
     assert torch.allclose(there.floor.cpu(), here.floor, atol=1e-3)
     assert torch.allclose(there.outer.weight.cpu(), here.outer.weight, atol=1e-3)
 

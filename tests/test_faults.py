@@ -7,8 +7,6 @@ import errno
 import gc
 import re
 import shutil
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -36,6 +34,7 @@ from lib_dinotile.engine.prompts import TilePrompts
 from lib_dinotile.hosts.diffusers import DiffusersHost, load_host
 from lib_dinotile.settings import Generation, Settings
 from lib_dinotile.tiling.noise import NoiseField
+from tests.processes import Running, command
 from tests.test_engine import StubHost
 from tests.test_tiling import random_image
 
@@ -384,16 +383,6 @@ QUICK = [
     "--batch",
     "1",
 ]
-LIMITED = """
-import resource, signal, sys
-signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-from lib_dinotile import __main__ as cli
-import torch, diffusers  # they may write what they like first
-limit = int(sys.argv.pop(1))
-resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
-sys.exit(cli.main())
-"""
-"""No file can be written beyond so many bytes, as on a disk that is full."""
 
 
 @pytest.fixture
@@ -403,11 +392,6 @@ def photo(tmp_path):
     return path
 
 
-def command(*arguments: Any) -> subprocess.CompletedProcess:
-    words = [sys.executable, *map(str, arguments)]
-    return subprocess.run(words, capture_output=True, text=True, timeout=300)
-
-
 @pytest.mark.parametrize(
     "limit, name", [(4_000, r"out\.png\.tiles, where painted tiles are kept,"), (60_000, r"out\.png")]
 )
@@ -415,7 +399,7 @@ def test_a_full_disk_is_one_line_and_leaves_no_half_file(photo, tmp_path, limit,
     """A tile's file has some 50 kB, the image more."""
     plain = ["--guidance", "0", "--guard", "off"]
     arguments = ["upscale", str(photo), str(tmp_path / "out.png"), *QUICK, *plain, "--scale", "4"]
-    done = command("-c", LIMITED, limit, *arguments)
+    done = Running(command, *arguments, limit=limit).wait()
     assert done.returncode == 1, done
     assert re.fullmatch(rf"dinotile: (stopped after 1 of 16 tiles.*: )?\S*{name} cannot be .*\n", done.stderr), (
         done.stderr
@@ -429,9 +413,8 @@ def test_a_full_disk_is_one_line_and_leaves_no_half_file(photo, tmp_path, limit,
 def test_half_a_line_of_a_report_is_taken_back(photo, tmp_path):
     report = tmp_path / "report.jsonl"
     report.write_text("{}\n" * 66_000)
-    done = command(
-        "-c", LIMITED, 198_100, "upscale", photo, tmp_path / "out.png", *QUICK, "--guard", "off", "--report", report
-    )
+    words = ["upscale", photo, tmp_path / "out.png", *QUICK, "--guard", "off", "--report", report]
+    done = Running(command, *words, limit=198_100).wait()
     assert done.returncode == 1 and re.fullmatch(rf"dinotile: report: {report} cannot be written: .*\n", done.stderr)
     assert report.read_text() == "{}\n" * 66_000
     assert sorted(file.name for file in tmp_path.iterdir()) == ["in.png", "out.png", "report.jsonl"]
@@ -466,13 +449,13 @@ def test_what_nobody_thought_of_is_one_line(photo, tmp_path, monkeypatch, capsys
 
 def test_killed_in_the_middle_it_is_resumed_to_the_same_image(photo, tmp_path):
     arguments = ["upscale", str(photo), str(tmp_path / "out.png"), *QUICK, "--scale", "4"]
-    running = subprocess.Popen([sys.executable, "-m", "lib_dinotile", *arguments])
+    running = Running(command, *arguments)
     tiles, began = tmp_path / "out.png.tiles", time.monotonic()
     while len(list(tiles.glob("*.safetensors"))) < 3 and time.monotonic() < began + 300:
-        assert running.poll() is None
+        assert running.alive
         time.sleep(0.01)
     running.kill()
-    assert running.wait() == -9
+    assert running.wait().returncode == -9
     kept = {file: file.read_bytes() for file in tiles.glob("*.safetensors")}
     assert 3 <= len(kept) < 16 and not (tmp_path / "out.png").exists()
     painted = Fault("sample")
