@@ -19,7 +19,7 @@ from scipy.signal import convolve
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from benchmarks.photographs import LANCZOS, add_arguments, enlarged, given
+from benchmarks.photographs import LANCZOS, UNGUIDED, add_arguments, enlarged, given
 from lib_dinotile.condition.conditioner import MINI
 from lib_dinotile.settings import Generation, Settings
 from tools.mini.evaluate import sharpness
@@ -35,8 +35,7 @@ def painted(source: Image.Image, way: str, scale: float) -> Image.Image:
     """The source (RGB) made larger in one of `WAYS`."""
     if way == "Lanczos":
         return source.resize((round(source.width * scale), round(source.height * scale)), LANCZOS)
-    plain = {"guidance": 0.0, "guard": "off"}
-    settings = Settings(scale=scale, **(plain if way == "plain tiles" else {"adapter": "mini"}))
+    settings = Settings(scale=scale, **(UNGUIDED if way == "plain tiles" else {"adapter": "mini"}))
     return enlarged(source, settings, Generation(), {"mini": MINI / "adapter.safetensors"})
 
 

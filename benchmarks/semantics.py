@@ -6,7 +6,7 @@ With the features of another image, patches count where that shows another textu
 The gates (benchmarks/world/gates.py) are checked first: if one does not hold, the run is invalid and shows no rates.
 
 Settings are the defaults, but for scale, tiles and patches, which the world dictates; restoration heads are calibrated,
-by the program's own code and without labels. Rows, controls and targets: benchmarks/evidence.py.
+by the program's own code and without labels. Arms and controls: benchmarks/arms.py; targets: benchmarks/evidence.py.
 
 python benchmarks/semantics.py --adapter [--json] [--plot FILE] [--pictures FILE]
 
@@ -22,6 +22,7 @@ to the source's in the eyes of another encoder than the guiding one, and LPIPS t
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import sys
 from pathlib import Path
@@ -40,36 +41,23 @@ from lib_dinotile import DinotileError
 from lib_dinotile.settings import CALIBRATED
 
 
-def models(arguments: argparse.Namespace) -> tuple[World, evidence.Adapters]:
-    """Those that are asked for; with --quick one training only."""
-    adapters = evidence.Adapters.load(arguments.adapters) if arguments.adapter else evidence.Adapters()
-    if arguments.quick:
-        return World(QUICK, arguments.encoder), adapters.first()
-    return World(GENERATION, arguments.encoder), adapters
-
-
 def gates_hold(world: World, quick: bool) -> bool:
     """Whether the world is valid; says so."""
-    figures = gates.cheap_gates(6 if quick else 40, REPORT_SEED)
-    told = gates.painting_rates(1 if quick else 8, True, REPORT_SEED, world.generation)
-    figures["told_rate"] = told["rate"]
-    for name, value in figures.items():
-        side, limit = gates.GATES[name]
-        print(f"gate {name:15} {value:.3f}  ({side} {limit})")
-    if not gates.holds(figures):
-        print("invalid: a gate does not hold, so rates would mean nothing")
-    return gates.holds(figures)
+    figures = gates.cheap_gates(world, 6 if quick else 40, REPORT_SEED)
+    return gates.hold({**figures, "told_rate": gates.told_rate(world, 1 if quick else 8, REPORT_SEED)})
 
 
 def closed_world(arguments: argparse.Namespace) -> dict[str, Any] | None:
     """The figures for the last line, or None if the world is not valid."""
     quick = arguments.quick
-    world, adapters = models(arguments)
+    adapters = evidence.read_adapters(arguments.adapters) if arguments.adapter else {}
+    if quick:
+        adapters = dict(itertools.islice(evidence.trainings(adapters).items(), 1))
+    world = World(QUICK if quick else GENERATION, arguments.encoder)
     if not gates_hold(world, quick):
         return None
     auc = guard_auc(world.encoder, world.heads[CALIBRATED], 4 if quick else 40, REPORT_SEED)
-    count = arguments.images or (2 if quick else 12)
-    proof = evidence.prove(world, adapters, count, REPORT_SEED, auc, quick)
+    proof = evidence.prove(world, adapters, arguments.images or (2 if quick else 12), REPORT_SEED, auc, quick)
     if proof is None:
         return None
     if arguments.plot or arguments.pictures:
@@ -107,11 +95,11 @@ def main() -> int:
     arguments = parser.parse_args()
     if arguments.adapter and arguments.encoder != LABELLED:
         parser.error(f"--adapter: the adapters are trained for --encoder {LABELLED}")
+    if arguments.model and arguments.photos is None:
+        parser.error("--model wants a folder of photos")
     if arguments.model:
         from benchmarks.semantics_photos import photos
 
-        if arguments.photos is None:
-            parser.error("--model wants a folder of photos")
         figures = photos(arguments)
     else:
         figures = closed_world(arguments)

@@ -21,12 +21,15 @@ cost: guidance and guard at default settings, as shares of a tile's plain time.
 With `--shapes sd15` the models are like Stable Diffusion 1.5, TAESD and DINOv2 small (random weights; slow on a CPU),
 one tile of a canvas of 1024 x 1024 is painted, and guidance's floating-point operations are counted, too.
 
-adapter: parameters and operations of an adapter for Stable Diffusion 1.5 (tiles of 512 px) and XL (of 1024 px) against
-those of the UNet with one row, counted and not run: of a step, and of a tile, which also has the part that runs once.
-How often the parts run, with the built-in model.
+adapter: an adapter for Stable Diffusion 1.5 (tiles of 512 px) and XL (of 1024 px), counted and not run.
+  parameters    at most 60 million; unet_parameters: those of the UNet
+  unet_gflop    of a row of the UNet; of the adapter forward_gflop at each step, and prepare_gflop once a tile
+  step_share    the adapter's operations at a step over the UNet's, at most 0.03; tile_share: the same of a whole tile
+  calls_batch_1, calls_batch_4: how often the parts run, with the built-in model and so many tiles at once
 
-training: operations of a training tile (forward, backward through the frozen UNet, adapter; latents and features from
-the cache) and of a bare UNet row; their seconds, on a GPU if there is one; tiles an hour. `--count` only counts.
+training: train_tflop of a training tile (forward, backward through the frozen UNet, adapter; latents and features from
+the cache), row_tflop of a bare UNet row; GiB of the UNet's weights in bf16 and of what a tile keeps for its backward
+pass; their seconds, on a GPU if there is one; tiles_an_hour. `--count` only counts.
 
 --gpu: what a GPU decides, see benchmarks/speed_gpu.py.
 """
@@ -37,12 +40,11 @@ import argparse
 import json
 import statistics
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from diffusers import UNet2DConditionModel
 from PIL import Image
@@ -51,7 +53,6 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from benchmarks.models import (
-    PRECISIONS,
     TINY,
     UNETS,
     Clock,
@@ -66,10 +67,10 @@ from benchmarks.models import (
     random_encoder,
     random_host,
 )
-from benchmarks.photographs import example, noise
+from benchmarks.photographs import UNGUIDED, example, noise
 from lib_dinotile.condition import conditioner as conditioners
 from lib_dinotile.condition.adapter import Adapter
-from lib_dinotile.condition.conditioner import MINI, Conditioner
+from lib_dinotile.condition.conditioner import MINI, Conditioner, to_tensor
 from lib_dinotile.condition.guard import Guard
 from lib_dinotile.condition.guidance import Guide
 from lib_dinotile.dino.encoder import PatchEncoder, load_encoder
@@ -79,15 +80,23 @@ from lib_dinotile.settings import Generation, Settings
 TILES = 8
 """How many tiles of each canvas are timed."""
 GENERATION = Generation(steps=10, denoise=0.2)  # two UNet steps a tile
-BLIND = {"batch": 4, "guidance": 0.0, "guard": "off"}
+BLIND = {"batch": 4, **UNGUIDED}
 SETTINGS = Settings(scale=4.0, tile=256, overlap=32, **BLIND)
 OWN = Settings(scale=2.0, tile=512, **BLIND)
 COST = Settings(scale=2.0, tile=512, overlap=64, batch=1, guard="report")
 
 STEPS = 7
 """UNet calls of a tile: 20 steps at denoising strength 0.35."""
-PARAMETERS, SHARE = 60_000_000, 0.03
-"""Limits: the adapter's parameters for SD 1.5, and its part of a step."""
+LIMITS = {
+    "overhead": 1.05,
+    "canvas_ratio": 1.03,
+    "own": 40.0,
+    "guard": 0.05,
+    "guidance": 0.25,
+    "parameters": 60_000_000,
+    "step_share": 0.03,
+}
+"""Of the figures, at most."""
 ADAPTERS = {"mini": MINI / "adapter.safetensors"}
 
 
@@ -96,8 +105,7 @@ class Null(Watched):
 
     def __init__(self, source: Image.Image, scale: float = 2.0) -> None:
         super().__init__(random_host(TINY))
-        pixels = torch.from_numpy(np.array(source)).permute(2, 0, 1)[None].float() / 255
-        self._pixels = torch.nn.functional.interpolate(pixels, scale_factor=scale) * 0.9 + 0.03
+        self._pixels = torch.nn.functional.interpolate(to_tensor(source)[None], scale_factor=scale) * 0.9 + 0.03
 
     def encode(self, pixels: Tensor) -> Tensor:
         count, _, height, width = pixels.shape
@@ -154,22 +162,18 @@ def engine(arguments: argparse.Namespace) -> dict[str, float]:
         lerps.append(lerp())
     (model, at_1024), (other, at_8192) = per_tile(ways["1024"]), per_tile(ways["8192"])
     model = min(model, other)
-    found = {
+    print(
+        f"tiles of {SETTINGS.tile}, {arguments.runs} runs; seconds per tile: model calls {model:.3f}, beside them",
+        end="",
+    )
+    print(f" {at_1024:.4f} on 1024 x 1024, {at_8192:.4f} on 8192 x 8192")
+    return {
         "overhead": overhead(ways["plain"]),
         "canvas_ratio": (model + at_8192) / (model + at_1024),
         "adapter": overhead(ways["adapted"]),
         "own": min(run.own for run in ways["own"]) / min(lerps),
         "own_once": min(run.once for run in ways["own"]) / min(lerps),
     }
-    print(f"engine over bare model calls, tiles of {SETTINGS.tile}, {arguments.runs} runs")
-    print(f"  without a condition   {found['overhead']:.3f}   (at most 1.05)")
-    print(f"  with mini's adapter   {found['adapter']:.3f}")
-    print(f"seconds per tile: model calls {model:.3f}, and beside them")
-    print(f"  canvas 1024 x 1024    {at_1024:.4f}")
-    print(f"  canvas 8192 x 8192    {at_8192:.4f}")
-    print(f"  ratio                 {found['canvas_ratio']:.3f}   (at most 1.03)")
-    print(f"own time, in lerps of a tile: {found['own']:.1f} a tile (at most 40), once {found['own_once']:.0f}")
-    return found
 
 
 def models(name: str) -> tuple[DiffusersHost, PatchEncoder]:
@@ -220,21 +224,15 @@ def cost(arguments: argparse.Namespace) -> dict[str, float]:
         operations = Operations()
         with operations, operations.method(Guide, "__call__"):
             run()
-        found["guidance_operations"] = operations.inside / (operations.total - operations.inside)
+        found["guidance_operations"] = operations.inside / (operations.get_total_flops() - operations.inside)
     guard, guidance = (statistics.median(values) for values in zip(*(run() for _ in range(arguments.runs))))
-    print(f"shares of a tile's plain time, models like {shapes}, {arguments.runs} runs, default settings")
-    print(f"  guard, nothing in doubt   {guard:.3f}   (at most 0.05)")
-    print(f"  guidance, as by default   {guidance:.3f}   (at most 0.25)")
-    for value in found.values():
-        print(f"  guidance, operations      {value:.3f}")
-    print(f"whole views of a 1024 x 1024 source, for two images of it: {calls}")
     return {"guard": guard, "guidance": guidance, "encoder_calls": calls, **found}
 
 
 @torch.no_grad()
 def counted(name: str) -> dict[str, float]:
     """Parameters, GFLOP, and the adapter's share of a step and of a whole tile, without a number being computed."""
-    pair = Trainer(name, "meta", 1, "no", False)
+    pair = Trainer(name, "meta", torch.float32)
     unet, _ = operations(pair.bare)
     prepare, maps = operations(pair.adapter.prepare, pair.batch["features"], pair.latent)
     forward, _ = operations(pair.adapter, maps, torch.ones(1, device="meta"))
@@ -267,38 +265,18 @@ def adapter_calls(batch: int, side: int = 128) -> dict[str, int]:
 
 
 def adapter(arguments: argparse.Namespace) -> dict[str, Any]:
-    figures: dict[str, Any] = {}
-    for name in UNETS:
-        found = figures[name] = counted(name)
-        unet, step, once = (found[f"{part}_gflop"] for part in ("unet", "forward", "prepare"))
-        own, of = (found[key] / 1e6 for key in ("parameters", "unet_parameters"))
-        print(f"an adapter for {name}, against one row of the UNet")
-        print(f"  parameters, millions       {own:.2f} of {of:.0f}   (at most {PARAMETERS / 1e6:.0f} for sd15)")
-        print(f"  GFLOP: UNet, step, once    {unet:.1f}, {step:.2f}, {once:.2f}")
-        print(f"  share of a step's FLOP     {found['step_share']:.4f}   (at most {SHARE})")
-        print(f"  share of a tile's FLOP     {found['tile_share']:.4f}   ({STEPS} steps, and what runs once)")
-    for batch in (1, 4):
-        calls = figures[f"calls_batch_{batch}"] = adapter_calls(batch)
-        print(f"calls for an image, batch {batch}: " + ", ".join(f"{name} {count}" for name, count in calls.items()))
-    return figures
+    return {
+        **{name: counted(name) for name in UNETS},
+        **{f"calls_batch_{batch}": adapter_calls(batch) for batch in (1, 4)},
+    }
 
 
 def training(arguments: argparse.Namespace) -> dict[str, Any]:
     device, found = "cuda" if torch.cuda.is_available() else "cpu", {}
     for name in arguments.shapes:
-        figures = found[name] = counted_training(name)
-        print(
-            f"{name}: a tile {figures['train_tflop']:.2f} TFLOP, a bare UNet row {figures['row_tflop']:.2f}; in bf16 "
-            f"the UNet takes {figures['weights_gib']:.1f} GiB, a tile {figures['kept_gib']:.1f}, with gradient "
-            f"checkpointing {figures['kept_checkpointing_gib']:.1f}"
-        )
+        found[name] = counted_training(name)
         if not arguments.count:
-            trainer = Trainer(name, device, arguments.batch, arguments.precision, arguments.checkpointing)
-            figures |= trainer.measure(arguments.runs)
-            print(
-                f"  on {device}: a tile {figures['train_seconds']:.3f} s, a row {figures['row_seconds']:.3f} s, ratio "
-                f"{figures['ratio']:.2f}; {figures['tiles_an_hour']:.0f} tiles an hour; {figures['gib']:.1f} GiB"
-            )
+            found[name] |= Trainer(name, device).measure(arguments.runs)
     return found
 
 
@@ -306,6 +284,16 @@ def rounded(figures: Any) -> Any:
     if isinstance(figures, dict):
         return {name: rounded(value) for name, value in figures.items()}
     return round(figures, 4) if isinstance(figures, float) else figures
+
+
+def show(figures: Mapping[str, Any], of: str = "") -> None:
+    """Print the figures, one a line, and their limits."""
+    for name, value in figures.items():
+        if isinstance(value, dict):
+            show(value, f"{of}{name} ")
+        else:
+            limit = f"   (at most {LIMITS[name]})" if name in LIMITS else ""
+            print(f"{of + name:30} {value}{limit}")
 
 
 SECTIONS = {"engine": engine, "cost": cost, "adapter": adapter, "training": training}
@@ -318,9 +306,6 @@ def main(given: Sequence[str] | None = None) -> int:
     parser.add_argument("--json", action="store_true", help="one last line of JSON")
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--shapes", nargs="+", choices=("mini", TINY, *UNETS), help="cost (one), training, --gpu")
-    parser.add_argument("--batch", type=int, default=1, help="training")
-    parser.add_argument("--precision", choices=PRECISIONS, default="bf16", help="training")
-    parser.add_argument("--checkpointing", action="store_true", help="training")
     parser.add_argument("--count", action="store_true", help="training: count operations, time nothing")
     parser.add_argument("--gpu", action="store_true", help="what a GPU decides, instead")
     parser.add_argument("--device", default="cuda", help="--gpu: another device, to try it")
@@ -335,7 +320,8 @@ def main(given: Sequence[str] | None = None) -> int:
     else:
         torch.set_num_threads(1)
         arguments.shapes = arguments.shapes or SHAPES.get(arguments.section)
-        figures = SECTIONS[arguments.section](arguments)
+        figures = rounded(SECTIONS[arguments.section](arguments))
+        show(figures)
     if arguments.json:
         print(json.dumps(rounded(figures)))
     return 0

@@ -35,28 +35,23 @@ from benchmarks.models import (
     random_encoder,
     random_host,
 )
-from benchmarks.photographs import example
+from benchmarks.photographs import UNGUIDED, example
 from lib_dinotile.condition.conditioner import Conditioner
 from lib_dinotile.dino.calibrated import Pictures
 from lib_dinotile.dino.calibration import FOLDS, calibrate
 from lib_dinotile.dino.encoder import PatchEncoder
+from lib_dinotile.engine.memory import is_out_of_memory
 from lib_dinotile.hosts.diffusers import DiffusersHost
 from lib_dinotile.settings import Settings
 
 BATCHES = (1, 2, 4, 8, 16)
 ACROSS, RUNS = 4, 2
-PLAIN = {"guidance": 0.0, "guard": "off"}
 WAYS: dict[str, dict[str, Any]] = {
-    "plain": PLAIN,
-    "guidance": {**PLAIN, "guidance": Settings().guidance},
-    "guard": {**PLAIN, "guard": "report"},
-    "adapter": PLAIN,
+    "plain": UNGUIDED,
+    "guidance": {**UNGUIDED, "guidance": Settings().guidance},
+    "guard": {**UNGUIDED, "guard": "report"},
+    "adapter": UNGUIDED,
 }
-
-
-def out_of_memory(error: BaseException | None) -> bool:
-    """Whether that is what it comes from."""
-    return isinstance(error, torch.cuda.OutOfMemoryError) or (error is not None and out_of_memory(error.__cause__))
 
 
 def fitting(measure: Callable[..., Any], *arguments: Any) -> Any:
@@ -64,7 +59,7 @@ def fitting(measure: Callable[..., Any], *arguments: Any) -> Any:
     try:
         return measure(*arguments)
     except Exception as error:
-        if not out_of_memory(error):
+        if not any(is_out_of_memory(each) for each in (error, error.__cause__) if each):
             raise
         return None
     finally:
@@ -82,7 +77,7 @@ def painted(host: DiffusersHost, settings: Settings, conditioner: Conditioner | 
 
 def with_batch(host: DiffusersHost, batch: int) -> tuple[float | None, float | None]:
     """(seconds per tile, GiB at most), None where the memory is too small."""
-    settings = Settings(scale=2.0, tile=host.tile, overlap=0, batch=batch, **PLAIN)  # all tiles in one wave
+    settings = Settings(scale=2.0, tile=host.tile, overlap=0, batch=batch, **UNGUIDED)  # all tiles in one wave
     if painted(host, settings) is None:  # warm up
         return None, None
     if host.device.type == "cuda":
@@ -93,19 +88,13 @@ def with_batch(host: DiffusersHost, batch: int) -> tuple[float | None, float | N
 
 def ways(host: DiffusersHost, encoder: PatchEncoder) -> dict[str, float | None]:
     """Overhead, and what guidance, guard and adapter cost."""
-    settings = Settings(scale=2.0, tile=host.tile, overlap=host.tile // 8, batch=4, **PLAIN)
-    adapter = random_adapter(host.unet, host.base, encoder.width).to(host.dtype)
+    settings = Settings(scale=2.0, tile=host.tile, overlap=host.tile // 8, batch=4, **UNGUIDED)
+    adapter, heads = random_adapter(host.unet, host.base, encoder.width).to(host.dtype), blank_heads(encoder)
     runs: dict[str, list[Watched | None]] = {name: [] for name in WAYS}
     for _ in range(1 + RUNS):
         for name, changed in WAYS.items():
-            now = replace(settings, **changed)
-            conditioner = Conditioner(
-                now,
-                encoder,
-                adapter if name == "adapter" else None,
-                blank_heads(encoder),
-                host.guidance_decoder(now.decoder),
-            )
+            now, read = replace(settings, **changed), adapter if name == "adapter" else None
+            conditioner = Conditioner(now, encoder, read, heads, host.guidance_decoder(now.decoder))
             runs[name].append(fitting(painted, host, now, None if name == "plain" else conditioner))
     good = {name: each[1:] for name, each in runs.items() if None not in each}  # the first ones warm up
     found: dict[str, float | None] = {"overhead": overhead(good["plain"]) if "plain" in good else None}
@@ -135,7 +124,7 @@ def gpu(shapes: Sequence[str], device: str = "cuda", batches: Sequence[int] = BA
         }
         del host
         large = shape == "sdxl"
-        trainer = fitting(Trainer, shape, device, 1 if large else 4, "bf16", large)
+        trainer = fitting(Trainer, shape, device, torch.bfloat16, 1 if large else 4, large)
         trained = trainer and fitting(trainer.measure, RUNS)
         found["tiles_an_hour"] = trained and trained["tiles_an_hour"]
         del trainer
