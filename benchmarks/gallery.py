@@ -22,7 +22,6 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from benchmarks.photographs import LANCZOS, UNGUIDED, add_arguments, enlarged, given
 from lib_dinotile.condition.conditioner import MINI
 from lib_dinotile.settings import Generation, Settings
-from tools.mini.evaluate import sharpness
 
 PART = 104
 """Side of what a sheet shows of a photo, in its own pixels at twice its size; at four times half as many."""
@@ -80,9 +79,7 @@ def main() -> None:
             made = {way: painted(source, way, scale) for way in WAYS}
             for way, image in made.items():
                 image.save(arguments.out / f"{name}-{scale:g}x-{way.replace(' ', '-')}.png")
-            gradients = ", ".join(f"{way} {sharpness(np.asarray(image)):.2f}" for way, image in made.items())
-            difference = np.abs(np.asarray(made[WAYS[1]], float) - np.asarray(made[WAYS[2]], float)).mean()
-            print(f"{name} {scale:g}x: gradients {gradients}; plain to dinotile {difference:.2f} of 255", flush=True)
+            print(f"{name} {scale:g}x", flush=True)
             box = [round(scale * side) for side in liveliest(source, round(2 * PART / scale))]
             rows.append([image.crop(box) for image in made.values()])
         sheet(rows, arguments.out / f"sheet-{scale:g}x.png")

@@ -41,36 +41,28 @@ from lib_dinotile import DinotileError
 from lib_dinotile.settings import CALIBRATED
 
 
-def gates_hold(world: World, quick: bool) -> bool:
-    """Whether the world is valid; says so."""
-    figures = gates.cheap_gates(world, 6 if quick else 40, REPORT_SEED)
-    return gates.hold({**figures, "told_rate": gates.told_rate(world, 1 if quick else 8, REPORT_SEED)})
-
-
-def closed_world(arguments: argparse.Namespace) -> dict[str, Any] | None:
-    """The figures for the last line, or None if the world is not valid."""
+def closed_world(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The figures for the last line. DinotileError if the world is not valid."""
     quick = arguments.quick
     adapters = evidence.read_adapters(arguments.adapters) if arguments.adapter else {}
     if quick:
         adapters = dict(itertools.islice(evidence.trainings(adapters).items(), 1))
     world = World(QUICK if quick else GENERATION, arguments.encoder)
-    if not gates_hold(world, quick):
-        return None
+    figures = gates.cheap_gates(world, 6 if quick else 40, REPORT_SEED)
+    gates.check({**figures, "told_rate": gates.told_rate(world, 1 if quick else 8, REPORT_SEED)})
     auc = guard_auc(world.encoder, world.heads[CALIBRATED], 4 if quick else 40, REPORT_SEED)
-    proof = evidence.prove(world, adapters, arguments.images or (2 if quick else 12), REPORT_SEED, auc, quick)
-    if proof is None:
-        return None
+    found, figures = evidence.prove(world, adapters, arguments.images or (2 if quick else 12), REPORT_SEED, auc, quick)
     if arguments.plot or arguments.pictures:
         from benchmarks import evidence_plot  # matplotlib takes long to load
 
         if arguments.plot:
-            evidence_plot.bars(proof[1], arguments.plot)
+            evidence_plot.bars(figures, arguments.plot)
         if arguments.pictures:
-            evidence_plot.pictures(world, proof[0], arguments.pictures)
-    return proof[1]
+            evidence_plot.pictures(world, found, arguments.pictures)
+    return figures
 
 
-def main() -> int:
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("photos", type=Path, nargs="?", help="with --model: a folder of photos")
     parser.add_argument("--quick", action="store_true", help="few images and steps")
@@ -103,16 +95,13 @@ def main() -> int:
         figures = photos(arguments)
     else:
         figures = closed_world(arguments)
-    if figures is None:
-        return 1
     if arguments.json:
         print(json.dumps(figures))
-    return 0
 
 
 if __name__ == "__main__":
     try:
         with torch.no_grad():
-            sys.exit(main())
+            main()
     except DinotileError as error:
         sys.exit(str(error))

@@ -13,6 +13,7 @@ from benchmarks.world.guard import source_features
 from benchmarks.world.host import SETTINGS, WorldHost
 from benchmarks.world.judges import NONE, WindowClassifier, read_tensors, windows
 from benchmarks.world.scenes import NO_LABEL, as_image, evaluation_scenes
+from lib_dinotile import DinotileError
 from lib_dinotile.condition.conditioner import to_tensor
 from lib_dinotile.dino.encoder import load_encoder
 from lib_dinotile.engine.flow import upscale
@@ -38,15 +39,13 @@ def within(value: float, side: str, limit: float) -> bool:
     return value <= limit if side == AT_MOST else value >= limit
 
 
-def hold(figures: dict[str, float]) -> bool:
-    """Whether all figures are on the right side of their gates; says so."""
+def check(figures: dict[str, float]) -> None:
+    """Print the figures. DinotileError if one is on the wrong side of its gate."""
     for name, value in figures.items():
         side, limit = GATES[name]
         print(f"gate {name:15} {value:.3f}  ({side} {limit})")
-    good = all(within(value, *GATES[name]) for name, value in figures.items())
-    if not good:
-        print("invalid: a gate does not hold, so rates would mean nothing")
-    return good
+    if not all(within(value, *GATES[name]) for name, value in figures.items()):
+        raise DinotileError("invalid: a gate does not hold, so rates would mean nothing")
 
 
 def cheap_gates(world: World, count: int, seed: int) -> dict[str, float]:
