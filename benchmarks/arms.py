@@ -96,15 +96,14 @@ class Mistaken(Conditioner):
 
 def shuffle(features: Features) -> Features:
     """The same patches, in another order, the same for all layers."""
+    fields = (features.adapter, features.guidance, features.guard, features.shown)
+    return Features(*(field and _shuffled(field) for field in fields))
 
-    def of(field: FeatureField | None) -> FeatureField | None:
-        if field is None:
-            return None
-        flat = field.features.flatten(1)
-        order = torch.from_numpy(np.random.default_rng(0).permutation(flat.shape[1]))
-        return FeatureField(flat[:, order].reshape(field.features.shape), field.canvas)
 
-    return Features(*(of(field) for field in (features.adapter, features.guidance, features.guard, features.shown)))
+def _shuffled(field: FeatureField) -> FeatureField:
+    flat = field.features.flatten(1)
+    order = torch.from_numpy(np.random.default_rng(0).permutation(flat.shape[1]))
+    return FeatureField(flat[:, order].reshape(field.features.shape), field.canvas)
 
 
 @dataclass(frozen=True)

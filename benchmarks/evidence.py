@@ -199,18 +199,11 @@ def targets(figures: Mapping[str, Any], quick: bool = False) -> dict[str, dict[s
 
 
 def table(figures: Mapping[str, Any]) -> None:
-    """The figures of `summary` for people."""
-    print(f"{'':19} hallucinated  95 %          of plain  95 %         garbage  blank  spectral")
-    for arm, rate in figures["hallucination_rate"].items():
-        (low, high), (least, most) = figures["interval"][arm], figures["of_plain_interval"][arm]
-        garbage, blank, spectral = (figures[name][arm] for name in ("garbage", "blank", "spectral"))
-        print(
-            f"{arm:19} {rate:12.3f}  {low:.3f} - {high:.3f} {figures['of_plain'][arm]:8.2f}  {least:.2f} - {most:.2f}"
-            f" {garbage:10.3f} {blank:6.3f} {spectral:9.3f}"
-        )
-    for arm, share in figures["followed"].items():
-        if arm == arms.PLAIN or arms.ARMS[arm].other:
-            print(f"{arm}: {share:.3f} of the patches show what the OTHER image shows there")
+    """Print the figures of `summary` that there are by arm."""
+    names = [name for name, each in figures.items() if isinstance(each, dict) and arms.PLAIN in each]
+    print(" " * 19 + "".join(f"{name:>20}" for name in names))
+    for arm in figures["hallucination_rate"]:
+        print(f"{arm:19}" + "".join(f"{figures[name][arm]!s:>20}" for name in names))
     for arm, rates in figures["per_training"].items():
         print(f"{arm}, by training: " + ", ".join(f"{seed} {rate:.3f}" for seed, rate in rates.items()))
 

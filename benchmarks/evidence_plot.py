@@ -116,7 +116,7 @@ def _bar(axes: Any, y: int, colour: str, arm: str, figures: Mapping[str, Any]) -
 
 
 def pictures(world: World, evidence: Evidence, file: Path) -> None:
-    """Draw one of the pictures: what came of it, with the patches judged wrong in red."""
+    """Draw one of the pictures: what came of it, with the patches judged wrong tinted and outlined."""
     chosen = typical(evidence)
     made, _ = evidence.pairs[chosen]
     source = made.source.repeat_interleave(FACTOR, 1).repeat_interleave(FACTOR, 2)
@@ -132,18 +132,13 @@ def pictures(world: World, evidence: Evidence, file: Path) -> None:
             if label in shown:
                 wrong = known & (world.judge.verdict(pixels) != made.labels)
                 each.set_title(f"{wrong.sum() / known.sum():.0%} wrong", loc="right", color=RED, **title)
-                outline(each, wrong)
+                fine = np.pad(wrong.repeat(PATCH, 0).repeat(PATCH, 1), 1)
+                middles = np.arange(-0.5, SIDE + 1)
+                each.contourf(middles, middles, fine, (0.5, 1.5), colors=RED, alpha=0.13)
+                each.contour(middles, middles, fine, (0.5,), colors=RED, linewidths=1.6)
         for each in figure.axes:
             each.axis("off")
         figure.savefig(file)
-
-
-def outline(axes: Any, wrong: np.ndarray) -> None:
-    """Tint the patches that are `wrong` (h, w), and draw a line around where they lie together."""
-    fine = np.pad(wrong.repeat(PATCH, 0).repeat(PATCH, 1), 1)
-    middles = np.arange(-0.5, SIDE + 1)
-    axes.contourf(middles, middles, fine, (0.5, 1.5), colors=RED, alpha=0.13)
-    axes.contour(middles, middles, fine, (0.5,), colors=RED, linewidths=1.6)
 
 
 def typical(evidence: Evidence) -> int:

@@ -1,5 +1,8 @@
 """dinotile against its peers in a running A1111: python benchmarks/peers.py --webui URL [--large] [--json]
 
+The peers: https://github.com/Coyote-A/ultimate-upscale-for-automatic1111 and
+https://github.com/pkuliyi2015/multidiffusion-upscaler-for-automatic1111.
+
 Same checkpoint, source, steps, sampler, strength and size of what the UNet sees; one thing at a time on the machine.
 Every figure is dinotile's time over the peer's, so less is better. Runs take turns after a warm-up run of each, and the
 figure is the ratio of the medians. That both make the size asked for out of the same number of tiles is checked.
@@ -39,7 +42,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import requests
 from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -49,11 +51,6 @@ from tests.live import client
 
 Image.MAX_IMAGE_PIXELS = None
 ULTIMATE, TILED = "ultimate sd upscale", "tiled diffusion"
-ADDRESSES = {
-    client.SCRIPT: "this repository",
-    ULTIMATE: "https://github.com/Coyote-A/ultimate-upscale-for-automatic1111",
-    TILED: "https://github.com/pkuliyi2015/multidiffusion-upscaler-for-automatic1111",
-}
 RESAMPLER = "Lanczos"
 TARGETS = {"usdu_1024": 0.9, "usdu_8192": 0.5, "tiled_diffusion": 0.9}
 WARM, MEASURED = 4, 16
@@ -82,16 +79,6 @@ def tiled(scale: float, tile: int, overlap: int, batch: int) -> Request:
     cells = [tile // 8, tile // 8, overlap // 8]
     arguments = [True, "MultiDiffusion", False, True, 0, 0, *cells, batch, RESAMPLER, scale]
     return {"alwayson_scripts": {TILED: {"args": arguments}}}
-
-
-def need(url: str, *scripts: str) -> None:
-    """One line and the end, if one of these is not installed in the WebUI at that address."""
-    try:
-        there = {name.lower() for name in client.WebUI(url).get("sdapi/v1/scripts").json()["img2img"]}
-    except (requests.RequestException, KeyError) as error:
-        sys.exit(f"{url}: no WebUI with --api answers there: {error}")
-    for script in set(scripts) - there:
-        sys.exit(f"{url}: {script!r} is not installed there ({ADDRESSES[script]})")
 
 
 def dinotile_tiles(look: client.Progress) -> tuple[int, int] | None:
@@ -203,7 +190,7 @@ def through_masks(webui: client.WebUI, side: Side, image: Image.Image) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--webui", required=True, metavar="URL", help="an A1111 with --api and both peers installed")
+    parser.add_argument("--webui", required=True, metavar="URL", help="an A1111 with --api, dinotile and both peers")
     parser.add_argument("--large", action="store_true", help="also 8192 x 8192; takes some minutes more")
     parser.add_argument("--runs", type=int, default=3, help="of each, after a warm-up")
     parser.add_argument("--steps", type=int, default=4)
@@ -211,7 +198,6 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="one last line of JSON")
     arguments = parser.parse_args()
 
-    need(arguments.webui, client.SCRIPT, ULTIMATE, TILED)
     webui = client.WebUI(arguments.webui)
     common = {"steps": arguments.steps, "denoising_strength": arguments.denoise}
     figures: dict[str, float] = {}

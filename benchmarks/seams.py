@@ -178,19 +178,15 @@ class Pool:
 
     def seam(self) -> tuple[float, float, str]:
         """The largest of the kinds and windows, its standard error, and which one it is."""
-        return max((*self._estimate(np.array(sums)), " ".join(key)) for key, sums in self._sums.items())
+        return max((*estimate(np.array(sums)), " ".join(key)) for key, sums in self._sums.items())
 
-    @staticmethod
-    def _estimate(sums: np.ndarray) -> tuple[float, float]:
-        """sums: canvas, image or reference, line or elsewhere."""
 
-        def ratio(total: np.ndarray) -> float:
-            (line, elsewhere), (same_line, same_elsewhere) = total
-            return line / elsewhere / (same_line / same_elsewhere)
-
-        whole, count = sums.sum(0), len(sums)
-        without = np.array([ratio(whole - one) for one in sums]) if count > 1 else np.array([np.nan])
-        return ratio(whole), float(np.sqrt((count - 1) * without.var()))
+def estimate(sums: np.ndarray) -> tuple[float, float]:
+    """The seam of some canvases and its standard error. sums: canvas, image or reference, line or elsewhere."""
+    with np.errstate(invalid="ignore"):  # a single canvas has no error
+        totals = np.stack([sums.sum(0), *(sums.sum(0) - sums)])
+        seams = totals[:, 0, 0] / totals[:, 0, 1] / (totals[:, 1, 0] / totals[:, 1, 1])
+    return float(seams[0]), float(np.sqrt((len(sums) - 1) * seams[1:].var()))
 
 
 def gradients() -> dict[str, Image.Image]:

@@ -1,23 +1,33 @@
-"""Is the world one that a measurement can rely on? On pictures, an atlas and seeds that nothing was trained on."""
+"""Is the world one that a measurement can rely on, and does the guard prefer the true textures in it?
+
+On pictures, an atlas and seeds that nothing was trained on.
+"""
 
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Sequence
 
 import numpy as np
 import torch
+import torch.nn.functional as F
+from torch import Tensor
 
 from benchmarks.judging import LABELLED, World
 from benchmarks.world import WEIGHTS
-from benchmarks.world.guard import source_features
 from benchmarks.world.host import SETTINGS, WorldHost
 from benchmarks.world.judges import NONE, WindowClassifier, read_tensors, windows
-from benchmarks.world.scenes import NO_LABEL, as_image, evaluation_scenes
+from benchmarks.world.scenes import FACTOR, NO_LABEL, PATCH, SIDE, Scene, as_image, evaluation_scenes, repainted_scenes
 from lib_dinotile import DinotileError
 from lib_dinotile.condition.conditioner import to_tensor
-from lib_dinotile.dino.encoder import load_encoder
+from lib_dinotile.condition.guard import GUARD_LAYER
+from lib_dinotile.condition.heads import Heads
+from lib_dinotile.dino.encoder import PatchEncoder, load_encoder
+from lib_dinotile.dino.field import FeatureField, feature_field
+from lib_dinotile.dino.tile_features import TileFeatures
 from lib_dinotile.engine.flow import upscale
 from lib_dinotile.tiling.noise import NoiseField
+from lib_dinotile.tiling.plan import TilePlan
 
 AT_MOST, AT_LEAST = "at most", "at least"
 GATES = {
@@ -74,3 +84,47 @@ def told_rate(world: World, count: int, seed: int) -> float:
         result = upscale(host, as_image(made.source), SETTINGS, NoiseField(seed * 1000 + number, host.channels))
         wrong.append((world.judge.verdict(to_tensor(result.image)) != made.labels)[made.labels != NO_LABEL])
     return float(np.concatenate(wrong).mean())
+
+
+def source_features(encoder: PatchEncoder, made: Scene, layer: int = -1) -> Tensor:
+    """(D, 16, 16) of the source as dinotile sees it: the whole at once, one patch for each of the canvas."""
+    return feature_field(encoder, made.source, (SIDE, SIDE), patches=SIDE // PATCH, layer=layer).features
+
+
+def in_windows(encoder: PatchEncoder, made: Scene, layer: int) -> Tensor:
+    """(D, 16, 16) of the sharp picture: each tile as the guard sees it, in a window of the blurred one."""
+    field = FeatureField(torch.zeros(1, SIDE // PATCH, SIDE // PATCH), (SIDE, SIDE))
+    tile_features = TileFeatures(encoder, field, (SIDE, SIDE), layer)
+    tiles = TilePlan(SIDE, SIDE, SETTINGS.tile, SETTINGS.overlap, FACTOR).tiles
+    pixels = torch.stack([made.sharp[(slice(None), *tile.slices)] for tile in tiles])
+    windows = tile_features.windows(lambda area: made.blurred[(slice(None), *area.slices)], tiles, pixels)
+    features = torch.empty(encoder.width, SIDE // PATCH, SIDE // PATCH)
+    for tile, seen in zip(tiles, tile_features.features(windows, tile_features.grid(tile_features.window(tiles[0])))):
+        features[(slice(None), *tile.shrink(PATCH).slices)] = seen[(slice(None), *tile_features.own(tile))]
+    return features
+
+
+@torch.no_grad()
+def guard_auc(encoder: PatchEncoder, heads: Heads, count: int, seed: int) -> float:
+    """Does the guard's score prefer the true texture to a wrong one of the same colours and shapes?
+
+    As the guard looks by default: layer, each tile in its window of the blurred canvas, through the head, cosine.
+    """
+    sizes = (SIDE // FACTOR, SIDE // FACTOR), (SIDE, SIDE)
+    head = heads.of(*sizes, (GUARD_LAYER,))[GUARD_LAYER]
+    cosines: tuple[list[np.ndarray], list[np.ndarray]] = [], []
+    for pair in repainted_scenes(count, seed):
+        known = np.logical_and(*(made.labels != NO_LABEL for made in pair))
+        wanted = head(source_features(encoder, pair[0], GUARD_LAYER)[None])[0]
+        for made, values in zip(pair, cosines):
+            seen = in_windows(encoder, made, GUARD_LAYER)
+            values.append(F.cosine_similarity(seen, wanted, dim=0).numpy()[known])
+    return auc(*cosines)
+
+
+def auc(good: Sequence[np.ndarray], bad: Sequence[np.ndarray]) -> float:
+    """Area under the ROC curve: the probability that a value of `good` is above one of `bad`."""
+    from sklearn.metrics import roc_auc_score
+
+    right, wrong = np.concatenate(good), np.concatenate(bad)
+    return float(roc_auc_score(np.r_[np.ones(len(right)), np.zeros(len(wrong))], np.r_[right, wrong]))

@@ -178,15 +178,19 @@ def evaluation_scenes(count: int, seed: int) -> Iterator[Scene]:
     return (scene(np.random.default_rng((seed, number, 99))) for number in range(count))
 
 
-def repainted(rng: np.random.Generator, truth: Scene, classes: np.ndarray) -> Scene:
-    """The same colours, shapes and marks with other micro-textures: `classes` has one for each region.
+def repainted(rng: np.random.Generator, truth: Scene) -> Scene:
+    """The same colours, shapes and marks with the micro-texture of another class in every region.
 
     Downsampled it is the same but for what a level of 255 hides; `source` and `blurred` stay those of the truth.
     """
+    classes = (truth.classes + rng.integers(1, CLASSES, size=len(truth.classes))) % CLASSES
     texture = _textured(rng, truth.regions, classes, EVALUATION_ATLAS)
     return replace(truth, sharp=_sharp(truth.smooth, truth.tone, texture), classes=classes)
 
 
-def wrong_classes(rng: np.random.Generator, truth: Scene) -> np.ndarray:
-    """(n,) int64: for each region another class than its own."""
-    return (truth.classes + rng.integers(1, CLASSES, size=len(truth.classes))) % CLASSES
+def repainted_scenes(count: int, seed: int) -> Iterator[tuple[Scene, Scene]]:
+    """Fresh pictures, and the same repainted."""
+    for number in range(count):
+        rng = np.random.default_rng((seed, number, 98))
+        truth = scene(rng)
+        yield truth, repainted(rng, truth)
