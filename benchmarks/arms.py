@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -96,8 +97,10 @@ class Mistaken(Conditioner):
 
 def shuffle(features: Features) -> Features:
     """The same patches, in another order, the same for all layers."""
-    fields = (features.adapter, features.guidance, features.guard, features.shown)
-    return Features(*(field and _shuffled(field) for field in fields))
+    fields: dict[str, Any] = {
+        name: field and _shuffled(field) for name, field in vars(features).items() if name != "heads"
+    }
+    return Features(**fields)
 
 
 def _shuffled(field: FeatureField) -> FeatureField:
@@ -136,7 +139,7 @@ class Upscaler:
         return upscale(self.host, source, settings, NoiseField(seed, self.host.channels), conditioner)
 
 
-Values = Sequence[float] | Sequence[Sequence[float]]
+Values = Sequence[float] | Sequence[Sequence[float]] | np.ndarray
 
 
 def interval(values: Values, draws: int = 4000) -> tuple[float, float]:

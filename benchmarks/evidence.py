@@ -87,7 +87,9 @@ def readers(arm: arms.Arm, adapters: Mapping[str, arms.Reader]) -> list[arms.Rea
         with torch.random.fork_rng(devices=[]):
             configs = [reader.adapter.config for reader in trained[:1] if reader]
             return [arms.Reader(Adapter(config).eval().requires_grad_(False)) for config in configs]
-    return {"": [None], arms.TRAINED: trained, arms.FIRST: trained[:1]}[arm.adapter]
+    if not arm.adapter:
+        return [None]
+    return trained[:1] if arm.adapter == arms.FIRST else trained
 
 
 def informed(world: World, arm: arms.Arm, reader: arms.Reader | None, made: Scene) -> arms.Reader | None:

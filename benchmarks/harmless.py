@@ -54,19 +54,21 @@ def grid_ratio(change: np.ndarray, patch: float) -> float:
 
 def measure(photo: Image.Image, images: Mapping[str, Image.Image]) -> list[dict[str, Any]]:
     """The figures of one photo (RGB), made larger in each of `WAYS`, PLAIN first."""
-    truth, plain, rows = np.asarray(photo), np.asarray(images[PLAIN]), []
+    truth, plain = np.asarray(photo), np.asarray(images[PLAIN])
+    rows: list[dict[str, Any]] = []
     for way, image in images.items():
         pixels = np.asarray(image)
         change = (pixels.astype(np.float64) - plain).mean(2)
-        row = {
+        row: dict[str, Any] = {
+            "way": way,
             "gradients": gradients(pixels) / gradients(truth),
             "psnr": float(peak_signal_noise_ratio(truth, pixels)),
             "grid": 0.0 if way == PLAIN else grid_ratio(change, max(photo.size) / (max(photo.size) // 14)),
             "change": float(np.abs(change).mean()),
         }
-        rows.append({"way": way, **row})
+        rows.append(row)
         farther = abs(row["gradients"] - 1) - abs(rows[0]["gradients"] - 1)
-        rows[-1]["harmless"] = farther <= FARTHER and rows[0]["psnr"] - row["psnr"] <= LOSS
+        row["harmless"] = farther <= FARTHER and rows[0]["psnr"] - row["psnr"] <= LOSS
     return rows
 
 

@@ -107,7 +107,7 @@ class Watched:
         self.done, self.began, self.ended = 0, 0.0, 0.0
         self.short = False
         """Whether the memory was too small for a batch."""
-        self.result: Result | None = None
+        self.result: Result
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._host, name)
@@ -185,24 +185,26 @@ def random_words(unet: UNet2DConditionModel) -> list[Tensor]:
     return words
 
 
-def random_host(name: str, device: str = "cpu", dtype: torch.dtype = torch.float32) -> DiffusersHost:
+class RandomHost(DiffusersHost):
     """With a VAE, TAESD, a prompt and a negative one: two rows of the UNet a tile."""
-    unet, side = random_unet(name, device)
-    with torch.device(device):
-        vae = AutoencoderKL(
-            down_block_types=("DownEncoderBlock2D",) * 4,
-            up_block_types=("UpDecoderBlock2D",) * 4,
-            block_out_channels=(32,) * 4 if name == TINY else (128, 256, 512, 512),
-            layers_per_block=2,
-        )
-        tiny = AutoencoderTiny().to(dtype).eval().requires_grad_(False)
-    words, unet = random_words(unet), unet.to(dtype)
-    codec = VaeCodec(vae.to(dtype).eval().requires_grad_(False))
-    base, generation = ("sd15", Generation(steps=6)) if name == TINY else (name, Generation())
-    host = DiffusersHost(unet, DDIMScheduler(), codec, base, generation, lambda _: tuple(words))
-    host.guidance_decoder = lambda _: ("TAESD", lambda x: (tiny.decode(x.to(dtype)).sample.float() + 1) / 2)
-    host.tile = side * host.factor
-    return host
+
+    def __init__(self, name: str, device: str = "cpu", dtype: torch.dtype = torch.float32) -> None:
+        unet, side = random_unet(name, device)
+        with torch.device(device):
+            vae = AutoencoderKL(
+                down_block_types=("DownEncoderBlock2D",) * 4,
+                up_block_types=("UpDecoderBlock2D",) * 4,
+                block_out_channels=(32,) * 4 if name == TINY else (128, 256, 512, 512),
+                layers_per_block=2,
+            )
+            self._tiny = AutoencoderTiny().to(dtype).eval().requires_grad_(False)
+        words, codec = random_words(unet), VaeCodec(vae.to(dtype).eval().requires_grad_(False))
+        base, generation = ("sd15", Generation(steps=6)) if name == TINY else (name, Generation())
+        super().__init__(unet.to(dtype), DDIMScheduler(), codec, base, generation, lambda _: tuple(words))
+        self.tile = side * self.factor
+
+    def guidance_decoder(self, choice: str) -> tuple[str, Callable[[Tensor], Tensor]]:
+        return "TAESD", lambda latents: (self._tiny.decode(latents.to(self.dtype)).sample.float() + 1) / 2
 
 
 def random_encoder(name: str, device: str = "cpu") -> PatchEncoder:

@@ -110,7 +110,7 @@ class Side:
             sys.exit(f"{self.name} made {made} in {tiles} tiles, not {self.size} x {self.size} in {self.expected}")
         return reply
 
-    def run(self, webui: client.WebUI, image: Image.Image, **more: object) -> tuple[client.Reply, int | None]:
+    def run(self, webui: client.WebUI, image: Image.Image, **more: Any) -> tuple[client.Reply, int | None]:
         """One run, and how many tiles it said that it had to do."""
         job = webui.start(image, **self.request, **more)
         if self.tiles is None:
@@ -122,13 +122,14 @@ class Side:
 
 def tiled_count(infotext: str, side: int) -> int:
     """Tiles of Tiled Diffusion for what its infotext says, by its own formula (split_bboxes)."""
-    tile, overlap = (int(re.search(rf"{key}\D*(\d+)", infotext)[1]) for key in ("Tile tile width", "Tile Overlap"))
+    tile, overlap = (int(re.findall(rf"{key}\D*(\d+)", infotext)[0]) for key in ("Tile tile width", "Tile Overlap"))
     return math.ceil((side // 8 - overlap) / (tile - overlap)) ** 2
 
 
 def compare(webui: client.WebUI, sides: tuple[Side, Side], runs: int) -> float:
     """The ratio of the medians of whole runs."""
-    image, seconds = example(256), {side: [] for side in sides}
+    image = example(256)
+    seconds: dict[Side, list[float]] = {side: [] for side in sides}
     for side in sides:
         side.check(*side.run(webui, image))
     for _ in range(runs):
@@ -150,10 +151,12 @@ def report(seconds: dict[Side, list[float]]) -> float:
 
 def beginning(webui: client.WebUI, side: Side, image: Image.Image) -> float:
     """Seconds that a whole run would take, from its first tiles."""
-    job, last, ends, stopped, began, total = webui.start(image, **side.request), 0, {}, 0.0, None, None
+    job, last, began, stopped = webui.start(image, **side.request), 0, 0.0, 0.0
+    ends: dict[int, float] = {}
+    total: int | None = None
     for look in job.looks(preview=False):
         began = began or look.when
-        known = side.tiles(look)
+        known = side.tiles(look) if side.tiles else None
         if known is None or stopped:
             continue
         done, total = known
@@ -202,12 +205,12 @@ def main() -> None:
     common = {"steps": arguments.steps, "denoising_strength": arguments.denoise}
     figures: dict[str, float] = {}
 
-    def with_ultimate(scale: float, *expected: int) -> tuple[Side, Side]:
+    def with_ultimate(scale: float, size: int, expected: int) -> tuple[Side, Side]:
         own = {**common, **dinotile(scale=scale, tile=320, overlap=64, batch=4, order="chess")}
         peer = {**common, **ultimate(webui, scale)}
         return (
-            Side("dinotile", own, *expected, dinotile_tiles),
-            Side("Ultimate SD Upscale", peer, *expected, ultimate_tiles),
+            Side("dinotile", own, size, expected, dinotile_tiles),
+            Side("Ultimate SD Upscale", peer, size, expected, ultimate_tiles),
         )
 
     def show(key: str, figure: float) -> None:

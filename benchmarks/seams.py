@@ -133,7 +133,7 @@ class Lines:
 def plan_lines(plan: TilePlan, settings: Settings) -> tuple[Lines, Lines]:
     """Vertical and horizontal lines of dinotile's tiles and of the bands of its seam pass."""
     axes = zip((plan.columns, plan.rows), plan.tile_size, plan.padded)
-    both = tuple(Lines.of(starts, tile, length) for starts, tile, length in axes)
+    both = [Lines.of(starts, tile, length) for starts, tile, length in axes]
     for grid, blend in seam_passes(plan, settings.seams, settings.seam_width):
         if grid.columns != plan.columns:
             for tile in grid.tiles[: len(grid.columns)]:
@@ -141,7 +141,7 @@ def plan_lines(plan: TilePlan, settings: Settings) -> tuple[Lines, Lines]:
         if grid.rows != plan.rows:
             for tile in grid.tiles[:: len(grid.columns)]:
                 both[1].band(tile.y, blend.weight(tile).amax(1))
-    return both
+    return both[0], both[1]
 
 
 def columns(image: np.ndarray, reference: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -237,7 +237,7 @@ def canvases(
     reference = make(tile=SIDE * SCALE, order="linear")
     edges = Lines.of(range(0, reference.width, TILES.tile), TILES.tile, reference.width)
     yield "[cut]", cut(reference, TILES.tile, 2, seed), reference, (edges, edges)
-    plan = TilePlan(*reference.size, TILES.tile, TILES.overlap, host.factor)
+    plan = TilePlan(reference.width, reference.height, TILES.tile, TILES.overlap, host.factor)
     lines = plan_lines(plan, TILES)
     for order in ORDERS:
         result = make(order=order)

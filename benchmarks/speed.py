@@ -104,7 +104,7 @@ class Null(models.Watched):
     """A host whose model does nothing: what is left is the engine's own time."""
 
     def __init__(self, source: Image.Image, scale: float = 2.0) -> None:
-        super().__init__(models.random_host(models.TINY))
+        super().__init__(models.RandomHost(models.TINY))
         self._pixels = torch.nn.functional.interpolate(to_tensor(source)[None], scale_factor=scale) * 0.9 + 0.03
 
     def encode(self, pixels: Tensor) -> Tensor:
@@ -204,8 +204,9 @@ def cost(arguments: argparse.Namespace) -> dict[str, float]:
     if shapes == "mini":
         host, encoder = load_host(Generation()), load_encoder("mini")
     else:
-        host, encoder = models.random_host(shapes), models.random_encoder(shapes)
-    source, more = example(512), {}
+        host, encoder = models.RandomHost(shapes), models.random_encoder(shapes)
+    source = example(512)
+    more: dict[str, Any] = {}
 
     def make() -> Conditioner:
         decoder = host.guidance_decoder(COST.decoder)
@@ -301,7 +302,7 @@ def painted(host: DiffusersHost, settings: Settings, conditioner: Conditioner | 
     return run
 
 
-def with_batch(host: DiffusersHost, batch: int) -> tuple[float, float]:
+def with_batch(host: models.RandomHost, batch: int) -> tuple[float, float]:
     """(seconds per tile, GiB at most)."""
     settings = Settings(scale=2.0, tile=host.tile, overlap=0, batch=batch, **UNGUIDED)  # all tiles in one wave
     painted(host, settings)  # warm up
@@ -311,12 +312,12 @@ def with_batch(host: DiffusersHost, batch: int) -> tuple[float, float]:
     return run.tiles / run.done, models.peak(host.device)
 
 
-def ways(host: DiffusersHost, encoder: PatchEncoder) -> dict[str, float | None]:
+def ways(host: models.RandomHost, encoder: PatchEncoder) -> dict[str, float | None]:
     """Overhead, and what guidance, guard and adapter cost."""
     settings = Settings(scale=2.0, tile=host.tile, overlap=host.tile // 8, batch=4, **UNGUIDED)
     adapter = models.random_adapter(host.unet, host.base, encoder.width).to(host.dtype)
     heads = models.blank_heads(encoder)
-    runs: dict[str, list[models.Watched | None]] = {name: [] for name in WAYS}
+    runs: dict[str, list[Any]] = {name: [] for name in WAYS}
     for _ in range(1 + RUNS):
         for name, changed in WAYS.items():
             now, read = replace(settings, **changed), adapter if name == "adapter" else None
@@ -341,7 +342,7 @@ def gpu(shapes: Sequence[str], device: str = "cuda", batches: Sequence[int] = BA
     figures: dict[str, Any] = {"device": name, "torch": torch.__version__, "date": str(datetime.date.today())}
     print(", ".join(figures.values()), flush=True)
     for shape in shapes:
-        host, encoder = models.random_host(shape, device, dtype), models.random_encoder(shape, device)
+        host, encoder = models.RandomHost(shape, device, dtype), models.random_encoder(shape, device)
         rows = {str(batch): fitting(with_batch, host, batch) or (None, None) for batch in batches}
         found = figures[shape] = {
             "seconds": {batch: seconds for batch, (seconds, _) in rows.items()},

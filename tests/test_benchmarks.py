@@ -83,7 +83,7 @@ def test_what_a_gpu_decides_can_be_tried_without_one(speed_gpu, capsys):
 
 def test_what_the_memory_does_not_hold_is_no_figure_and_not_the_end(speed_gpu):
     """Also though the engine itself would make do with fewer tiles at once."""
-    host = Small(models.random_host(models.TINY), most=2)
+    host = Small(models.RandomHost(models.TINY), most=2)
     assert speed_gpu.with_batch(host, 2)[0] > 0
     assert speed_gpu.fitting(speed_gpu.with_batch, host, 4) is None
     assert speed_gpu.fitting(speed_gpu.with_batch, Small(host, most=0), 1) is None
