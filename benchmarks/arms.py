@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 import torch
@@ -97,13 +96,14 @@ class Mistaken(Conditioner):
 
 def shuffle(features: Features) -> Features:
     """The same patches, in another order, the same for all layers."""
-    fields: dict[str, Any] = {
-        name: field and _shuffled(field) for name, field in vars(features).items() if name != "heads"
-    }
-    return Features(**fields)
+    fields = features.adapter, features.guidance, features.guard, features.shown
+    adapter, guidance, guard, shown = map(_shuffled, fields)
+    return Features(adapter, guidance, guard, shown)
 
 
-def _shuffled(field: FeatureField) -> FeatureField:
+def _shuffled(field: FeatureField | None) -> FeatureField | None:
+    if field is None:
+        return None
     flat = field.features.flatten(1)
     order = torch.from_numpy(np.random.default_rng(0).permutation(flat.shape[1]))
     return FeatureField(flat[:, order].reshape(field.features.shape), field.canvas)

@@ -243,34 +243,15 @@ class _Untracked(contextlib.nullcontext):
     parents = ("Global",)
 
 
-class Operations(FlopCounterMode):
-    """Floating-point operations of convolutions, matrix products and attention while it is open.
-
-    It does not follow modules, as torch's own does: that fails when only a gradient for the input is asked for.
-    """
-
-    def __init__(self) -> None:
-        super().__init__(display=False)
-        if hasattr(self, "mod_tracker"):
-            self.mod_tracker = _Untracked()
-        self.inside = 0
-
-    def method(self, owner: type, name: str) -> AbstractContextManager[Any]:
-        """While open, those in all calls of a method add up to `inside`."""
-        function = getattr(owner, name)
-
-        def counted(*arguments: Any) -> Any:
-            before = self.get_total_flops()
-            result = function(*arguments)
-            self.inside += self.get_total_flops() - before
-            return result
-
-        return mock.patch.object(owner, name, counted)
-
-
 def operations(function: Callable[..., Any], *arguments: Any) -> tuple[int, Any]:
-    """(Their number; what the function gave)."""
-    with Operations() as counter:
+    """(Floating-point operations of convolutions, matrix products and attention in a call; what it gave.)
+
+    Modules are not followed, as torch does else: that fails when only a gradient for the input is asked for.
+    """
+    counter = FlopCounterMode(display=False)
+    if hasattr(counter, "mod_tracker"):
+        counter.mod_tracker = _Untracked()
+    with counter:
         result = function(*arguments)
     return counter.get_total_flops(), result
 

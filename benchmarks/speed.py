@@ -208,22 +208,20 @@ def cost(arguments: argparse.Namespace) -> dict[str, float]:
     source = example(512)
     more: dict[str, Any] = {}
 
-    def make() -> Conditioner:
-        decoder = host.guidance_decoder(COST.decoder)
-        return Conditioner(COST, encoder, None, models.blank_heads(encoder), decoder)
+    def make(settings: Settings = COST) -> Conditioner:
+        decoder = host.guidance_decoder(settings.decoder)
+        return Conditioner(settings, encoder, None, models.blank_heads(encoder), decoder)
 
-    def run() -> tuple[float, float]:
-        return shares(models.Watched(host), source, COST, make(), **more)
+    def run(settings: Settings = COST) -> tuple[float, float]:
+        return shares(models.Watched(host), source, settings, make(settings), **more)
 
     found: dict[str, float] = {}
     calls = encoder_calls(make)
     if shapes != "mini":
         more["mask"] = Image.new("L", source.size)
         more["mask"].paste(255, (0, 0, 128, 128))  # the upper left tile only
-        counter = models.Operations()
-        with counter, counter.method(Guide, "__call__"):
-            run()
-        found["guidance_operations"] = counter.inside / (counter.get_total_flops() - counter.inside)
+        guided, unguided = (models.operations(run, each)[0] for each in (COST, replace(COST, guidance=0.0)))
+        found["guidance_operations"] = guided / unguided - 1
     guard, guidance = (statistics.median(values) for values in zip(*(run() for _ in range(arguments.runs))))
     return {"guard": guard, "guidance": guidance, "encoder_calls": calls, **found}
 
