@@ -204,7 +204,7 @@ class RandomHost(DiffusersHost):
         self.tile = side * self.factor
 
     def guidance_decoder(self, choice: str) -> tuple[str, Callable[[Tensor], Tensor]]:
-        return "TAESD", lambda latents: (self._tiny.decode(latents.to(self.dtype)).sample.float() + 1) / 2
+        return "TAESD", lambda latents: (self._tiny.decode(latents.to(self._tiny.dtype)).sample.float() + 1) / 2
 
 
 def random_encoder(name: str, device: str = "cpu") -> PatchEncoder:
@@ -240,6 +240,8 @@ def parameters(module: nn.Module) -> int:
 
 
 class _Untracked(contextlib.nullcontext):
+    """In place of what follows the modules, from torch 2.4 on."""
+
     parents = ("Global",)
 
 

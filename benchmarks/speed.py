@@ -19,7 +19,8 @@ cost: guidance and guard at default settings, as shares of a tile's plain time.
   guidance      at most 0.25
   encoder_calls whole views of a 1024 x 1024 source, for an image upscaled twice with all on
 With `--shapes sd15` the models are like Stable Diffusion 1.5, TAESD and DINOv2 small (random weights; slow on a CPU),
-one tile of a canvas of 1024 x 1024 is painted, and guidance's floating-point operations are counted, too.
+one tile of a canvas of 1024 x 1024 is painted, and guidance_operations is what guidance adds to its floating-point
+operations, as a share.
 
 adapter: an adapter for Stable Diffusion 1.5 (tiles of 512 px) and XL (of 1024 px), counted and not run.
   parameters    at most 60 million; unet_parameters: those of the UNet
