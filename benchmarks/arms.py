@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor
 
 from lib_dinotile.condition.adapter import Adapter
 from lib_dinotile.condition.conditioner import Conditioner, Features
@@ -18,24 +17,24 @@ from lib_dinotile.dino.field import FeatureField
 from lib_dinotile.dino.head import RestorationHead
 from lib_dinotile.engine.flow import Result, upscale
 from lib_dinotile.engine.host import Host
-from lib_dinotile.settings import Settings
+from lib_dinotile.settings import CALIBRATED, Settings
 from lib_dinotile.tiling.noise import NoiseField
 
-PLAIN, GUIDANCE, GUARD, BOTH = "plain", "guidance", "guard", "guidance+guard"
-OTHER, SHUFFLED, ZERO = "other_image", "shuffled", "strength_0"
-ADAPTER, ALL = "adapter", "all"
-ADAPTER_OTHER, ADAPTER_SHUFFLED, ALL_OTHER = "adapter_other_image", "adapter_shuffled", "all_other_image"
-ARMS = (PLAIN, GUIDANCE, GUARD, BOTH, OTHER, SHUFFLED, ZERO)
-"""Those without an adapter."""
+TRAINED, FIRST, UNTRAINED, SHARP, ONE_HOT = "trained", "first", "untrained", "sharp", "onehot"
+"""Adapters: each training; only the first of them; one without a training; and two that read the truth, the features of
+the sharp picture or the class of each cell."""
 
 
 @dataclass(frozen=True)
-class Way:
-    """The parts that are at work in an arm, and their input."""
+class Arm:
+    """The parts that are at work, and their input."""
 
-    adapter: bool = False
     guidance: bool = False
     guard: bool = False
+    adapter: str = ""
+    """One of those above, or none."""
+    heads: str = CALIBRATED
+    """Restoration heads for guidance and guard: CALIBRATED or TRAINED."""
     zero: bool = False
     """Guidance and guard look, and have nothing to say."""
     other: bool = False
@@ -44,49 +43,29 @@ class Way:
     """The patches are in disorder."""
 
 
-WAYS = {
-    PLAIN: Way(),
-    GUIDANCE: Way(guidance=True),
-    GUARD: Way(guard=True),
-    BOTH: Way(guidance=True, guard=True),
-    OTHER: Way(guidance=True, guard=True, other=True),
-    SHUFFLED: Way(guidance=True, guard=True, shuffled=True),
-    ZERO: Way(zero=True),
-    ADAPTER: Way(adapter=True),
-    ALL: Way(adapter=True, guidance=True, guard=True),
-    ADAPTER_OTHER: Way(adapter=True, other=True),
-    ADAPTER_SHUFFLED: Way(adapter=True, shuffled=True),
-    ALL_OTHER: Way(adapter=True, guidance=True, guard=True, other=True),
+PLAIN, GUIDANCE, GUARD, BOTH = "plain", "guidance", "guard", "guidance+guard"
+OTHER, SHUFFLED, ZERO, TRAINED_HEADS = "other_image", "shuffled", "strength_0", "trained_heads"
+ADAPTER, ALL = "adapter", "all"
+ADAPTER_OTHER, ADAPTER_SHUFFLED, ALL_OTHER = "adapter_other_image", "adapter_shuffled", "all_other_image"
+ARMS = {
+    PLAIN: Arm(),
+    GUIDANCE: Arm(guidance=True),
+    GUARD: Arm(guard=True),
+    BOTH: Arm(guidance=True, guard=True),
+    OTHER: Arm(guidance=True, guard=True, other=True),
+    SHUFFLED: Arm(guidance=True, guard=True, shuffled=True),
+    ZERO: Arm(zero=True),
+    TRAINED_HEADS: Arm(guidance=True, guard=True, heads=TRAINED),
+    ADAPTER: Arm(adapter=TRAINED),
+    ALL: Arm(guidance=True, guard=True, adapter=TRAINED),
+    ADAPTER_OTHER: Arm(adapter=TRAINED, other=True),
+    ALL_OTHER: Arm(guidance=True, guard=True, adapter=FIRST, other=True),  # all its tiles are painted again: slow
+    ADAPTER_SHUFFLED: Arm(adapter=TRAINED, shuffled=True),
+    UNTRAINED: Arm(adapter=UNTRAINED),
+    SHARP: Arm(adapter=SHARP),
+    ONE_HOT: Arm(adapter=ONE_HOT),
 }
-
-
-Values = Sequence[float] | Sequence[Sequence[float]]
-
-
-class Mistaken(Conditioner):
-    """A conditioner that looks at the wrong thing."""
-
-    mistake: Callable[[Features], Features] = staticmethod(lambda features: features)
-    instead: Image.Image | None = None
-    fields: FeatureField | None = None
-    """Given to the adapter in place of features."""
-
-    def features(self, source: Image.Image, size: tuple[int, int]) -> Features:
-        features = super().features(self.instead or source, size)
-        return self.mistake(replace(features, adapter=self.fields) if self.fields else features)
-
-
-def shuffle(features: Features) -> Features:
-    """The same patches, in another order, the same for all layers."""
-
-    def of(field: FeatureField | None) -> FeatureField | None:
-        if field is None:
-            return None
-        flat = field.features.flatten(1)
-        order = torch.from_numpy(np.random.default_rng(0).permutation(flat.shape[1]))
-        return FeatureField(flat[:, order].reshape(field.features.shape), field.canvas)
-
-    return Features(*(of(field) for field in (features.adapter, features.guidance, features.guard, features.shown)))
+"""All at the default settings."""
 
 
 @dataclass(frozen=True)
@@ -100,48 +79,67 @@ class Reader:
     """Given to the adapter in place of them."""
 
 
+class Mistaken(Conditioner):
+    """A conditioner that looks at what an arm says, which may be the wrong thing."""
+
+    arm = Arm()
+    other: Image.Image | None = None
+    fields: FeatureField | None = None
+    """Given to the adapter in place of features."""
+
+    def features(self, source: Image.Image, size: tuple[int, int]) -> Features:
+        features = super().features(self.other if self.arm.other and self.other else source, size)
+        if self.fields:
+            features = replace(features, adapter=self.fields)
+        return shuffle(features) if self.arm.shuffled else features
+
+
+def shuffle(features: Features) -> Features:
+    """The same patches, in another order, the same for all layers."""
+    fields = features.adapter, features.guidance, features.guard, features.shown
+    adapter, guidance, guard, shown = map(_shuffled, fields)
+    return Features(adapter, guidance, guard, shown)
+
+
+def _shuffled(field: FeatureField | None) -> FeatureField | None:
+    if field is None:
+        return None
+    flat = field.features.flatten(1)
+    order = torch.from_numpy(np.random.default_rng(0).permutation(flat.shape[1]))
+    return FeatureField(flat[:, order].reshape(field.features.shape), field.canvas)
+
+
 @dataclass(frozen=True)
-class Arms:
+class Upscaler:
     """One host, one encoder; `settings` are those of adapter, guidance and guard together."""
 
     host: Host
     encoder: PatchEncoder
     settings: Settings
-    heads: Heads
-    """Restoration heads for guidance and guard."""
-    reader: Reader | None = None
+    heads: Mapping[str, Heads]
+    """By the arms' names for them."""
 
-    def upscale(self, arm: str, source: Image.Image, seed: int, other: Image.Image | None = None) -> Result:
+    def upscale(
+        self, arm: Arm, source: Image.Image, seed: int, other: Image.Image, reader: Reader | None = None
+    ) -> Result:
         """The source (RGB) upscaled in that way; other: the image whose features some controls take."""
-        way, noise = WAYS[arm], NoiseField(seed, self.host.channels)
-        return upscale(self.host, source, self._settings(way), noise, self._conditioner(way, other))
+        guard = "report" if arm.zero else self.settings.guard if arm.guard else "off"
+        settings = replace(self.settings, guidance=self.settings.guidance if arm.guidance else 0.0, guard=guard)
+        conditioner = None
+        if arm != Arm():
+            conditioner = Mistaken(
+                settings,
+                self.encoder,
+                reader.adapter if reader else None,
+                self.heads[arm.heads],
+                self.host.guidance_decoder(settings.decoder),
+                reader.head if reader else None,
+            )
+            conditioner.arm, conditioner.other, conditioner.fields = arm, other, reader.fields if reader else None
+        return upscale(self.host, source, settings, NoiseField(seed, self.host.channels), conditioner)
 
-    def _settings(self, way: Way) -> Settings:
-        return replace(
-            self.settings,
-            guidance=self.settings.guidance if way.guidance else 0.0,
-            guard="report" if way.zero else self.settings.guard if way.guard else "off",
-        )
 
-    def _conditioner(self, way: Way, other: Image.Image | None) -> Conditioner | None:
-        if way == Way():
-            return None
-        reader = self.reader if way.adapter else None
-        decoder = self.host.guidance_decoder(self.settings.decoder)
-        made = Mistaken(
-            self._settings(way),
-            self.encoder,
-            reader and reader.adapter,
-            heads=self.heads,
-            decoder=decoder,
-            adapter_head=reader and reader.head,
-        )
-        if way.other:
-            made.instead = other
-        if way.shuffled:
-            made.mistake = shuffle
-        made.fields = reader and reader.fields
-        return made
+Values = Sequence[float] | Sequence[Sequence[float]] | np.ndarray
 
 
 def interval(values: Values, draws: int = 4000) -> tuple[float, float]:
@@ -150,13 +148,12 @@ def interval(values: Values, draws: int = 4000) -> tuple[float, float]:
     values: one for each image, or rows of them, one for each training of what is measured. Then trainings are drawn as
     well as images, and all the trainings drawn are seen on the same images (the pigeonhole bootstrap, Owen 2007).
     """
-    return tuple(np.percentile(_drawn_means(values, draws), (2.5, 97.5)).tolist())
+    return _percentiles(_drawn_means(values, draws))
 
 
 def ratio_interval(values: Values, base: Values, draws: int = 4000) -> tuple[float, float]:
     """The same for the ratio of two means over the same images."""
-    over = _drawn_means(values, draws) / np.maximum(_drawn_means(base, draws), 1e-9)
-    return tuple(np.percentile(over, (2.5, 97.5)).tolist())
+    return _percentiles(_drawn_means(values, draws) / np.maximum(_drawn_means(base, draws), 1e-9))
 
 
 def _drawn_means(values: Values, draws: int) -> np.ndarray:
@@ -168,14 +165,6 @@ def _drawn_means(values: Values, draws: int) -> np.ndarray:
     return table[training[:, :, None], image[:, None]].mean((1, 2))
 
 
-def auc(good: Sequence[np.ndarray], bad: Sequence[np.ndarray]) -> float:
-    """Area under the ROC curve: the probability that a value of `good` is above one of `bad`."""
-    from sklearn.metrics import roc_auc_score
-
-    good, bad = np.concatenate(good), np.concatenate(bad)
-    return float(roc_auc_score(np.r_[np.ones(len(good)), np.zeros(len(bad))], np.r_[good, bad]))
-
-
-def to_pixels(image: Image.Image) -> Tensor:
-    """RGB -> (3, H, W) in [0, 1]."""
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 255
+def _percentiles(drawn: np.ndarray) -> tuple[float, float]:
+    low, high = np.percentile(drawn, (2.5, 97.5))
+    return float(low), float(high)

@@ -1,174 +1,105 @@
-"""Does dinotile keep tiles true? Rows, figures and targets of `benchmarks/semantics.py` in the closed world.
+"""Does dinotile keep tiles true? Figures and targets of `benchmarks/semantics.py` in the closed world.
 
-All rows are at the default settings, with calibrated heads but for one row. Several trained adapters are measured, each
+All arms are at the default settings, with calibrated heads but for one. Several trained adapters are measured, each
 of the same design with another seed; and adapters that were given what no source tells: the true classes, or the
 features of the sharp picture. They show how far an adapter can come.
 """
 
 from __future__ import annotations
 
-import itertools
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from scipy.stats import kendalltau
 from torch import Tensor
 
-from benchmarks.arms import (
-    ADAPTER,
-    ADAPTER_OTHER,
-    ADAPTER_SHUFFLED,
-    ALL,
-    ALL_OTHER,
-    BOTH,
-    GUARD,
-    GUIDANCE,
-    OTHER,
-    PLAIN,
-    SHUFFLED,
-    WAYS,
-    ZERO,
-    Reader,
-    interval,
-    ratio_interval,
-)
-from benchmarks.judging import TRAINED, World, agree, agreement, scene_pairs, table
-from benchmarks.world.adapters import ONE_HOT, SHARP, one_hot_field
-from benchmarks.world.host import SETTINGS, WEIGHTS
-from benchmarks.world.scenes import SIDE, Scene
+from benchmarks import arms
+from benchmarks.judging import World, scene_pairs
+from benchmarks.world import WEIGHTS
+from benchmarks.world.gates import AT_LEAST, AT_MOST, check, within
+from benchmarks.world.host import one_hot
+from benchmarks.world.scenes import PATCH, SIDE, Scene
 from lib_dinotile import DinotileError
 from lib_dinotile.condition.adapter import Adapter
 from lib_dinotile.condition.adapter_file import load_adapter
 from lib_dinotile.dino.field import FeatureField
 from lib_dinotile.dino.head import load_heads
-from lib_dinotile.settings import CALIBRATED, Settings
+from lib_dinotile.settings import CALIBRATED
 
 ADAPTERS = WEIGHTS / "adapters"
-FIRST, UNTRAINED, TRAINED_HEADS = "first", "untrained", "trained_heads"
 
 
-@dataclass(frozen=True)
-class Row:
-    """One row of the comparison."""
-
-    name: str
-    way: str
-    """Of benchmarks/arms.py."""
-    adapter: str = ""
-    """Which adapter: TRAINED, each training; FIRST, only one of them; UNTRAINED; ONE_HOT or SHARP; or none."""
-    heads: str = CALIBRATED
-    """Which restoration heads: CALIBRATED or TRAINED."""
-
-
-ROWS = (
-    Row(PLAIN, PLAIN),
-    Row(GUIDANCE, GUIDANCE),
-    Row(GUARD, GUARD),
-    Row(BOTH, BOTH),
-    Row(OTHER, OTHER),
-    Row(SHUFFLED, SHUFFLED),
-    Row(ZERO, ZERO),
-    Row(TRAINED_HEADS, BOTH, heads=TRAINED),
-    Row(ADAPTER, ADAPTER, TRAINED),
-    Row(ALL, ALL, TRAINED),
-    Row(ADAPTER_OTHER, ADAPTER_OTHER, TRAINED),
-    Row(ALL_OTHER, ALL_OTHER, FIRST),  # all its tiles are painted again: slow
-    Row(ADAPTER_SHUFFLED, ADAPTER_SHUFFLED, TRAINED),
-    Row(UNTRAINED, ADAPTER, UNTRAINED),
-    Row(SHARP, ADAPTER, SHARP),
-    Row(ONE_HOT, ADAPTER, ONE_HOT),
-)
-_OF_TRAININGS = frozenset(row.name for row in ROWS if row.adapter == TRAINED)
-AT_MOST, AT_LEAST = "at most", "at least"
+TARGETS = {
+    "guidance + guard, of plain": ("of_plain", arms.BOTH, AT_MOST, 0.5),
+    "with another image's features, of plain": ("of_plain", arms.OTHER, AT_LEAST, 0.95),
+    "share of that image's textures then": ("followed", arms.OTHER, AT_LEAST, 0.5),
+    "strength 0 equal to plain, bit for bit": ("equal_to_plain", arms.ZERO, AT_LEAST, 1.0),
+    "guard, AUC": ("guard_auc", "", AT_LEAST, 0.9),
+    "adapter, of plain": ("of_plain", arms.ADAPTER, AT_MOST, 0.25),
+    "all, of plain": ("of_plain", arms.ALL, AT_MOST, 0.2),
+    "adapter with another image's features, of plain": ("of_plain", arms.ADAPTER_OTHER, AT_LEAST, 0.95),
+    "all with another image's features, of plain": ("of_plain", arms.ALL_OTHER, AT_LEAST, 0.95),
+    "share of that image's textures then, adapter": ("followed", arms.ADAPTER_OTHER, AT_LEAST, 0.5),
+    "share of that image's textures then, all": ("followed", arms.ALL_OTHER, AT_LEAST, 0.5),
+    "untrained equal to plain, bit for bit": ("equal_to_plain", arms.UNTRAINED, AT_LEAST, 1.0),
+}
+"""Name of a condition of the claim -> the figure of `summary`, the arm (empty: the figure has none), and on which side
+of what value it has to be."""
+QUICK_LIMITS = {"guidance + guard, of plain": 0.65}
+"""With few steps."""
 
 
-@dataclass(frozen=True)
-class Target:
-    """A condition of the claim."""
-
-    name: str
-    figure: str
-    """Of `summary`."""
-    row: str
-    """Whose; empty: the figure has no rows."""
-    side: str
-    limit: float
-    quick: float | None = None
-    """The limit with few steps, if it is another."""
-
-
-TARGETS = (
-    Target("guidance + guard, of plain", "of_plain", BOTH, AT_MOST, 0.5, 0.65),
-    Target("with another image's features, of plain", "of_plain", OTHER, AT_LEAST, 0.95),
-    Target("share of that image's textures then", "followed", OTHER, AT_LEAST, 0.5),
-    Target("strength 0 equal to plain, bit for bit", "equal_to_plain", ZERO, AT_LEAST, 1.0),
-    Target("guard, AUC", "guard_auc", "", AT_LEAST, 0.9),
-    Target("adapter, of plain", "of_plain", ADAPTER, AT_MOST, 0.25),
-    Target("all, of plain", "of_plain", ALL, AT_MOST, 0.2),
-    Target("adapter with another image's features, of plain", "of_plain", ADAPTER_OTHER, AT_LEAST, 0.95),
-    Target("all with another image's features, of plain", "of_plain", ALL_OTHER, AT_LEAST, 0.95),
-    Target("share of that image's textures then, adapter", "followed", ADAPTER_OTHER, AT_LEAST, 0.5),
-    Target("share of that image's textures then, all", "followed", ALL_OTHER, AT_LEAST, 0.5),
-    Target("untrained equal to plain, bit for bit", "equal_to_plain", UNTRAINED, AT_LEAST, 1.0),
-)
-
-
-@dataclass(frozen=True)
-class Adapters:
-    """Trained adapters; none by default."""
-
-    trainings: Mapping[str, Reader] = field(default_factory=dict)
-    """By seed."""
-    bounds: Mapping[str, Reader] = field(default_factory=dict)
-    """ONE_HOT and SHARP, as far as they are there."""
-
-    @classmethod
-    def load(cls, folder: Path = ADAPTERS) -> Adapters:
-        """DinotileError if there is no training in the folder, or something that is no adapter."""
-        found = {file.stem: read_adapter(file) for file in sorted(folder.glob("*.safetensors"))}
-        trainings = {name: reader for name, reader in found.items() if name not in (ONE_HOT, SHARP)}
-        if not trainings:
-            raise DinotileError(f"there is no trained adapter in {folder}: give --adapters another folder")
-        return cls(trainings, {name: reader for name, reader in found.items() if name not in trainings})
-
-    def first(self) -> Adapters:
-        """One training only."""
-        return Adapters(dict(itertools.islice(self.trainings.items(), 1)))
-
-    def of(self, row: Row) -> list[Reader | None]:
-        """The adapters that a row is measured with, [None] without one; empty if what it needs is not there."""
-        if row.adapter == TRAINED:
-            return list(self.trainings.values())
-        if row.adapter == FIRST:
-            return list(self.first().trainings.values())
-        if row.adapter == UNTRAINED and self.trainings:
-            with torch.random.fork_rng(devices=[]):
-                config = next(iter(self.trainings.values())).adapter.config
-                return [Reader(Adapter(config).eval().requires_grad_(False))]
-        if row.adapter:
-            return [self.bounds[row.adapter]] if row.adapter in self.bounds else []
-        return [None]
-
-
-def read_adapter(file: Path, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> Reader:
+def read_adapter(file: Path, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> arms.Reader:
     """An adapter from a file, with the head that it reads through."""
     adapter = load_adapter(file, device, dtype)
     config = adapter.config
     heads = load_heads(file, config.encoder, config.features, device) if config.restored else {}
-    return Reader(adapter, heads.get(config.layer))
+    return arms.Reader(adapter, heads.get(config.layer))
 
 
-def informed(world: World, row: Row, reader: Reader | None, made: Scene) -> Reader | None:
-    """The same reader, told of this picture what the row tells it beyond the source."""
-    if row.adapter == ONE_HOT:
-        return replace(reader, told=FeatureField(one_hot_field(made.class_map), (SIDE, SIDE)))
-    if row.adapter == SHARP:
+def read_adapters(folder: Path) -> dict[str, arms.Reader]:
+    """The trainings by seed, and ONE_HOT and SHARP as far as they are there.
+
+    DinotileError if there is no training in the folder, or something that is no adapter.
+    """
+    found = {file.stem: read_adapter(file) for file in sorted(folder.glob("*.safetensors"))}
+    if not trainings(found):
+        raise DinotileError(f"there is no trained adapter in {folder}: give --adapters another folder")
+    return found
+
+
+def trainings(adapters: Mapping[str, arms.Reader]) -> dict[str, arms.Reader]:
+    """Those that read the source, and not the truth."""
+    return {name: reader for name, reader in adapters.items() if name not in (arms.ONE_HOT, arms.SHARP)}
+
+
+def readers(arm: arms.Arm, adapters: Mapping[str, arms.Reader]) -> list[arms.Reader | None]:
+    """The adapters that an arm is measured with, [None] without one; empty if what it needs is not there."""
+    trained: list[arms.Reader | None] = [*trainings(adapters).values()]
+    if arm.adapter in (arms.ONE_HOT, arms.SHARP):
+        return [adapters[name] for name in adapters if name == arm.adapter]
+    if arm.adapter == arms.UNTRAINED:
+        with torch.random.fork_rng(devices=[]):
+            configs = [reader.adapter.config for reader in trained[:1] if reader]
+            return [arms.Reader(Adapter(config).eval().requires_grad_(False)) for config in configs]
+    if not arm.adapter:
+        return [None]
+    return trained[:1] if arm.adapter == arms.FIRST else trained
+
+
+def informed(world: World, arm: arms.Arm, reader: arms.Reader | None, made: Scene) -> arms.Reader | None:
+    """The same reader, told of this picture what the arm tells it beyond the source."""
+    if reader and arm.adapter == arms.ONE_HOT:
+        cells = slice(PATCH // 4, None, PATCH // 2)  # on a grid of half a patch
+        return replace(reader, fields=FeatureField(one_hot(made.class_map[cells, cells]), (SIDE, SIDE)))
+    if reader and arm.adapter == arms.SHARP:
         features = world.encoder(made.sharp[None], reader.adapter.config.layer)[0]
-        return replace(reader, told=FeatureField(features, (SIDE, SIDE)))
+        return replace(reader, fields=FeatureField(features, (SIDE, SIDE)))
     return reader
 
 
@@ -181,69 +112,76 @@ class Evidence:
     pairs: list[tuple[Scene, Scene]]
     """The pictures, and those whose features the controls take."""
     found: dict[str, dict[str, np.ndarray]] = field(default_factory=dict)
-    """Per row and figure (trainings, images); `same`: whether the picture is the plain one, bit for bit."""
+    """Per arm and figure (trainings, images); `same`: whether the picture is the plain one, bit for bit."""
     results: dict[str, list[Tensor]] = field(default_factory=dict)
-    """Per row the pictures (3, SIDE, SIDE), of the first training."""
+    """Per arm the pictures (3, SIDE, SIDE), of the first training."""
 
 
 def collect(
     world: World,
-    rows: Sequence[Row],
+    names: Iterable[str],
     count: int,
     seed: int,
-    adapters: Adapters = Adapters(),
-    settings: Settings = SETTINGS,
+    adapters: Mapping[str, arms.Reader] = {},
     say: bool = False,
 ) -> Evidence:
-    """Paint and judge `count` pictures in all the ways that there are heads and adapters for, PLAIN first if at all."""
-    evidence = Evidence(list(adapters.trainings), scene_pairs(count, seed))
-    readers = {row: adapters.of(row) for row in rows if row.heads in world.heads}
-    values: dict[str, dict[str, list[list[float]]]] = {}
+    """Paint and judge `count` pictures in the arms that there are heads and adapters for, PLAIN first if at all."""
+    evidence = Evidence(list(trainings(adapters)), scene_pairs(count, seed))
+    chosen = {name: readers(arms.ARMS[name], adapters) for name in names if arms.ARMS[name].heads in world.heads}
+    judged: dict[str, list[list[dict[str, float]]]] = {
+        name: [[] for _ in each] for name, each in chosen.items() if each
+    }
     for number, (made, other) in enumerate(evidence.pairs):
-        for row, each in ((row, each) for row, each in readers.items() if each):
-            for place, reader in enumerate(each):
-                arms = world.arms(settings, row.heads, informed(world, row, reader, made))
-                pixels, seconds = world.painted(arms, row.way, made, other, seed * 1000 + number)
-                if place == 0:
-                    evidence.results.setdefault(row.name, []).append(pixels)
-                same = PLAIN in evidence.results and torch.equal(pixels, evidence.results[PLAIN][number])
-                figures = world.judged(pixels, made, other, WAYS[row.way].other)
-                for name, value in {**figures, "seconds": seconds, "same": float(same)}.items():
-                    lists = values.setdefault(row.name, {}).setdefault(name, [[] for _ in each])
-                    lists[place].append(value)
+        for name, rows in judged.items():
+            arm = arms.ARMS[name]
+            for reader, figures in zip(chosen[name], rows):
+                given = informed(world, arm, reader, made)
+                pixels = world.painted(arm, made, other, seed * 1000 + number, given)
+                if figures is rows[0]:
+                    evidence.results.setdefault(name, []).append(pixels)
+                same = arms.PLAIN in evidence.results and torch.equal(pixels, evidence.results[arms.PLAIN][number])
+                figures.append({**world.judged(pixels, made, other, arm.other), "same": float(same)})
             if say:
-                rate = np.mean([found[-1] for found in values[row.name]["rate"]])
-                print(f"image {number + 1} of {count}: {row.name} {rate:.2f}", file=sys.stderr, flush=True)
-    evidence.found = {arm: {name: np.array(lists) for name, lists in each.items()} for arm, each in values.items()}
+                rate = np.mean([figures[-1]["rate"] for figures in rows])
+                print(f"image {number + 1} of {count}: {name} {rate:.2f}", file=sys.stderr, flush=True)
+    for name, rows in judged.items():
+        found = {figure: [[each[figure] for each in figures] for figures in rows] for figure in rows[0][0]}
+        evidence.found[name] = {figure: np.array(values) for figure, values in found.items()}
     return evidence
 
 
 def summary(evidence: Evidence) -> dict[str, Any]:
     """The figures, for JSON and for the plot."""
     found = evidence.found
-    base = found[PLAIN]["rate"]
+    base = found[arms.PLAIN]["rate"]
 
     def means(figure: str) -> dict[str, float]:
         return {arm: _short(values[figure].mean()) for arm, values in found.items()}
 
     return {
         "hallucination_rate": means("rate"),
-        "interval": {arm: _short(*interval(values["rate"])) for arm, values in found.items()},
+        "interval": {arm: _short(*arms.interval(values["rate"])) for arm, values in found.items()},
         "of_plain": {arm: _short(values["rate"].mean() / base.mean()) for arm, values in found.items()},
-        "of_plain_interval": {arm: _short(*ratio_interval(values["rate"], base)) for arm, values in found.items()},
+        "of_plain_interval": {arm: _short(*arms.ratio_interval(values["rate"], base)) for arm, values in found.items()},
         "per_training": {
             arm: dict(zip(evidence.seeds, map(_short, values["rate"].mean(1))))
             for arm, values in found.items()
-            if arm in _OF_TRAININGS
+            if arms.ARMS[arm].adapter == arms.TRAINED
         },
         "spectral": means("spectral"),
         "garbage": means("garbage"),
         "blank": means("blank"),
         "followed": means("followed"),
         "equal_to_plain": means("same"),
-        "agreement": _short(agreement(found)),
+        "agreement": agreement(found),
         "images": len(evidence.pairs),
     }
+
+
+def agreement(found: Mapping[str, Mapping[str, Any]]) -> float:
+    """How alike the two judges rank the arms: Kendall's tau of their mean rates, from -1 to 1."""
+    first, second = ([np.mean(values[judge]) for values in found.values()] for judge in ("rate", "spectral"))
+    return _short(kendalltau(first, second).statistic)
 
 
 def _short(*values: float) -> Any:
@@ -252,31 +190,36 @@ def _short(*values: float) -> Any:
 
 
 def targets(figures: Mapping[str, Any], quick: bool = False) -> dict[str, dict[str, Any]]:
-    """By name, of those whose rows were measured: the figure, its limit, and whether it is met."""
+    """By name, of those whose arms were measured: the figure, its limit, and whether it is met."""
     found = {}
-    for target in TARGETS:
-        if target.row and target.row not in figures[target.figure]:
-            continue
-        value = figures[target.figure][target.row] if target.row else figures[target.figure]
-        limit = target.quick if quick and target.quick else target.limit
-        met = value <= limit if target.side == AT_MOST else value >= limit
-        found[target.name] = {"is": value, target.side: limit, "met": bool(met)}
+    for name, (figure, arm, side, limit) in TARGETS.items():
+        value = figures[figure].get(arm) if arm else figures[figure]
+        limit = QUICK_LIMITS.get(name, limit) if quick else limit
+        if value is not None:
+            found[name] = {"is": value, side: limit, "met": within(value, side, limit)}
     return found
 
 
-def prove(
-    world: World, adapters: Adapters, count: int, seed: int, guard_auc: float, quick: bool = False
-) -> tuple[Evidence, dict[str, Any]] | None:
-    """Measure, print and give all that there is to say; None if the judges do not agree."""
-    evidence = collect(world, ROWS, count, seed, adapters, say=not quick)
-    if not agree(evidence.found):
-        return None
-    table(evidence.found)
-    named = {"settings": "defaults", "heads": CALIBRATED, "encoder": world.encoder.id, "steps": world.generation.steps}
-    figures = {**named, **summary(evidence), "guard_auc": _short(guard_auc)}
-    figures["targets"] = targets(figures, quick)
+def table(figures: Mapping[str, Any]) -> None:
+    """Print the figures of `summary` that there are by arm."""
+    names = [name for name, each in figures.items() if isinstance(each, dict) and arms.PLAIN in each]
+    print(" " * 19 + "".join(f"{name:>20}" for name in names))
+    for arm in figures["hallucination_rate"]:
+        print(f"{arm:19}" + "".join(f"{figures[name][arm]!s:>20}" for name in names))
     for arm, rates in figures["per_training"].items():
         print(f"{arm}, by training: " + ", ".join(f"{seed} {rate:.3f}" for seed, rate in rates.items()))
+
+
+def prove(
+    world: World, adapters: Mapping[str, arms.Reader], count: int, seed: int, guard_auc: float, quick: bool = False
+) -> tuple[Evidence, dict[str, Any]]:
+    """Measure, print and give all that there is to say. DinotileError if the judges do not agree."""
+    evidence = collect(world, arms.ARMS, count, seed, adapters, say=not quick)
+    named = {"settings": "defaults", "heads": CALIBRATED, "encoder": world.encoder.id, "steps": world.generation.steps}
+    figures = {**named, **summary(evidence), "guard_auc": _short(guard_auc)}
+    check({"agreement": figures["agreement"]})
+    table(figures)
+    figures["targets"] = targets(figures, quick)
     for name, found in figures["targets"].items():
         value, (side, limit), met = found["is"], list(found.items())[1], found["met"]
         print(f"target {name}: {value:.3f} ({side} {limit}): {'met' if met else 'NOT MET'}")

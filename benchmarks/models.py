@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import inspect
+import contextlib
 import statistics
 import tempfile
 import time
@@ -16,9 +16,7 @@ from diffusers import AutoencoderKL, AutoencoderTiny, DDIMScheduler, UNet2DCondi
 from diffusers.utils import logging
 from PIL import Image
 from torch import Tensor, nn
-from torch.utils import flop_counter
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_map
+from torch.utils.flop_counter import FlopCounterMode
 
 from lib_dinotile.condition.adapter import Adapter, AdapterCondition, AdapterConfig
 from lib_dinotile.condition.conditioner import Conditioner
@@ -67,7 +65,6 @@ _TINY_UNET = {
     "attention_head_dim": 2,
     "norm_num_groups": 4,
 }
-PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16, "no": torch.float32}
 
 
 class Clock:
@@ -110,7 +107,7 @@ class Watched:
         self.done, self.began, self.ended = 0, 0.0, 0.0
         self.short = False
         """Whether the memory was too small for a batch."""
-        self.result: Result | None = None
+        self.result: Result
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._host, name)
@@ -170,11 +167,11 @@ def random_unet(name: str, device: str = "meta") -> tuple[UNet2DConditionModel, 
         return UNet2DConditionModel(**config).eval().requires_grad_(False), side
 
 
-def random_adapter(unet: UNet2DConditionModel, name: str, features: int = 768, width: int = 256) -> Adapter:
+def random_adapter(unet: UNet2DConditionModel, name: str, features: int = 768) -> Adapter:
     """As wide as a published one would be: tokens 768 wide (DINOv2 base), maps 256."""
     shape = UNetShape.of_diffusers(unet)
     with unet.device:
-        adapter = Adapter(AdapterConfig(name, shape, "facebook/dinov2-base", features, width=width, blocks=2, grid=4))
+        adapter = Adapter(AdapterConfig(name, shape, "facebook/dinov2-base", features, width=256, blocks=2, grid=4))
     return adapter.to(unet.device).eval().requires_grad_(False)  # transformers makes torch.linspace forget the device
 
 
@@ -188,24 +185,26 @@ def random_words(unet: UNet2DConditionModel) -> list[Tensor]:
     return words
 
 
-def random_host(name: str, device: str = "cpu", dtype: torch.dtype = torch.float32) -> DiffusersHost:
+class RandomHost(DiffusersHost):
     """With a VAE, TAESD, a prompt and a negative one: two rows of the UNet a tile."""
-    unet, side = random_unet(name, device)
-    with torch.device(device):
-        vae = AutoencoderKL(
-            down_block_types=("DownEncoderBlock2D",) * 4,
-            up_block_types=("UpDecoderBlock2D",) * 4,
-            block_out_channels=(32,) * 4 if name == TINY else (128, 256, 512, 512),
-            layers_per_block=2,
-        )
-        tiny = AutoencoderTiny().to(dtype).eval().requires_grad_(False)
-    words, unet = random_words(unet), unet.to(dtype)
-    codec = VaeCodec(vae.to(dtype).eval().requires_grad_(False))
-    base, generation = ("sd15", Generation(steps=6)) if name == TINY else (name, Generation())
-    host = DiffusersHost(unet, DDIMScheduler(), codec, base, generation, lambda _: tuple(words))
-    host.guidance_decoder = lambda _: ("TAESD", lambda x: (tiny.decode(x.to(dtype)).sample.float() + 1) / 2)
-    host.tile = side * host.factor
-    return host
+
+    def __init__(self, name: str, device: str = "cpu", dtype: torch.dtype = torch.float32) -> None:
+        unet, side = random_unet(name, device)
+        with torch.device(device):
+            vae = AutoencoderKL(
+                down_block_types=("DownEncoderBlock2D",) * 4,
+                up_block_types=("UpDecoderBlock2D",) * 4,
+                block_out_channels=(32,) * 4 if name == TINY else (128, 256, 512, 512),
+                layers_per_block=2,
+            )
+            self._tiny = AutoencoderTiny().to(dtype).eval().requires_grad_(False)
+        words, codec = random_words(unet), VaeCodec(vae.to(dtype).eval().requires_grad_(False))
+        base, generation = ("sd15", Generation(steps=6)) if name == TINY else (name, Generation())
+        super().__init__(unet.to(dtype), DDIMScheduler(), codec, base, generation, lambda _: tuple(words))
+        self.tile = side * self.factor
+
+    def guidance_decoder(self, choice: str) -> tuple[str, Callable[[Tensor], Tensor]]:
+        return "TAESD", lambda latents: (self._tiny.decode(latents.to(self._tiny.dtype)).sample.float() + 1) / 2
 
 
 def random_encoder(name: str, device: str = "cpu") -> PatchEncoder:
@@ -240,56 +239,32 @@ def parameters(module: nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
 
 
-class Operations(TorchDispatchMode):
-    """Floating-point operations of convolutions, matrix products and attention while it is open.
+class _Untracked(contextlib.nullcontext):
+    """In place of what follows the modules, from torch 2.4 on."""
 
-    Not torch's FlopCounterMode: that follows modules, and cannot when only a gradient for the input is asked for.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._counts = getattr(flop_counter, "flop_registry", None)
-        if self._counts is not None:
-            names = inspect.signature(flop_counter.shape_wrapper(len), follow_wrapped=False).parameters
-            self._result = "out_val" if "out_val" in names else "out"  # torch 2.3
-        self.total, self.inside = 0, 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        out = func(*args, **kwargs)
-        if self._counts is None:  # torch 2.1
-            count, shapes = flop_counter.flop_mapping.get(func._overloadpacket), flop_counter.get_shape
-            args, kwargs, more = tree_map(shapes, (args, kwargs, {"out_shape": out}))
-        else:
-            count, more = self._counts.get(func._overloadpacket), {self._result: out}
-        self.total += count(*args, **kwargs, **more) if count else 0
-        return out
-
-    def method(self, owner: type, name: str) -> AbstractContextManager[Any]:
-        """While open, those in all calls of a method add up to `inside`."""
-        function = getattr(owner, name)
-
-        def counted(*arguments: Any) -> Any:
-            before = self.total
-            result = function(*arguments)
-            self.inside += self.total - before
-            return result
-
-        return mock.patch.object(owner, name, counted)
+    parents = ("Global",)
 
 
 def operations(function: Callable[..., Any], *arguments: Any) -> tuple[int, Any]:
-    """(Their number; what the function gave)."""
-    with Operations() as counter:
+    """(Floating-point operations of convolutions, matrix products and attention in a call; what it gave.)
+
+    Modules are not followed, as torch does else: that fails when only a gradient for the input is asked for.
+    """
+    counter = FlopCounterMode(display=False)
+    if hasattr(counter, "mod_tracker"):
+        counter.mod_tracker = _Untracked()
+    with counter:
         result = function(*arguments)
-    return counter.total, result
+    return counter.get_total_flops(), result
 
 
 class Trainer:
     """One training tile at a time, or some, as the training loop makes its steps."""
 
-    def __init__(self, name: str, device: str, batch: int, precision: str, checkpointing: bool) -> None:
-        (unet, side), self.dtype = random_unet(name, device), PRECISIONS[precision]
+    def __init__(
+        self, name: str, device: str, dtype: torch.dtype = torch.bfloat16, batch: int = 1, checkpointing: bool = False
+    ) -> None:
+        (unet, side), self.dtype = random_unet(name, device), dtype
         self.adapter, self.latent, words = random_adapter(unet, name), (side, side), random_words(unet)
         self.unet, self.device = unet.to(self.dtype), torch.device(device)
         self.host = DiffusersHost(unet, DDIMScheduler(), Codec(), name, Generation(), lambda _: tuple(words))
@@ -358,13 +333,12 @@ def counted_training(name: str) -> dict[str, float]:
     """TFLOP of a training tile, and of a UNet row; GiB of the UNet's weights and of what a tile keeps, in bf16, without
     and with gradient checkpointing (then blocks are computed again, one at a time: what one of them keeps comes on top
     of the figure)."""
-    trainer = Trainer(name, "meta", 1, "no", False)
-    halved, checkpointing = (Trainer(name, "meta", 1, "bf16", each) for each in (False, True))
+    trainer, halved = Trainer(name, "meta", torch.float32), Trainer(name, "meta")
     return {
         "train_tflop": operations(trainer.train)[0] / 1e12,
         "row_tflop": operations(trainer.bare)[0] / 1e12,
         "kept_gib": halved.kept(),
-        "kept_checkpointing_gib": checkpointing.kept(),
+        "kept_checkpointing_gib": Trainer(name, "meta", checkpointing=True).kept(),
         "weights_gib": sum(each.nbytes for each in halved.unet.state_dict().values()) / 2**30,
     }
 

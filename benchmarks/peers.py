@@ -1,5 +1,8 @@
 """dinotile against its peers in a running A1111: python benchmarks/peers.py --webui URL [--large] [--json]
 
+The peers: https://github.com/Coyote-A/ultimate-upscale-for-automatic1111 and
+https://github.com/pkuliyi2015/multidiffusion-upscaler-for-automatic1111.
+
 Same checkpoint, source, steps, sampler, strength and size of what the UNet sees; one thing at a time on the machine.
 Every figure is dinotile's time over the peer's, so less is better. Runs take turns after a warm-up run of each, and the
 figure is the ratio of the medians. That both make the size asked for out of the same number of tiles is checked.
@@ -34,21 +37,48 @@ import math
 import re
 import statistics
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from benchmarks.photographs import example
-from benchmarks.webui import TILED, ULTIMATE, Request, WebUI, client, tiles
+from tests.live import client
 
+Image.MAX_IMAGE_PIXELS = None
+ULTIMATE, TILED = "ultimate sd upscale", "tiled diffusion"
+RESAMPLER = "Lanczos"
 TARGETS = {"usdu_1024": 0.9, "usdu_8192": 0.5, "tiled_diffusion": 0.9}
 WARM, MEASURED = 4, 16
 INNER = 0.1, 0.25
 """Shares of the large canvas that are painted."""
+
+Request = Mapping[str, Any]
+"""Arguments of the client's `img2img` and `start` besides the source."""
+
+
+def dinotile(**options: Any) -> Request:
+    return {"options": {"upscaler": RESAMPLER, **options}}
+
+
+def ultimate(webui: client.WebUI, scale: float) -> Request:
+    """Ultimate SD Upscale, in the chess order and without a seam pass."""
+    # width and height of a tile, its mask blur and padding; the seam pass's width, strength and padding; the upscaler
+    first = [None, 256, 256, 8, 32, 64, 0.25, 16, webui.names("upscalers").index(RESAMPLER)]
+    # save, chess order, save after the seam pass, its mask blur, none of its types, size: by scale
+    last = [False, 1, False, 4, 0, 2, 0, 0, scale]
+    return {"script_name": ULTIMATE, "script_args": [*first, *last]}
+
+
+def tiled(scale: float, tile: int, overlap: int, batch: int) -> Request:
+    """Tiled Diffusion's MultiDiffusion; tile and overlap in pixels."""
+    cells = [tile // 8, tile // 8, overlap // 8]
+    arguments = [True, "MultiDiffusion", False, True, 0, 0, *cells, batch, RESAMPLER, scale]
+    return {"alwayson_scripts": {TILED: {"args": arguments}}}
 
 
 def dinotile_tiles(look: client.Progress) -> tuple[int, int] | None:
@@ -80,7 +110,7 @@ class Side:
             sys.exit(f"{self.name} made {made} in {tiles} tiles, not {self.size} x {self.size} in {self.expected}")
         return reply
 
-    def run(self, webui: WebUI, image: Image.Image, **more: object) -> tuple[client.Reply, int | None]:
+    def run(self, webui: client.WebUI, image: Image.Image, **more: Any) -> tuple[client.Reply, int | None]:
         """One run, and how many tiles it said that it had to do."""
         job = webui.start(image, **self.request, **more)
         if self.tiles is None:
@@ -92,13 +122,14 @@ class Side:
 
 def tiled_count(infotext: str, side: int) -> int:
     """Tiles of Tiled Diffusion for what its infotext says, by its own formula (split_bboxes)."""
-    tile, overlap = (int(re.search(rf"{key}\D*(\d+)", infotext)[1]) for key in ("Tile tile width", "Tile Overlap"))
+    tile, overlap = (int(re.findall(rf"{key}\D*(\d+)", infotext)[0]) for key in ("Tile tile width", "Tile Overlap"))
     return math.ceil((side // 8 - overlap) / (tile - overlap)) ** 2
 
 
-def compare(webui: WebUI, sides: tuple[Side, Side], runs: int) -> float:
+def compare(webui: client.WebUI, sides: tuple[Side, Side], runs: int) -> float:
     """The ratio of the medians of whole runs."""
-    image, seconds = example(256), {side: [] for side in sides}
+    image = example(256)
+    seconds: dict[Side, list[float]] = {side: [] for side in sides}
     for side in sides:
         side.check(*side.run(webui, image))
     for _ in range(runs):
@@ -118,12 +149,14 @@ def report(seconds: dict[Side, list[float]]) -> float:
     return first / second
 
 
-def beginning(webui: WebUI, side: Side, image: Image.Image) -> float:
+def beginning(webui: client.WebUI, side: Side, image: Image.Image) -> float:
     """Seconds that a whole run would take, from its first tiles."""
-    job, last, ends, stopped, began, total = webui.start(image, **side.request), 0, {}, 0.0, None, None
+    job, last, began, stopped = webui.start(image, **side.request), 0, 0.0, 0.0
+    ends: dict[int, float] = {}
+    total: int | None = None
     for look in job.looks(preview=False):
         began = began or look.when
-        known = side.tiles(look)
+        known = side.tiles(look) if side.tiles else None
         if known is None or stopped:
             continue
         done, total = known
@@ -140,7 +173,7 @@ def beginning(webui: WebUI, side: Side, image: Image.Image) -> float:
     return start + side.expected * each + end
 
 
-def through_masks(webui: WebUI, side: Side, image: Image.Image) -> float:
+def through_masks(webui: client.WebUI, side: Side, image: Image.Image) -> float:
     """Seconds that a whole run would take, from two on parts of the canvas."""
     runs = []
     for part in INNER:
@@ -160,7 +193,7 @@ def through_masks(webui: WebUI, side: Side, image: Image.Image) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--webui", required=True, metavar="URL", help="an A1111 with --api and both peers installed")
+    parser.add_argument("--webui", required=True, metavar="URL", help="an A1111 with --api, dinotile and both peers")
     parser.add_argument("--large", action="store_true", help="also 8192 x 8192; takes some minutes more")
     parser.add_argument("--runs", type=int, default=3, help="of each, after a warm-up")
     parser.add_argument("--steps", type=int, default=4)
@@ -168,16 +201,16 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="one last line of JSON")
     arguments = parser.parse_args()
 
-    webui = WebUI(arguments.webui, steps=arguments.steps, denoising_strength=arguments.denoise)
-    webui.need(client.SCRIPT, ULTIMATE, TILED)
+    webui = client.WebUI(arguments.webui)
+    common = {"steps": arguments.steps, "denoising_strength": arguments.denoise}
     figures: dict[str, float] = {}
 
-    def ultimate(scale: float, *expected: int) -> tuple[Side, Side]:
-        own = tiles(scale=scale, tile=320, overlap=64, batch=4, order="chess")
-        peer = webui.ultimate(scale, 256, 32, "chess")
+    def with_ultimate(scale: float, size: int, expected: int) -> tuple[Side, Side]:
+        own = {**common, **dinotile(scale=scale, tile=320, overlap=64, batch=4, order="chess")}
+        peer = {**common, **ultimate(webui, scale)}
         return (
-            Side("dinotile", own, *expected, dinotile_tiles),
-            Side("Ultimate SD Upscale", peer, *expected, ultimate_tiles),
+            Side("dinotile", own, size, expected, dinotile_tiles),
+            Side("Ultimate SD Upscale", peer, size, expected, ultimate_tiles),
         )
 
     def show(key: str, figure: float) -> None:
@@ -187,17 +220,17 @@ def main() -> None:
     model = webui.get("sdapi/v1/options").json()["sd_model_checkpoint"]
     print(f"{model}, {arguments.steps} steps at {arguments.denoise}")
     print("1024 x 1024, 16 tiles of 320")
-    show("usdu_1024", compare(webui, ultimate(4.0, 1024, 16), arguments.runs))
-    own = tiles(scale=4.0, tile=256, overlap=64, batch=4, order="fused")
+    show("usdu_1024", compare(webui, with_ultimate(4.0, 1024, 16), arguments.runs))
+    own = {**common, **dinotile(scale=4.0, tile=256, overlap=64, batch=4, order="fused")}
     fused = (
         Side("dinotile, fused", own, 1024, 25, dinotile_tiles),
-        Side("Tiled Diffusion", webui.tiled(4.0, 256, 64, 4), 1024, 25),
+        Side("Tiled Diffusion", {**common, **tiled(4.0, 256, 64, 4)}, 1024, 25),
     )
     print("1024 x 1024, 25 tiles of 256 advancing together")
     show("tiled_diffusion", compare(webui, fused, arguments.runs))
     if arguments.large:
         print("8192 x 8192, 1024 tiles of 320, extrapolated")
-        sides = ultimate(8.0, 8192, 1024)
+        sides = with_ultimate(8.0, 8192, 1024)
         seconds: dict[Side, list[float]] = {side: [] for side in sides}
         for _ in range(max(1, arguments.runs - 2)):
             for side, measure in zip(sides, (through_masks, beginning)):

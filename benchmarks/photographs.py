@@ -6,6 +6,7 @@ import argparse
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -21,6 +22,8 @@ from lib_dinotile.tiling.noise import NoiseField
 from tools.mini.images import HELD_OUT, Photo, package_roots, read_photo
 
 LANCZOS = Image.Resampling.LANCZOS
+UNGUIDED: dict[str, Any] = {"guidance": 0.0, "guard": "off"}
+"""Options with which nothing looks at the source."""
 EXAMPLE = Path(__file__).parents[1] / "examples" / "photo.png"
 
 

@@ -31,9 +31,10 @@ import functools
 import itertools
 import json
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -42,9 +43,9 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from benchmarks.photographs import EXAMPLE, installed, middle
+from benchmarks.photographs import EXAMPLE, UNGUIDED, installed, middle
 from lib_dinotile.engine.flow import upscale
-from lib_dinotile.hosts.diffusers import load_host
+from lib_dinotile.hosts.diffusers import DiffusersHost, load_host
 from lib_dinotile.images import read_image
 from lib_dinotile.settings import Generation, Settings
 from lib_dinotile.tiling.noise import NoiseField
@@ -56,7 +57,7 @@ TARGET = 1.02
 SIDE, SCALE = 256, 2
 """Of the sources, and how much larger the canvases are."""
 GENERATION = Generation(steps=6, denoise=0.35)  # two UNet steps a tile
-TILES = Settings(scale=SCALE, tile=128, overlap=32, batch=4, guidance=0.0, guard="off")
+TILES = Settings(scale=SCALE, tile=128, overlap=32, batch=4, **UNGUIDED)
 ORDERS = ("chess", "linear", "fused")
 WITH_PASS = 2
 """Canvases of each group that the seam passes are run on."""
@@ -132,7 +133,7 @@ class Lines:
 def plan_lines(plan: TilePlan, settings: Settings) -> tuple[Lines, Lines]:
     """Vertical and horizontal lines of dinotile's tiles and of the bands of its seam pass."""
     axes = zip((plan.columns, plan.rows), plan.tile_size, plan.padded)
-    both = tuple(Lines.of(starts, tile, length) for starts, tile, length in axes)
+    both = [Lines.of(starts, tile, length) for starts, tile, length in axes]
     for grid, blend in seam_passes(plan, settings.seams, settings.seam_width):
         if grid.columns != plan.columns:
             for tile in grid.tiles[: len(grid.columns)]:
@@ -140,7 +141,7 @@ def plan_lines(plan: TilePlan, settings: Settings) -> tuple[Lines, Lines]:
         if grid.rows != plan.rows:
             for tile in grid.tiles[:: len(grid.columns)]:
                 both[1].band(tile.y, blend.weight(tile).amax(1))
-    return both
+    return both[0], both[1]
 
 
 def columns(image: np.ndarray, reference: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -177,19 +178,15 @@ class Pool:
 
     def seam(self) -> tuple[float, float, str]:
         """The largest of the kinds and windows, its standard error, and which one it is."""
-        return max((*self._estimate(np.array(sums)), " ".join(key)) for key, sums in self._sums.items())
+        return max((*estimate(np.array(sums)), " ".join(key)) for key, sums in self._sums.items())
 
-    @staticmethod
-    def _estimate(sums: np.ndarray) -> tuple[float, float]:
-        """sums: canvas, image or reference, line or elsewhere."""
 
-        def ratio(total: np.ndarray) -> float:
-            (line, elsewhere), (same_line, same_elsewhere) = total
-            return line / elsewhere / (same_line / same_elsewhere)
-
-        whole, count = sums.sum(0), len(sums)
-        without = np.array([ratio(whole - one) for one in sums]) if count > 1 else np.array([np.nan])
-        return ratio(whole), float(np.sqrt((count - 1) * without.var()))
+def estimate(sums: np.ndarray) -> tuple[float, float]:
+    """The seam of some canvases and its standard error. sums: canvas, image or reference, line or elsewhere."""
+    with np.errstate(invalid="ignore"):  # a single canvas has no error
+        totals = np.stack([sums.sum(0), *(sums.sum(0) - sums)])
+        seams = totals[:, 0, 0] / totals[:, 0, 1] / (totals[:, 1, 0] / totals[:, 1, 1])
+    return float(seams[0]), float(np.sqrt((len(sums) - 1) * seams[1:].var()))
 
 
 def gradients() -> dict[str, Image.Image]:
@@ -226,52 +223,29 @@ def cut(reference: Image.Image, tile: int, levels: int, seed: int) -> Image.Imag
     return Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
 
 
-class Table:
-    """Rows of seam figures, one column for each group of images."""
+def canvases(
+    host: DiffusersHost, source: Image.Image, seed: int
+) -> Iterator[tuple[str, Image.Image, Image.Image, tuple[Lines, Lines]]]:
+    """Row of the table, canvas, reference, and the lines to look at.
 
-    def __init__(self, groups: Iterable[str]) -> None:
-        self._groups, self.pools = list(groups), {}
+    Every order without a seam pass, and with each for the first seeds.
+    """
 
-    def pool(self, row: str, group: str) -> Pool:
-        return self.pools.setdefault((row, group), Pool())
+    def make(**changes: Any) -> Image.Image:
+        return upscale(host, source, replace(TILES, **changes), NoiseField(seed, host.channels)).image
 
-    def __str__(self) -> str:
-        rows = list(dict.fromkeys(row for row, _ in self.pools))
-        lines = [" " * 40 + "".join(f"{group:<32}" for group in self._groups)]
-        for row in rows:
-            cells = [self.pools[row, group].seam() for group in self._groups if (row, group) in self.pools]
-            lines.append(f"{row:<40}" + "".join(f"{v:.3f} +-{e:.3f}  {where:<16}" for v, e, where in cells))
-        return "\n".join(line.rstrip() for line in lines)
-
-
-Make = Callable[[Image.Image, Settings, int], Image.Image]
-"""The source made larger with these settings and this seed."""
-
-
-def alone(settings: Settings) -> Settings:
-    """The same with one tile over the whole canvas: the reference."""
-    return replace(settings, tile=SIDE * SCALE, seams="none", order="linear")
-
-
-def fill(table: Table, make: Make, groups: dict[str, dict[str, Image.Image]], base: Settings, factor: int) -> None:
-    """dinotile's rows: every order without a seam pass on all images, with one on the first of each group."""
-    for group, images in groups.items():
-        for seed, (name, image) in enumerate(images.items()):
-            print(f"  {group}: {name}", file=sys.stderr, flush=True)
-            reference = make(image, alone(base), seed)
-            plan = TilePlan(*reference.size, base.tile, base.overlap, factor)
-            lines = plan_lines(plan, base)
-            edges = Lines.of(range(0, reference.width, base.tile), base.tile, reference.width)
-            table.pool("[cut]", group).add(cut(reference, base.tile, 2, seed), reference, (edges, edges))
-            for order in ORDERS:
-                result = make(image, replace(base, order=order), seed)
-                table.pool(f"dinotile {order}", group).add(result, reference, lines)
-                table.pool(f"[nowhere, {order}]", group).add(result, reference, tuple(axis.nowhere for axis in lines))
-            if seed < WITH_PASS:
-                for order, seams in itertools.product(ORDERS, SEAMS[1:]):
-                    settings = replace(base, order=order, seams=seams)
-                    result = make(image, settings, seed)
-                    table.pool(f"dinotile {order}, {seams}", group).add(result, reference, plan_lines(plan, settings))
+    reference = make(tile=SIDE * SCALE, order="linear")
+    edges = Lines.of(range(0, reference.width, TILES.tile), TILES.tile, reference.width)
+    yield "[cut]", cut(reference, TILES.tile, 2, seed), reference, (edges, edges)
+    plan = TilePlan(reference.width, reference.height, TILES.tile, TILES.overlap, host.factor)
+    lines = plan_lines(plan, TILES)
+    for order in ORDERS:
+        result = make(order=order)
+        yield f"dinotile {order}", result, reference, lines
+        yield f"[nowhere, {order}]", result, reference, (lines[0].nowhere, lines[1].nowhere)
+    for order, seams in itertools.product(ORDERS, SEAMS[1:] if seed < WITH_PASS else ()):
+        lines = plan_lines(plan, replace(TILES, seams=seams))
+        yield f"dinotile {order}, {seams}", make(order=order, seams=seams), reference, lines
 
 
 def main() -> None:
@@ -279,22 +253,22 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="one last line of JSON")
     arguments = parser.parse_args()
 
-    groups = {"gradients": gradients(), "photos": photos()}
-    host, table = load_host(GENERATION), Table(groups)
-
-    def here(image: Image.Image, settings: Settings, seed: int) -> Image.Image:
-        return upscale(host, image, settings, NoiseField(seed, host.channels)).image
-
-    fill(table, here, groups, TILES, host.factor)
-    worst = max(pool.seam()[0] for (row, _), pool in table.pools.items() if row in [f"dinotile {o}" for o in ORDERS])
+    groups, host = {"gradients": gradients(), "photos": photos()}, load_host(GENERATION)
+    pools: dict[str, dict[str, Pool]] = {}
+    for group, images in groups.items():
+        for seed, (name, source) in enumerate(images.items()):
+            print(f"  {group}: {name}", file=sys.stderr, flush=True)
+            for row, *canvas in canvases(host, source, seed):
+                pools.setdefault(row, {}).setdefault(group, Pool()).add(*canvas)
+    seams = {row: {group: pool.seam() for group, pool in pooled.items()} for row, pooled in pools.items()}
+    worst = max(cell[0] for order in ORDERS for cell in seams[f"dinotile {order}"].values())
     counts = ", ".join(f"{len(images)} {group}" for group, images in groups.items())
-    print(
-        f"built-in model, tiles of {TILES.tile} with overlap {TILES.overlap}; {counts}; "
-        f"seam passes: {WITH_PASS} of each"
-    )
-    print(table)
+    print(f"built-in model, tiles of {TILES.tile} with overlap {TILES.overlap}; {counts}; ", end="")
+    print(f"seam passes: {WITH_PASS} of each")
+    print(" " * 40 + "".join(f"{group:<32}" for group in groups).rstrip())
+    for row, cells in seams.items():
+        print(f"{row:<40}" + "".join(f"{v:.3f} +-{e:.3f}  {where:<16}" for v, e, where in cells.values()).rstrip())
     print(f"worst without a seam pass: {worst:.3f} (target: at most {TARGET})")
-
     if arguments.json:
         print(json.dumps({"worst": round(worst, 4)}))
 

@@ -6,7 +6,7 @@ With the features of another image, patches count where that shows another textu
 The gates (benchmarks/world/gates.py) are checked first: if one does not hold, the run is invalid and shows no rates.
 
 Settings are the defaults, but for scale, tiles and patches, which the world dictates; restoration heads are calibrated,
-by the program's own code and without labels. Rows, controls and targets: benchmarks/evidence.py.
+by the program's own code and without labels. Arms and controls: benchmarks/arms.py; targets: benchmarks/evidence.py.
 
 python benchmarks/semantics.py --adapter [--json] [--plot FILE] [--pictures FILE]
 
@@ -22,67 +22,125 @@ to the source's in the eyes of another encoder than the guiding one, and LPIPS t
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+import torch.nn.functional as F
+from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from benchmarks import evidence
+from benchmarks import arms, evidence
 from benchmarks.judging import LABELLED, QUICK, REPORT_SEED, World
 from benchmarks.world import gates
-from benchmarks.world.guard import guard_auc
 from benchmarks.world.host import GENERATION
 from lib_dinotile import DinotileError
-from lib_dinotile.settings import CALIBRATED
+from lib_dinotile.condition.adapter_file import check_encoder, check_fit
+from lib_dinotile.condition.conditioner import to_tensor
+from lib_dinotile.condition.heads import heads_for
+from lib_dinotile.dino.calibrated import Store
+from lib_dinotile.dino.encoder import PatchEncoder, load_encoder
+from lib_dinotile.dino.field import feature_field
+from lib_dinotile.hosts.diffusers import load_host
+from lib_dinotile.images import endings, read_image
+from lib_dinotile.settings import CALIBRATED, Generation, Settings
 
 
-def models(arguments: argparse.Namespace) -> tuple[World, evidence.Adapters]:
-    """Those that are asked for; with --quick one training only."""
-    adapters = evidence.Adapters.load(arguments.adapters) if arguments.adapter else evidence.Adapters()
-    if arguments.quick:
-        return World(QUICK, arguments.encoder), adapters.first()
-    return World(GENERATION, arguments.encoder), adapters
-
-
-def gates_hold(world: World, quick: bool) -> bool:
-    """Whether the world is valid; says so."""
-    figures = gates.cheap_gates(6 if quick else 40, REPORT_SEED)
-    told = gates.painting_rates(1 if quick else 8, True, REPORT_SEED, world.generation)
-    figures["told_rate"] = told["rate"]
-    for name, value in figures.items():
-        side, limit = gates.GATES[name]
-        print(f"gate {name:15} {value:.3f}  ({side} {limit})")
-    if not gates.holds(figures):
-        print("invalid: a gate does not hold, so rates would mean nothing")
-    return gates.holds(figures)
-
-
-def closed_world(arguments: argparse.Namespace) -> dict[str, Any] | None:
-    """The figures for the last line, or None if the world is not valid."""
+def closed_world(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The figures for the last line. DinotileError if the world is not valid."""
     quick = arguments.quick
-    world, adapters = models(arguments)
-    if not gates_hold(world, quick):
-        return None
-    auc = guard_auc(world.encoder, world.heads[CALIBRATED], 4 if quick else 40, REPORT_SEED)
-    count = arguments.images or (2 if quick else 12)
-    proof = evidence.prove(world, adapters, count, REPORT_SEED, auc, quick)
-    if proof is None:
-        return None
+    adapters = evidence.read_adapters(arguments.adapters) if arguments.adapter else {}
+    if quick:
+        adapters = dict(itertools.islice(evidence.trainings(adapters).items(), 1))
+    world = World(QUICK if quick else GENERATION, arguments.encoder)
+    figures = gates.cheap_gates(world, 6 if quick else 40, REPORT_SEED)
+    gates.check({**figures, "told_rate": gates.told_rate(world, 1 if quick else 8, REPORT_SEED)})
+    auc = gates.guard_auc(world.encoder, world.heads[CALIBRATED], 4 if quick else 40, REPORT_SEED)
+    found, figures = evidence.prove(world, adapters, arguments.images or (2 if quick else 12), REPORT_SEED, auc, quick)
     if arguments.plot or arguments.pictures:
         from benchmarks import evidence_plot  # matplotlib takes long to load
 
         if arguments.plot:
-            evidence_plot.bars(proof[1], arguments.plot)
+            evidence_plot.bars(figures, arguments.plot)
         if arguments.pictures:
-            evidence_plot.pictures(world, proof[0], arguments.pictures)
-    return proof[1]
+            evidence_plot.pictures(world, found, arguments.pictures)
+    return figures
 
 
-def main() -> int:
+def likeness(eye: PatchEncoder, result: Image.Image, source: Image.Image) -> float:
+    """Mean cosine of the patches of a result and of its source, in the eyes of an encoder."""
+    first, second = (feature_field(eye, to_tensor(image), (1, 1)).features for image in (result, source))
+    return float(F.cosine_similarity(first, second, dim=0).mean())
+
+
+def perceptual(network: str) -> Any:
+    """LPIPS (arXiv 1801.03924) between two pictures (3, H, W) in [0, 1]; DinotileError if it cannot be had."""
+    try:
+        import lpips
+
+        model = lpips.LPIPS(net=network, verbose=False)
+    except Exception as error:  # not installed, or its network's weights cannot be downloaded
+        line = str(error).splitlines()[0]
+        raise DinotileError(f"lpips: cannot be loaded ({line}): pip install '.[bench]', or --lpips none") from error
+    return lambda first, second: float(model(first[None] * 2 - 1, second[None] * 2 - 1))
+
+
+def photos(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The figures for the last line. DinotileError if something that is asked for cannot be had."""
+    files = sorted(file for file in arguments.photos.iterdir() if file.suffix.lower() in endings())[: arguments.images]
+    if not files:
+        raise DinotileError(f"{arguments.photos} has no images")
+    if arguments.dino == arguments.eye:
+        raise DinotileError("--eye must be another encoder than --dino")
+    host = load_host(
+        Generation(model=arguments.model, config=arguments.config, denoise=arguments.denoise, steps=arguments.steps)
+    )
+    distance = None if arguments.lpips == "none" else perceptual(arguments.lpips)
+    encoder, eye = (load_encoder(name, device=host.device) for name in (arguments.dino, arguments.eye))
+    reader = None
+    if arguments.adapter:
+        name, reader = arguments.adapters.stem, evidence.read_adapter(arguments.adapters, host.device, host.dtype)
+        check_fit(reader.adapter.config, name, host.base, host.shape)
+        check_encoder(reader.adapter.config, name, encoder.id, encoder.width, encoder.depth)
+    settings = Settings(scale=arguments.scale, tile=arguments.tile, overlap=min(64, arguments.tile // 2))
+    heads = {CALIBRATED: heads_for(settings, encoder, {}, None, Store())}
+    upscaler = arms.Upscaler(host, encoder, settings, heads)
+    adapters = ("", arms.TRAINED) if reader else ("",)
+    chosen = {name: arm for name, arm in arms.ARMS.items() if arm.heads in heads and arm.adapter in adapters}
+    sources, truths = [], []
+    for file in files:
+        truth = read_image(file)
+        size = [max(1, round(side / arguments.scale)) for side in truth.size]
+        sources.append(truth.resize(size, Image.Resampling.LANCZOS))
+        truths.append(truth.resize([round(side * arguments.scale) for side in size], Image.Resampling.LANCZOS))
+    found: dict[str, dict[str, list[float]]] = {"likeness": {}, "lpips": {}}
+    for number, (source, truth) in enumerate(zip(sources, truths)):
+        for name, arm in chosen.items():
+            result = upscaler.upscale(arm, source, number, sources[number - 1], reader if arm.adapter else None).image
+            found["likeness"].setdefault(name, []).append(likeness(eye, result, source))
+            if distance is not None:
+                found["lpips"].setdefault(name, []).append(distance(to_tensor(result), to_tensor(truth)))
+    for figure, values in found.items():
+        for name, each in values.items():
+            low, high = arms.interval(each)
+            print(f"{figure} {name:20} {np.mean(each):.4f} ({low:.4f} to {high:.4f}, {len(files)} photos, 95 %)")
+    for name in (arms.BOTH, arms.ADAPTER, arms.ALL):
+        if name in chosen and len(files) > 1:
+            gains = np.subtract(found["likeness"][name], found["likeness"][arms.PLAIN]).tolist()
+            low, high = arms.interval(gains)
+            print(f"{name} over plain: likeness {np.mean(gains):+.4f} ({low:+.4f} to {high:+.4f})")
+    return {
+        figure: {name: round(float(np.mean(each)), 4) for name, each in values.items()}
+        for figure, values in found.items()
+    }
+
+
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("photos", type=Path, nargs="?", help="with --model: a folder of photos")
     parser.add_argument("--quick", action="store_true", help="few images and steps")
@@ -107,24 +165,16 @@ def main() -> int:
     arguments = parser.parse_args()
     if arguments.adapter and arguments.encoder != LABELLED:
         parser.error(f"--adapter: the adapters are trained for --encoder {LABELLED}")
-    if arguments.model:
-        from benchmarks.semantics_photos import photos
-
-        if arguments.photos is None:
-            parser.error("--model wants a folder of photos")
-        figures = photos(arguments)
-    else:
-        figures = closed_world(arguments)
-    if figures is None:
-        return 1
+    if arguments.model and arguments.photos is None:
+        parser.error("--model wants a folder of photos")
+    figures = photos(arguments) if arguments.model else closed_world(arguments)
     if arguments.json:
         print(json.dumps(figures))
-    return 0
 
 
 if __name__ == "__main__":
     try:
         with torch.no_grad():
-            sys.exit(main())
+            main()
     except DinotileError as error:
         sys.exit(str(error))

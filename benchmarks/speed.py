@@ -19,21 +19,38 @@ cost: guidance and guard at default settings, as shares of a tile's plain time.
   guidance      at most 0.25
   encoder_calls whole views of a 1024 x 1024 source, for an image upscaled twice with all on
 With `--shapes sd15` the models are like Stable Diffusion 1.5, TAESD and DINOv2 small (random weights; slow on a CPU),
-one tile of a canvas of 1024 x 1024 is painted, and guidance's floating-point operations are counted, too.
+one tile of a canvas of 1024 x 1024 is painted, and guidance_operations is what guidance adds to its floating-point
+operations, as a share.
 
-adapter: parameters and operations of an adapter for Stable Diffusion 1.5 (tiles of 512 px) and XL (of 1024 px) against
-those of the UNet with one row, counted and not run: of a step, and of a tile, which also has the part that runs once.
-How often the parts run, with the built-in model.
+adapter: an adapter for Stable Diffusion 1.5 (tiles of 512 px) and XL (of 1024 px), counted and not run.
+  parameters    at most 60 million; unet_parameters: those of the UNet
+  unet_gflop    of a row of the UNet; of the adapter forward_gflop at each step, and prepare_gflop once a tile
+  step_share    the adapter's operations at a step over the UNet's, at most 0.03; tile_share: the same of a whole tile
+  calls_batch_1, calls_batch_4: how often the parts run, with the built-in model and so many tiles at once
 
-training: operations of a training tile (forward, backward through the frozen UNet, adapter; latents and features from
-the cache) and of a bare UNet row; their seconds, on a GPU if there is one; tiles an hour. `--count` only counts.
+training: train_tflop of a training tile (forward, backward through the frozen UNet, adapter; latents and features from
+the cache), row_tflop of a bare UNet row; GiB of the UNet's weights in bf16 and of what a tile keeps for its backward
+pass; their seconds, on a GPU if there is one; tiles_an_hour. `--count` only counts.
 
---gpu: what a GPU decides, see benchmarks/speed_gpu.py.
+--gpu [--shapes sd15 sdxl]: what a GPU decides. Models with the shapes of Stable Diffusion 1.5 and XL, their VAE, TAESD
+and DINOv2 small, random weights in half precision (the VAE in float32, as the command line runs it); 20 steps at
+strength 0.35, a negative prompt. Some minutes on a large GPU. What its memory does not hold is null. For each shape
+
+seconds, peak_gib: of a tile with 1, 2, 4, 8 and 16 at once, 16 tiles in one wave; the most memory that was
+  allocated.
+overhead: a whole run of 16 tiles, 4 at once, over the encode, sample and decode calls in it. At most 1.05.
+guidance, guard, adapter: how much longer such a run takes with one of them, as a share of the plain one. The guard only
+  looks (`report`).
+tiles_an_hour: that an adapter trains on, in bf16, 4 at once; for XL one, with gradient checkpointing.
+
+And calibration_seconds: of the encoder, from the photographs that come with dinotile.
 """
 
 from __future__ import annotations
 
 import argparse
+import datetime
+import gc
 import json
 import statistics
 import sys
@@ -42,7 +59,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from diffusers import UNet2DConditionModel
 from PIL import Image
@@ -50,54 +66,47 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from benchmarks.models import (
-    PRECISIONS,
-    TINY,
-    UNETS,
-    Clock,
-    Operations,
-    Trainer,
-    Watched,
-    blank_heads,
-    counted_training,
-    operations,
-    overhead,
-    parameters,
-    random_encoder,
-    random_host,
-)
-from benchmarks.photographs import example, noise
+from benchmarks import models
+from benchmarks.photographs import UNGUIDED, example, noise
 from lib_dinotile.condition import conditioner as conditioners
 from lib_dinotile.condition.adapter import Adapter
-from lib_dinotile.condition.conditioner import MINI, Conditioner
+from lib_dinotile.condition.conditioner import MINI, Conditioner, to_tensor
 from lib_dinotile.condition.guard import Guard
 from lib_dinotile.condition.guidance import Guide
+from lib_dinotile.dino.calibrated import Pictures
+from lib_dinotile.dino.calibration import FOLDS, calibrate
 from lib_dinotile.dino.encoder import PatchEncoder, load_encoder
+from lib_dinotile.engine.memory import OutOfMemoryError, is_out_of_memory
 from lib_dinotile.hosts.diffusers import DiffusersHost, load_host
 from lib_dinotile.settings import Generation, Settings
 
 TILES = 8
 """How many tiles of each canvas are timed."""
 GENERATION = Generation(steps=10, denoise=0.2)  # two UNet steps a tile
-BLIND = {"batch": 4, "guidance": 0.0, "guard": "off"}
+BLIND = {"batch": 4, **UNGUIDED}
 SETTINGS = Settings(scale=4.0, tile=256, overlap=32, **BLIND)
 OWN = Settings(scale=2.0, tile=512, **BLIND)
 COST = Settings(scale=2.0, tile=512, overlap=64, batch=1, guard="report")
 
 STEPS = 7
 """UNet calls of a tile: 20 steps at denoising strength 0.35."""
-PARAMETERS, SHARE = 60_000_000, 0.03
-"""Limits: the adapter's parameters for SD 1.5, and its part of a step."""
 ADAPTERS = {"mini": MINI / "adapter.safetensors"}
+BATCHES = (1, 2, 4, 8, 16)
+ACROSS, RUNS = 4, 2
+WAYS: dict[str, dict[str, Any]] = {
+    "plain": UNGUIDED,
+    "guidance": {**UNGUIDED, "guidance": Settings().guidance},
+    "guard": {**UNGUIDED, "guard": "report"},
+    "adapter": UNGUIDED,
+}
 
 
-class Null(Watched):
+class Null(models.Watched):
     """A host whose model does nothing: what is left is the engine's own time."""
 
     def __init__(self, source: Image.Image, scale: float = 2.0) -> None:
-        super().__init__(random_host(TINY))
-        pixels = torch.from_numpy(np.array(source)).permute(2, 0, 1)[None].float() / 255
-        self._pixels = torch.nn.functional.interpolate(pixels, scale_factor=scale) * 0.9 + 0.03
+        super().__init__(models.RandomHost(models.TINY))
+        self._pixels = torch.nn.functional.interpolate(to_tensor(source)[None], scale_factor=scale) * 0.9 + 0.03
 
     def encode(self, pixels: Tensor) -> Tensor:
         count, _, height, width = pixels.shape
@@ -123,14 +132,14 @@ class Null(Watched):
 
 def lerp(times: int = 50) -> float:
     """Seconds that a common operation takes on a tile, again and again, so that its operands are at hand."""
-    (a, b), clock = torch.rand(2, 3, 512, 512), Clock()
+    (a, b), clock = torch.rand(2, 3, 512, 512), models.Clock()
     for number in range(2 * times):
-        clock = Clock() if number == times else clock  # the first half warms up
+        clock = models.Clock() if number == times else clock  # the first half warms up
         clock(lambda: torch.lerp(a, b, 0.3).clamp_(0, 1))
     return clock.seconds / times
 
 
-def per_tile(runs: Sequence[Watched]) -> tuple[float, float]:
+def per_tile(runs: Sequence[models.Watched]) -> tuple[float, float]:
     """Seconds per tile, of a run broken off, (of the model calls, of the rest); what is done once is shared out."""
     rest = min((run.tiles - run.bare) / run.done for run in runs)
     return min(run.bare / run.done for run in runs), rest + min(
@@ -142,45 +151,35 @@ def engine(arguments: argparse.Namespace) -> dict[str, float]:
     host, turns = load_host(GENERATION), range(arguments.runs)
     conditioner = Conditioner.load(replace(SETTINGS, adapter="mini"), host, ADAPTERS)
     small, medium, large, own_source = noise(128), noise(256), noise(2048), example(2048)
-    Watched(host, 4).run(small, SETTINGS)  # warm up
-    ways: dict[str, list[Watched]] = {name: [] for name in ("plain", "adapted", "1024", "8192", "own")}
+    models.Watched(host, 4).run(small, SETTINGS)  # warm up
+    ways: dict[str, list[models.Watched]] = {name: [] for name in ("plain", "adapted", "1024", "8192", "own")}
     lerps = [lerp()]
     for _ in turns:
-        ways["plain"].append(Watched(host).run(small, SETTINGS))
-        ways["adapted"].append(Watched(host).run(small, SETTINGS, conditioner))
-        ways["1024"].append(Watched(host, TILES).run(medium, SETTINGS))
-        ways["8192"].append(Watched(host, TILES).run(large, SETTINGS))
+        ways["plain"].append(models.Watched(host).run(small, SETTINGS))
+        ways["adapted"].append(models.Watched(host).run(small, SETTINGS, conditioner))
+        ways["1024"].append(models.Watched(host, TILES).run(medium, SETTINGS))
+        ways["8192"].append(models.Watched(host, TILES).run(large, SETTINGS))
         ways["own"].append(Null(own_source).run(own_source, OWN))
         lerps.append(lerp())
     (model, at_1024), (other, at_8192) = per_tile(ways["1024"]), per_tile(ways["8192"])
     model = min(model, other)
-    found = {
-        "overhead": overhead(ways["plain"]),
+    print(
+        f"tiles of {SETTINGS.tile}, {arguments.runs} runs; seconds per tile: model calls {model:.3f}, beside them",
+        end="",
+    )
+    print(f" {at_1024:.4f} on 1024 x 1024, {at_8192:.4f} on 8192 x 8192")
+    return {
+        "overhead": models.overhead(ways["plain"]),
         "canvas_ratio": (model + at_8192) / (model + at_1024),
-        "adapter": overhead(ways["adapted"]),
+        "adapter": models.overhead(ways["adapted"]),
         "own": min(run.own for run in ways["own"]) / min(lerps),
         "own_once": min(run.once for run in ways["own"]) / min(lerps),
     }
-    print(f"engine over bare model calls, tiles of {SETTINGS.tile}, {arguments.runs} runs")
-    print(f"  without a condition   {found['overhead']:.3f}   (at most 1.05)")
-    print(f"  with mini's adapter   {found['adapter']:.3f}")
-    print(f"seconds per tile: model calls {model:.3f}, and beside them")
-    print(f"  canvas 1024 x 1024    {at_1024:.4f}")
-    print(f"  canvas 8192 x 8192    {at_8192:.4f}")
-    print(f"  ratio                 {found['canvas_ratio']:.3f}   (at most 1.03)")
-    print(f"own time, in lerps of a tile: {found['own']:.1f} a tile (at most 40), once {found['own_once']:.0f}")
-    return found
 
 
-def models(name: str) -> tuple[DiffusersHost, PatchEncoder]:
-    if name == "mini":
-        return load_host(Generation()), load_encoder("mini")
-    return random_host(name), random_encoder(name)
-
-
-def shares(run: Watched, *work: Any, **more: Any) -> tuple[float, float]:
+def shares(run: models.Watched, *work: Any, **more: Any) -> tuple[float, float]:
     """(guard's, guidance's) share of the tiles' plain time, of one run with both."""
-    guidance, guard, once = (Clock(run.device) for _ in range(3))
+    guidance, guard, once = (models.Clock(run.device) for _ in range(3))
     with (
         guidance.method(Guide, "__call__"),
         guard.method(Guard, "distances"),
@@ -194,7 +193,7 @@ def shares(run: Watched, *work: Any, **more: Any) -> tuple[float, float]:
 def encoder_calls(make: Callable[[], Conditioner]) -> int:
     """How often the encoder saw the whole of a source, in two runs on it."""
     conditioners._features.clear()
-    clock = Clock()
+    clock = models.Clock()
     with clock.method(PatchEncoder, "several"):
         for _ in range(2):
             make().features(example(1024), (2048, 2048))
@@ -203,44 +202,41 @@ def encoder_calls(make: Callable[[], Conditioner]) -> int:
 
 def cost(arguments: argparse.Namespace) -> dict[str, float]:
     shapes = arguments.shapes[0]
-    host, encoder = models(shapes)
-    source, more = example(512), {}
+    if shapes == "mini":
+        host, encoder = load_host(Generation()), load_encoder("mini")
+    else:
+        host, encoder = models.RandomHost(shapes), models.random_encoder(shapes)
+    source = example(512)
+    more: dict[str, Any] = {}
 
-    def make() -> Conditioner:
-        return Conditioner(COST, encoder, heads=blank_heads(encoder), decoder=host.guidance_decoder(COST.decoder))
+    def make(settings: Settings = COST) -> Conditioner:
+        decoder = host.guidance_decoder(settings.decoder)
+        return Conditioner(settings, encoder, None, models.blank_heads(encoder), decoder)
 
-    def run() -> tuple[float, float]:
-        return shares(Watched(host), source, COST, make(), **more)
+    def run(settings: Settings = COST) -> tuple[float, float]:
+        return shares(models.Watched(host), source, settings, make(settings), **more)
 
     found: dict[str, float] = {}
     calls = encoder_calls(make)
     if shapes != "mini":
         more["mask"] = Image.new("L", source.size)
         more["mask"].paste(255, (0, 0, 128, 128))  # the upper left tile only
-        operations = Operations()
-        with operations, operations.method(Guide, "__call__"):
-            run()
-        found["guidance_operations"] = operations.inside / (operations.total - operations.inside)
+        guided, unguided = (models.operations(run, each)[0] for each in (COST, replace(COST, guidance=0.0)))
+        found["guidance_operations"] = guided / unguided - 1
     guard, guidance = (statistics.median(values) for values in zip(*(run() for _ in range(arguments.runs))))
-    print(f"shares of a tile's plain time, models like {shapes}, {arguments.runs} runs, default settings")
-    print(f"  guard, nothing in doubt   {guard:.3f}   (at most 0.05)")
-    print(f"  guidance, as by default   {guidance:.3f}   (at most 0.25)")
-    for value in found.values():
-        print(f"  guidance, operations      {value:.3f}")
-    print(f"whole views of a 1024 x 1024 source, for two images of it: {calls}")
     return {"guard": guard, "guidance": guidance, "encoder_calls": calls, **found}
 
 
 @torch.no_grad()
 def counted(name: str) -> dict[str, float]:
     """Parameters, GFLOP, and the adapter's share of a step and of a whole tile, without a number being computed."""
-    pair = Trainer(name, "meta", 1, "no", False)
-    unet, _ = operations(pair.bare)
-    prepare, maps = operations(pair.adapter.prepare, pair.batch["features"], pair.latent)
-    forward, _ = operations(pair.adapter, maps, torch.ones(1, device="meta"))
+    pair = models.Trainer(name, "meta", torch.float32)
+    unet, _ = models.operations(pair.bare)
+    prepare, maps = models.operations(pair.adapter.prepare, pair.batch["features"], pair.latent)
+    forward, _ = models.operations(pair.adapter, maps, torch.ones(1, device="meta"))
     return {
-        "parameters": parameters(pair.adapter),
-        "unet_parameters": parameters(pair.unet),
+        "parameters": models.parameters(pair.adapter),
+        "unet_parameters": models.parameters(pair.unet),
         "unet_gflop": unet / 1e9,
         "prepare_gflop": prepare / 1e9,
         "forward_gflop": forward / 1e9,
@@ -256,60 +252,117 @@ def adapter_calls(batch: int, side: int = 128) -> dict[str, int]:
     """
     host = load_host(Generation(steps=20, denoise=0.35))
     settings = Settings(scale=2.0, tile=128, overlap=32, **{**BLIND, "batch": batch}, adapter="mini")
-    prepare, forward, unet = Clock(), Clock(), Clock()
+    prepare, forward, unet = models.Clock(), models.Clock(), models.Clock()
     with (
         prepare.method(Adapter, "prepare"),
         forward.method(Adapter, "forward"),
         unet.method(UNet2DConditionModel, "forward"),
     ):
-        run = Watched(host).run(example(side), settings, Conditioner.load(settings, host, ADAPTERS))
+        run = models.Watched(host).run(example(side), settings, Conditioner.load(settings, host, ADAPTERS))
     return {"tiles": run.done, "prepare": prepare.calls, "forward": forward.calls, "unet": unet.calls}
 
 
 def adapter(arguments: argparse.Namespace) -> dict[str, Any]:
-    figures: dict[str, Any] = {}
-    for name in UNETS:
-        found = figures[name] = counted(name)
-        unet, step, once = (found[f"{part}_gflop"] for part in ("unet", "forward", "prepare"))
-        own, of = (found[key] / 1e6 for key in ("parameters", "unet_parameters"))
-        print(f"an adapter for {name}, against one row of the UNet")
-        print(f"  parameters, millions       {own:.2f} of {of:.0f}   (at most {PARAMETERS / 1e6:.0f} for sd15)")
-        print(f"  GFLOP: UNet, step, once    {unet:.1f}, {step:.2f}, {once:.2f}")
-        print(f"  share of a step's FLOP     {found['step_share']:.4f}   (at most {SHARE})")
-        print(f"  share of a tile's FLOP     {found['tile_share']:.4f}   ({STEPS} steps, and what runs once)")
-    for batch in (1, 4):
-        calls = figures[f"calls_batch_{batch}"] = adapter_calls(batch)
-        print(f"calls for an image, batch {batch}: " + ", ".join(f"{name} {count}" for name, count in calls.items()))
-    return figures
+    return {
+        **{name: counted(name) for name in models.UNETS},
+        **{f"calls_batch_{batch}": adapter_calls(batch) for batch in (1, 4)},
+    }
 
 
 def training(arguments: argparse.Namespace) -> dict[str, Any]:
     device, found = "cuda" if torch.cuda.is_available() else "cpu", {}
     for name in arguments.shapes:
-        figures = found[name] = counted_training(name)
-        print(
-            f"{name}: a tile {figures['train_tflop']:.2f} TFLOP, a bare UNet row {figures['row_tflop']:.2f}; in bf16 "
-            f"the UNet takes {figures['weights_gib']:.1f} GiB, a tile {figures['kept_gib']:.1f}, with gradient "
-            f"checkpointing {figures['kept_checkpointing_gib']:.1f}"
-        )
+        found[name] = models.counted_training(name)
         if not arguments.count:
-            trainer = Trainer(name, device, arguments.batch, arguments.precision, arguments.checkpointing)
-            figures |= trainer.measure(arguments.runs)
-            print(
-                f"  on {device}: a tile {figures['train_seconds']:.3f} s, a row {figures['row_seconds']:.3f} s, ratio "
-                f"{figures['ratio']:.2f}; {figures['tiles_an_hour']:.0f} tiles an hour; {figures['gib']:.1f} GiB"
-            )
+            found[name] |= models.Trainer(name, device).measure(arguments.runs)
     return found
 
 
-def rounded(figures: Any) -> Any:
-    if isinstance(figures, dict):
-        return {name: rounded(value) for name, value in figures.items()}
-    return round(figures, 4) if isinstance(figures, float) else figures
+def fitting(measure: Callable[..., Any], *arguments: Any) -> Any:
+    """The result, or None if the GPU's memory is too small."""
+    try:
+        return measure(*arguments)
+    except Exception as error:
+        if not any(is_out_of_memory(each) for each in (error, error.__cause__) if each):
+            raise
+        return None
+    finally:
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+
+def painted(host: DiffusersHost, settings: Settings, conditioner: Conditioner | None = None) -> models.Watched:
+    """A run of 16 tiles. OutOfMemoryError if the memory is too small for its batches."""
+    side = ACROSS * (settings.tile - settings.overlap) + settings.overlap
+    run = models.Watched(host).run(example(side // 2), settings, conditioner)
+    if run.short:
+        raise OutOfMemoryError("the memory does not hold a batch")
+    return run
+
+
+def with_batch(host: models.RandomHost, batch: int) -> tuple[float, float]:
+    """(seconds per tile, GiB at most)."""
+    settings = Settings(scale=2.0, tile=host.tile, overlap=0, batch=batch, **UNGUIDED)  # all tiles in one wave
+    painted(host, settings)  # warm up
+    if host.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(host.device)
+    run = painted(host, settings)
+    return run.tiles / run.done, models.peak(host.device)
+
+
+def ways(host: models.RandomHost, encoder: PatchEncoder) -> dict[str, float | None]:
+    """Overhead, and what guidance, guard and adapter cost."""
+    settings = Settings(scale=2.0, tile=host.tile, overlap=host.tile // 8, batch=4, **UNGUIDED)
+    adapter = models.random_adapter(host.unet, host.base, encoder.width).to(host.dtype)
+    heads = models.blank_heads(encoder)
+    runs: dict[str, list[Any]] = {name: [] for name in WAYS}
+    for _ in range(1 + RUNS):
+        for name, changed in WAYS.items():
+            now, read = replace(settings, **changed), adapter if name == "adapter" else None
+            conditioner = Conditioner(now, encoder, read, heads, host.guidance_decoder(now.decoder))
+            runs[name].append(fitting(painted, host, now, None if name == "plain" else conditioner))
+    good = {name: each[1:] for name, each in runs.items() if None not in each}  # the first ones warm up
+    found: dict[str, float | None] = {"overhead": models.overhead(good["plain"]) if "plain" in good else None}
+    seconds = {name: min(run.whole.seconds for run in each) for name, each in good.items()}
+    for name in ("guidance", "guard", "adapter"):
+        known = name in seconds and "plain" in seconds
+        found[name] = seconds[name] / seconds["plain"] - 1 if known else None
+    return found
+
+
+def gpu(shapes: Sequence[str], device: str = "cuda", batches: Sequence[int] = BATCHES) -> dict[str, Any]:
+    """The figures; one line and the end if there is no such device."""
+    cuda = torch.device(device).type == "cuda"
+    if cuda and not torch.cuda.is_available():
+        sys.exit(f"{device}: there is no such device here")
+    dtype = torch.float16 if cuda else torch.float32
+    name = torch.cuda.get_device_name() if cuda else device
+    figures: dict[str, Any] = {"device": name, "torch": torch.__version__, "date": str(datetime.date.today())}
+    print(", ".join(figures.values()), flush=True)
+    for shape in shapes:
+        host, encoder = models.RandomHost(shape, device, dtype), models.random_encoder(shape, device)
+        rows = {str(batch): fitting(with_batch, host, batch) or (None, None) for batch in batches}
+        found = figures[shape] = {
+            "seconds": {batch: seconds for batch, (seconds, _) in rows.items()},
+            "peak_gib": {batch: gib for batch, (_, gib) in rows.items()},
+            **ways(host, encoder),
+        }
+        del host
+        large = shape == "sdxl"
+        trainer = fitting(models.Trainer, shape, device, torch.bfloat16, 1 if large else 4, large)
+        trained = trainer and fitting(trainer.measure, RUNS)
+        found["tiles_an_hour"] = trained and trained["tiles_an_hour"]
+        del trainer
+        print(shape, found, flush=True)
+    clock = models.Clock(device)
+    clock(calibrate, encoder, Pictures() if cuda else list(Pictures())[:FOLDS], 2.0)
+    figures["calibration_seconds"] = clock.seconds
+    return figures
 
 
 SECTIONS = {"engine": engine, "cost": cost, "adapter": adapter, "training": training}
-SHAPES = {"cost": ["mini"], "training": list(UNETS)}
+SHAPES = {"cost": ["mini"], "training": list(models.UNETS)}
 
 
 def main(given: Sequence[str] | None = None) -> int:
@@ -317,27 +370,19 @@ def main(given: Sequence[str] | None = None) -> int:
     parser.add_argument("section", nargs="?", choices=SECTIONS, default="engine")
     parser.add_argument("--json", action="store_true", help="one last line of JSON")
     parser.add_argument("--runs", type=int, default=3)
-    parser.add_argument("--shapes", nargs="+", choices=("mini", TINY, *UNETS), help="cost (one), training, --gpu")
-    parser.add_argument("--batch", type=int, default=1, help="training")
-    parser.add_argument("--precision", choices=PRECISIONS, default="bf16", help="training")
-    parser.add_argument("--checkpointing", action="store_true", help="training")
+    shapes = ("mini", models.TINY, *models.UNETS)
+    parser.add_argument("--shapes", nargs="+", choices=shapes, help="cost (one), training, --gpu")
     parser.add_argument("--count", action="store_true", help="training: count operations, time nothing")
     parser.add_argument("--gpu", action="store_true", help="what a GPU decides, instead")
-    parser.add_argument("--device", default="cuda", help="--gpu: another device, to try it")
     arguments = parser.parse_args(given)
     if arguments.gpu:
-        from benchmarks.speed_gpu import gpu
-
-        figures = gpu(arguments.shapes or list(UNETS), arguments.device)
-        if figures is None:
-            print(f"{arguments.device}: there is no such device here", file=sys.stderr)
-            return 2
+        figures = gpu(arguments.shapes or list(models.UNETS))
     else:
         torch.set_num_threads(1)
         arguments.shapes = arguments.shapes or SHAPES.get(arguments.section)
         figures = SECTIONS[arguments.section](arguments)
-    if arguments.json:
-        print(json.dumps(rounded(figures)))
+    figures = json.loads(json.dumps(figures), parse_float=lambda number: round(float(number), 4))
+    print(json.dumps(figures, indent=None if arguments.json else 2))
     return 0
 
 

@@ -6,17 +6,16 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import evidence, evidence_plot, judging
-from benchmarks.arms import ADAPTER, ADAPTER_OTHER, ALL, BOTH, OTHER, PLAIN, ZERO, auc, interval, ratio_interval
-from benchmarks.evidence import UNTRAINED
+from benchmarks import arms, evidence, evidence_plot, judging
+from benchmarks.arms import ADAPTER, ADAPTER_OTHER, ALL, BOTH, ONE_HOT, OTHER, PLAIN, SHARP, UNTRAINED, ZERO
 from benchmarks.world import gates
-from benchmarks.world.guard import guard_auc
-from benchmarks.world.heads import calibrated_heads
+from benchmarks.world.gates import auc, guard_auc
 from benchmarks.world.host import SETTINGS
 from benchmarks.world.judges import NONE
-from benchmarks.world.scenes import NO_LABEL, repainted, scene, wrong_classes
+from benchmarks.world.scenes import NO_LABEL, SIDE, evaluation_scenes, repainted, scene
 from lib_dinotile import DinotileError
 from lib_dinotile.condition.heads import CalibratedHeads, FixedHeads
+from lib_dinotile.dino.calibrated import Store
 from lib_dinotile.settings import CALIBRATED, Settings
 
 
@@ -30,7 +29,7 @@ def test_scenes_are_the_same_by_seed_and_their_source_does_not_hold_the_texture(
     first, again = (scene(np.random.default_rng(3)) for _ in range(2))
     assert torch.equal(first.sharp, again.sharp) and (first.labels == again.labels).all()
     rng = np.random.default_rng(4)
-    wrong = repainted(rng, first, wrong_classes(rng, first))
+    wrong = repainted(rng, first)
     assert ((wrong.labels != first.labels) | (first.labels == NO_LABEL)).all()
     assert (wrong.sharp - first.sharp).abs().mean() > 0.05
     shrunk = [torch.nn.functional.avg_pool2d(each.sharp[None], 4) for each in (first, wrong)]
@@ -38,7 +37,7 @@ def test_scenes_are_the_same_by_seed_and_their_source_does_not_hold_the_texture(
 
 
 def test_the_judges_know_every_texture_and_the_lack_of_one(world):
-    for made in gates.evaluation_scenes(3, seed=5):
+    for made in evaluation_scenes(3, seed=5):
         known = made.labels != NO_LABEL
         for verdict in (world.judge.verdict(made.sharp), world.spectral.verdict(made.sharp)):
             assert (verdict == made.labels)[known].mean() > 0.97
@@ -51,38 +50,43 @@ def test_the_guard_prefers_the_true_texture(world):
     assert guard_auc(world.encoder, without, 4, seed=5) < 0.95
 
 
-def test_gates_are_cheap_to_check_and_hold():
-    figures = gates.cheap_gates(4, seed=5)
-    assert gates.holds({**figures, "told_rate": 0.05})
-    assert not gates.holds({**figures, "told_rate": 0.2})
+def test_gates_are_cheap_to_check_and_hold(world):
+    figures = gates.cheap_gates(world, 4, seed=5)
+    gates.check({**figures, "told_rate": 0.05})
+    with pytest.raises(DinotileError, match="a gate does not hold"):
+        gates.check({**figures, "told_rate": 0.2})
 
 
-def test_the_denoiser_draws_the_texture_that_it_is_told():
-    told, untold = (gates.painting_rates(1, each, 5, judging.QUICK)["rate"] for each in (True, False))
-    assert told < 0.1 and untold > 0.5
+def test_the_denoiser_draws_the_texture_that_it_is_told(world, found):
+    assert gates.told_rate(world, 1, seed=5) < 0.1 and found[PLAIN]["rate"].mean() > 0.5
 
 
 def test_the_world_has_the_default_settings_and_calibrated_heads(world):
     """But for the geometry, which the world dictates."""
     changed = {name for name in vars(SETTINGS) if getattr(SETTINGS, name) != getattr(Settings(), name)}
     assert changed == {"scale", "tile", "overlap", "batch", "patches"}
-    assert {row.heads for row in evidence.ROWS if row.name != evidence.TRAINED_HEADS} == {CALIBRATED}
+    assert {arm.heads for name, arm in arms.ARMS.items() if name != arms.TRAINED_HEADS} == {CALIBRATED}
     assert isinstance(world.heads[CALIBRATED], CalibratedHeads)
 
 
-def test_an_encoder_without_calibrated_heads_is_not_measured(world, tmp_path):
-    """Nor calibrated on the photographs that dinotile would take."""
-    with pytest.raises(DinotileError, match="train calibrated --encoder encoder"):
-        calibrated_heads(world.encoder, tmp_path)
-    assert not (tmp_path / "calibrated").exists()
+def test_a_new_encoder_is_calibrated_on_pictures_of_the_world(world, tmp_path, monkeypatch):
+    """Not on the photographs that dinotile would take."""
+    monkeypatch.setattr(judging, "CALIBRATION_PICTURES", 2)
+    given = []
+    monkeypatch.setattr(Store, "make", lambda store, encoder, scale, layers, pictures: given.extend(pictures))
+    judging.calibrated_heads(world.encoder)
+    assert not given
+    judging.calibrated_heads(world.encoder, tmp_path)
+    assert [picture.size for picture in given] == [(SIDE, SIDE)] * 2
 
 
 @pytest.fixture(scope="module")
 def found(world):
     """One image and one training only; `benchmarks/semantics.py --adapter` measures it properly."""
-    names = (PLAIN, BOTH, OTHER, ZERO, ADAPTER, ADAPTER_OTHER, UNTRAINED)
-    rows = [row for row in evidence.ROWS if row.name in names]
-    return evidence.collect(world, rows, 1, judging.TUNE_SEED, evidence.Adapters.load().first()).found
+    names = (PLAIN, BOTH, OTHER, ZERO, ADAPTER, ADAPTER_OTHER, UNTRAINED, SHARP, ONE_HOT)
+    adapters = evidence.read_adapters(evidence.ADAPTERS)
+    given = {name: adapters[name] for name in ("0", SHARP, ONE_HOT)}
+    return evidence.collect(world, names, 1, judging.TUNE_SEED, given).found
 
 
 def test_guidance_and_guard_bring_the_true_textures_back(found):
@@ -98,28 +102,29 @@ def test_a_trained_adapter_brings_the_true_textures_back(found):
     assert rates[ADAPTER_OTHER] > 0.9 * rates[PLAIN]
     assert found[ADAPTER_OTHER]["followed"].mean() > 0.5 > 0.3 > found[PLAIN]["followed"].mean()
     assert found[UNTRAINED]["same"].all() and not found[ADAPTER]["same"].any()
+    assert max(rates[SHARP], rates[ONE_HOT]) < 0.4 * rates[PLAIN]
 
 
 @pytest.fixture
 def measured():
     """Figures that meet all targets, as if they had been measured."""
-    good = {BOTH: 0.3, evidence.TRAINED_HEADS: 0.25, ADAPTER: 0.1, ALL: 0.05}
+    good = {BOTH: 0.3, arms.TRAINED_HEADS: 0.25, ADAPTER: 0.1, ALL: 0.05}
     found = {}
-    for row in evidence.ROWS:
-        size = (3 if row.adapter == evidence.TRAINED else 1, 4)
-        found[row.name] = {
-            "rate": np.full(size, good.get(row.name, 0.9)),
-            "spectral": np.full(size, good.get(row.name, 0.8)),
-            **dict.fromkeys(("garbage", "blank", "seconds"), np.zeros(size)),
-            "followed": np.full(size, 0.8 if "other" in row.name else 0.1),
-            "same": np.full(size, row.name in (PLAIN, ZERO, UNTRAINED)),
+    for name, arm in arms.ARMS.items():
+        size = (3 if arm.adapter == arms.TRAINED else 1, 4)
+        found[name] = {
+            "rate": np.full(size, good.get(name, 0.9)),
+            "spectral": np.full(size, good.get(name, 0.8)),
+            **dict.fromkeys(("garbage", "blank"), np.zeros(size)),
+            "followed": np.full(size, 0.8 if arm.other else 0.1),
+            "same": np.full(size, name in (PLAIN, ZERO, UNTRAINED)),
         }
     return evidence.Evidence(["0", "1", "2"], [None] * 4, found)
 
 
 def test_figures_say_how_they_were_measured(world, measured, monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(evidence, "collect", lambda *_, **__: measured)
-    _, figures = evidence.prove(world, evidence.Adapters(), 4, judging.REPORT_SEED, guard_auc=0.95)
+    _, figures = evidence.prove(world, {}, 4, judging.REPORT_SEED, guard_auc=0.95)
     assert (figures["settings"], figures["heads"], figures["encoder"]) == ("defaults", "calibrated", "encoder")
     assert figures["per_training"][ADAPTER] == {"0": 0.1, "1": 0.1, "2": 0.1}
     assert json.loads(json.dumps(figures)) == figures
@@ -136,7 +141,7 @@ def test_targets_are_told_from_the_figures(measured):
         figures = {**evidence.summary(measured), "guard_auc": auc}
         return [name for name, target in evidence.targets(figures, quick).items() if not target["met"]]
 
-    names = [target.name for target in evidence.TARGETS]
+    names = list(evidence.TARGETS)
     assert missed() == [] and missed(auc=0.8) == [names[4]]
     measured.found[BOTH]["rate"][:] = 0.5
     assert missed() == [names[0]] and missed(quick=True) == []
@@ -144,24 +149,24 @@ def test_targets_are_told_from_the_figures(measured):
     measured.found[ADAPTER_OTHER]["rate"][:] = 0.7
     measured.found[UNTRAINED]["same"][0, 2] = False
     assert missed(quick=True) == [names[place] for place in (5, 7, 11)]
-    for row in evidence.ROWS:
-        if row.adapter:
-            del measured.found[row.name]
+    for name, arm in arms.ARMS.items():
+        if arm.adapter:
+            del measured.found[name]
     assert missed(quick=True) == []
 
 
 def test_statistics():
     assert auc([np.array([3.0]), np.array([4.0])], [np.array([1.0, 2.0])]) == 1
     assert auc([np.arange(9.0)], [np.arange(9.0) + 20]) == 0 and auc([np.ones(3)], [np.ones(2)]) == 0.5
-    low, high = interval([0.2, 0.4, 0.6, 0.8])
+    low, high = arms.interval([0.2, 0.4, 0.6, 0.8])
     assert 0.2 <= low < 0.5 < high <= 0.8
-    low, high = ratio_interval([1.0, 2.0], [2.0, 4.0])
+    low, high = arms.ratio_interval([1.0, 2.0], [2.0, 4.0])
     assert low == high == 0.5
     # Trainings that differ make it wider, and it goes on being about the same images.
-    wide = interval([[0.1] * 4, [0.3] * 4, [0.5] * 4])
-    assert wide[0] < 0.2 and wide[1] > 0.4 and interval([[0.3] * 4] * 3) == pytest.approx((0.3, 0.3))
-    assert ratio_interval([[1.0, 2.0], [1.0, 2.0]], [[2.0, 4.0]]) == (0.5, 0.5)
+    wide = arms.interval([[0.1] * 4, [0.3] * 4, [0.5] * 4])
+    assert wide[0] < 0.2 and wide[1] > 0.4 and arms.interval([[0.3] * 4] * 3) == pytest.approx((0.3, 0.3))
+    assert arms.ratio_interval([[1.0, 2.0], [1.0, 2.0]], [[2.0, 4.0]]) == (0.5, 0.5)
     ranked = {arm: {"rate": [rate], "spectral": [rate / 2]} for arm, rate in zip("abcd", (0.9, 0.4, 0.6, 0.2))}
-    assert judging.agreement(ranked) == pytest.approx(1)
+    assert evidence.agreement(ranked) == pytest.approx(1)
     ranked["a"]["spectral"] = [0.05]
-    assert judging.agreement(ranked) < judging.AGREEMENT
+    assert evidence.agreement(ranked) < gates.GATES["agreement"][1]

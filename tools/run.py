@@ -69,7 +69,7 @@ class Environment:
     def _pip(self, *arguments: str, quiet: bool = True) -> bool:
         """Runs pip; whether it succeeded. It compiles nothing: most modules are never imported."""
         flags = ("--disable-pip-version-check", "install", "-qq", "--no-compile")
-        command = [self.python, "-m", "pip", *flags, *arguments]
+        command: list[str | Path] = [self.python, "-m", "pip", *flags, *arguments]
         return subprocess.run(command, cwd=ROOT, stderr=subprocess.DEVNULL if quiet else None).returncode == 0
 
     def _install_torch(self) -> None:
@@ -95,11 +95,12 @@ class Environment:
 def webui_python() -> str:
     """A Python for what the WebUIs pin: theirs, 3.10, from the PATH or pyenv, else this one if it is 3.11."""
     pyenv = Path(os.environ.get("PYENV_ROOT", Path.home() / ".pyenv"))
-    found = [sys.executable, shutil.which("python3.10"), *sorted(pyenv.glob("versions/3.10.*/bin/python3.10"))]
+    installed = map(str, sorted(pyenv.glob("versions/3.10.*/bin/python3.10")))
+    found = [sys.executable, shutil.which("python3.10"), *installed]
     for python in filter(None, found):
         told = subprocess.run([python, "-c", "import ensurepip, sys; print(sys.version_info[:2])"], capture_output=True)
         if told.stdout.strip() == b"(3, 10)":
-            return str(python)
+            return python
     if sys.version_info[:2] != (3, 11):
         fail("what the WebUIs pin needs Python 3.10 or 3.11: install one of them")
     return sys.executable

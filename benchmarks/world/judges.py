@@ -7,14 +7,13 @@ The classifier of windows says how much `WINDOW` px of the blurred picture tell 
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import numpy as np
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from benchmarks.world import WEIGHTS
 from benchmarks.world.scenes import NO_LABEL, PATCH, TEXTURE, Scene
 from benchmarks.world.textures import CLASSES, LOWEST
 
@@ -24,12 +23,21 @@ WINDOW = 2 * PATCH
 """Side of what the spectral judge and the classifier look at around the middle of each patch, in px."""
 
 
-def _load(model: nn.Module, file: Path) -> nn.Module:
-    model.load_state_dict({name: tensor.float() for name, tensor in load_file(file).items()})
-    return model.eval().requires_grad_(False)
+def read_tensors(name: str) -> dict[str, Tensor]:
+    """The weights in that file, in float32."""
+    return {key: tensor.float() for key, tensor in load_file(WEIGHTS / f"{name}.safetensors").items()}
 
 
-class Judge(nn.Sequential):
+class _Trained(nn.Sequential):
+    """A network with its weights."""
+
+    def __init__(self, name: str, *layers: nn.Module) -> None:
+        super().__init__(*layers)
+        self.load_state_dict(read_tensors(name))
+        self.eval().requires_grad_(False)
+
+
+class Judge(_Trained):
     """(n, 3, H, W) in 0..1 -> logits (n, CLASSES + 2, H / 16, W / 16); sees a patch and 6 px around it."""
 
     def __init__(self) -> None:
@@ -37,11 +45,7 @@ class Judge(nn.Sequential):
         widths, sides, strides = (3, 24, 48, 48, 96, 128, 128), (3, 3, 3, 3, 3, 2), (1, 2, 1, 2, 2, 2)
         for before, after, side, stride in zip(widths, widths[1:], sides, strides):
             layers += [nn.Conv2d(before, after, side, stride, int(side == 3)), nn.GELU()]
-        super().__init__(*layers, nn.Conv2d(128, CLASSES + 2, 1))
-
-    @classmethod
-    def load(cls, folder: Path) -> Judge:
-        return _load(cls(), folder / "judge.safetensors")
+        super().__init__("judge", *layers, nn.Conv2d(128, CLASSES + 2, 1))
 
     def forward(self, pixels: Tensor) -> Tensor:
         return super().forward(pixels * 4 - 2)
@@ -52,18 +56,15 @@ class Judge(nn.Sequential):
         return self(pixels[None]).argmax(1)[0].numpy()
 
 
-class WindowClassifier(nn.Sequential):
+class WindowClassifier(_Trained):
     """(n, 3, WINDOW, WINDOW) in 0..1 -> logits (n, CLASSES)."""
 
     def __init__(self) -> None:
         layers: list[nn.Module] = [nn.AvgPool2d(2)]  # a blurred picture has nothing finer
         for before, after, stride in ((3, 48, 1), (48, 64, 1), (64, 96, 2), (96, 128, 2)):
             layers += [nn.Conv2d(before, after, 3, stride, 1), nn.GELU()]
-        super().__init__(*layers, nn.Flatten(), nn.Linear(128 * 16, 128), nn.GELU(), nn.Linear(128, CLASSES))
-
-    @classmethod
-    def load(cls, folder: Path) -> WindowClassifier:
-        return _load(cls(), folder / "windows.safetensors")
+        last = nn.Linear(128 * 16, 128), nn.GELU(), nn.Linear(128, CLASSES)
+        super().__init__("windows", *layers, nn.Flatten(), *last)
 
     def forward(self, pixels: Tensor) -> Tensor:
         return super().forward((pixels - pixels.mean((2, 3), keepdim=True)) * 8)
@@ -104,11 +105,11 @@ def _spectra(pixels: Tensor) -> tuple[np.ndarray, np.ndarray]:
 
 
 class SpectralJudge:
-    """Names the texture of each patch."""
+    """Names the texture of each patch by linear discriminants of its spectrum."""
 
-    def __init__(self, means: np.ndarray, weights: np.ndarray, offsets: np.ndarray) -> None:
-        """means (F,): of all features; weights (CLASSES, F), offsets (CLASSES,): of the discriminants."""
-        self.means, self.weights, self.offsets = means, weights, offsets
+    def __init__(self) -> None:
+        tensors = read_tensors("spectral")
+        self.means, self.weights, self.offsets = (tensors[name].numpy() for name in ("means", "weights", "offsets"))
 
     def verdict(self, pixels: Tensor) -> np.ndarray:
         """(3, H, W) in 0..1 -> (H / 16, W / 16) int64: a class, or NONE with less than a quarter of the contrast."""
@@ -116,8 +117,3 @@ class SpectralJudge:
         named = ((features - self.means) @ self.weights.T + self.offsets).argmax(1)
         grid = pixels.shape[1] // PATCH, pixels.shape[2] // PATCH
         return np.where(contrast < TEXTURE / 4, NONE, named).reshape(grid)
-
-    @classmethod
-    def load(cls, folder: Path) -> SpectralJudge:
-        tensors = load_file(folder / "spectral.safetensors")
-        return cls(*(tensors[name].float().numpy() for name in ("means", "weights", "offsets")))

@@ -6,7 +6,9 @@ class, and here and there a mark, whose shape does. The texture itself is finer 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -14,6 +16,8 @@ from PIL import Image
 from torch import Tensor
 
 from benchmarks.world.textures import CLASSES, atlas
+from lib_dinotile.condition.conditioner import to_tensor
+from lib_dinotile.tiling.canvas import to_bytes
 
 SIDE, FACTOR, PATCH = 256, 4, 16
 """Of the canvas in px; how many times smaller the source is; the side of what has one label, in px."""
@@ -28,7 +32,7 @@ TEXTURE, MARK, SHADE = 0.10, 0.16, 0.02
 MARK_AREA = 5000
 """Canvas px for each mark, but every region has two, as far as there is room."""
 
-TRAIN_ATLAS, JUDGE_ATLAS, EVALUATION_ATLAS = 1, 2, 3
+TRAIN_ATLAS, EVALUATION_ATLAS = 1, 3
 
 
 @dataclass(frozen=True)
@@ -37,30 +41,31 @@ class Scene:
 
     sharp: Tensor
     """(3, SIDE, SIDE) float32 in 0..1, in steps of 1/255."""
-
     source: Tensor
     """(3, SIDE / 4, SIDE / 4), the same scale: all that an upscaler is given."""
-
     blurred: Tensor
     """(3, SIDE, SIDE): the source upscaled by Lanczos, what tiles start from."""
-
-    labels: np.ndarray
-    """(SIDE / PATCH, SIDE / PATCH) int64, NO_LABEL where classes meet."""
-
-    class_map: np.ndarray
-    """(SIDE, SIDE) int64."""
-
     classes: np.ndarray
     """(n,) int64: the class of each region."""
-
     regions: np.ndarray
     """(SIDE, SIDE) int64, the number of the region."""
-
     smooth: np.ndarray
     """(3, SIDE, SIDE) float32: colours, shading and marks without the texture."""
-
     tone: np.ndarray
     """(3, SIDE, SIDE) float32: what one deviation of texture adds."""
+
+    @property
+    def class_map(self) -> np.ndarray:
+        """(SIDE, SIDE) int64."""
+        return self.classes[self.regions]
+
+    @cached_property
+    def labels(self) -> np.ndarray:
+        """(SIDE / PATCH, SIDE / PATCH) int64, NO_LABEL where classes meet."""
+        n = SIDE // PATCH
+        blocks = self.class_map.reshape(n, PATCH, n, PATCH).transpose(0, 2, 1, 3).reshape(n, n, -1)
+        shares = np.stack([(blocks == label).mean(axis=2) for label in range(CLASSES)])
+        return np.where(shares.max(axis=0) >= PURE, shares.argmax(axis=0), NO_LABEL)
 
 
 def _mark(label: int, side: int) -> np.ndarray:
@@ -142,22 +147,9 @@ def _textured(rng: np.random.Generator, regions: np.ndarray, classes: np.ndarray
     return result
 
 
-def _patch_labels(class_map: np.ndarray) -> np.ndarray:
-    n = SIDE // PATCH
-    blocks = class_map.reshape(n, PATCH, n, PATCH).transpose(0, 2, 1, 3).reshape(n, n, -1)
-    shares = np.stack([(blocks == label).mean(axis=2) for label in range(CLASSES)])
-    return np.where(shares.max(axis=0) >= PURE, shares.argmax(axis=0), NO_LABEL)
-
-
-def downsampled(pixels: Tensor) -> tuple[Tensor, Tensor]:
-    """(3, SIDE, SIDE) in 0..1 -> the source, and the source upscaled again; both rounded to 8 bits, as files are."""
-    image = Image.fromarray((pixels.permute(1, 2, 0) * 255).round().to(torch.uint8).numpy())
-    small = image.resize((SIDE // FACTOR, SIDE // FACTOR), Image.Resampling.LANCZOS)
-    return _tensor(np.asarray(small)), _tensor(np.asarray(small.resize((SIDE, SIDE), Image.Resampling.LANCZOS)))
-
-
-def _tensor(pixels: np.ndarray) -> Tensor:
-    return torch.from_numpy(pixels.copy()).permute(2, 0, 1).float() / 255
+def as_image(pixels: Tensor) -> Image.Image:
+    """(3, H, W) in 0..1 -> RGB."""
+    return Image.fromarray(to_bytes(pixels).permute(1, 2, 0).numpy())
 
 
 def _sharp(smooth: np.ndarray, tone: np.ndarray, texture: np.ndarray) -> Tensor:
@@ -176,27 +168,29 @@ def scene(rng: np.random.Generator, seed: int = EVALUATION_ATLAS) -> Scene:
     smooth = bases[regions].transpose(2, 0, 1) + tone * (field - 0.03)
     tone = TEXTURE * tone
     sharp = _sharp(smooth, tone, _textured(rng, regions, classes, seed))
-    source, blurred = downsampled(sharp)
-    class_map = classes[regions]
-    return Scene(sharp, source, blurred, _patch_labels(class_map), class_map, classes, regions, smooth, tone)
+    source = as_image(sharp).resize((SIDE // FACTOR, SIDE // FACTOR), Image.Resampling.LANCZOS)
+    blurred = to_tensor(source.resize((SIDE, SIDE), Image.Resampling.LANCZOS))
+    return Scene(sharp, to_tensor(source), blurred, classes, regions, smooth, tone)
 
 
-def repainted(rng: np.random.Generator, truth: Scene, classes: np.ndarray, seed: int = EVALUATION_ATLAS) -> Scene:
-    """The same colours, shapes and marks with other micro-textures: `classes` has one for each region.
+def evaluation_scenes(count: int, seed: int) -> Iterator[Scene]:
+    """Fresh pictures; another seed, others."""
+    return (scene(np.random.default_rng((seed, number, 99))) for number in range(count))
+
+
+def repainted(rng: np.random.Generator, truth: Scene) -> Scene:
+    """The same colours, shapes and marks with the micro-texture of another class in every region.
 
     Downsampled it is the same but for what a level of 255 hides; `source` and `blurred` stay those of the truth.
     """
-    texture = _textured(rng, truth.regions, classes, seed)
-    class_map = classes[truth.regions]
-    return replace(
-        truth,
-        sharp=_sharp(truth.smooth, truth.tone, texture),
-        labels=_patch_labels(class_map),
-        class_map=class_map,
-        classes=classes,
-    )
+    classes = (truth.classes + rng.integers(1, CLASSES, size=len(truth.classes))) % CLASSES
+    texture = _textured(rng, truth.regions, classes, EVALUATION_ATLAS)
+    return replace(truth, sharp=_sharp(truth.smooth, truth.tone, texture), classes=classes)
 
 
-def wrong_classes(rng: np.random.Generator, truth: Scene) -> np.ndarray:
-    """(n,) int64: for each region another class than its own."""
-    return (truth.classes + rng.integers(1, CLASSES, size=len(truth.classes))) % CLASSES
+def repainted_scenes(count: int, seed: int) -> Iterator[tuple[Scene, Scene]]:
+    """Fresh pictures, and the same repainted."""
+    for number in range(count):
+        rng = np.random.default_rng((seed, number, 98))
+        truth = scene(rng)
+        yield truth, repainted(rng, truth)

@@ -16,18 +16,19 @@ LOWEST = 0.165
 """Cycles/px; half the sampling rate of a picture 4 times smaller is 0.125."""
 
 Painter = Callable[[np.random.Generator, int], np.ndarray]
+Gain = Callable[[np.ndarray, np.ndarray], np.ndarray]
 
 
-def _filtered(rng: np.random.Generator, side: int, gain: Callable[[np.ndarray, np.ndarray], np.ndarray]) -> np.ndarray:
-    """(side, side) Gaussian noise with the spectrum `gain(fy, fx)`, deviation 1; frequencies in cycles/px."""
-    fy, fx = np.meshgrid(np.fft.fftfreq(side), np.fft.rfftfreq(side), indexing="ij")
-    field = np.fft.irfft2(np.fft.rfft2(rng.normal(size=(side, side))) * gain(fy, fx), s=(side, side))
+def _filtered(field: np.ndarray, gain: Gain) -> np.ndarray:
+    """The field with its spectrum times `gain(fy, fx)`, frequencies in cycles/px; deviation 1."""
+    fy, fx = np.meshgrid(np.fft.fftfreq(field.shape[0]), np.fft.rfftfreq(field.shape[1]), indexing="ij")
+    field = np.fft.irfft2(np.fft.rfft2(field) * gain(fy, fx), s=field.shape)
     return field / field.std()
 
 
 def _smooth(rng: np.random.Generator, side: int, period: float) -> np.ndarray:
     """(side, side) noise without detail finer than about `period` px, deviation 1."""
-    return _filtered(rng, side, lambda fy, fx: np.exp(-0.5 * (np.hypot(fy, fx) * period) ** 2))
+    return _filtered(rng.normal(size=(side, side)), lambda fy, fx: np.exp(-0.5 * (np.hypot(fy, fx) * period) ** 2))
 
 
 def _strands(rng: np.random.Generator, side: int, angle: float, frequency: float, along: float) -> np.ndarray:
@@ -37,7 +38,7 @@ def _strands(rng: np.random.Generator, side: int, angle: float, frequency: float
         u, v = fx * np.cos(angle) + fy * np.sin(angle), fy * np.cos(angle) - fx * np.sin(angle)
         return np.exp(-0.5 * ((np.abs(v) - frequency) / 0.03) ** 2 - 0.5 * (u / along) ** 2)
 
-    return np.tanh(1.5 * _filtered(rng, side, gain))
+    return np.tanh(1.5 * _filtered(rng.normal(size=(side, side)), gain))
 
 
 def fur(rng: np.random.Generator, side: int) -> np.ndarray:
@@ -60,7 +61,9 @@ def leaves(rng: np.random.Generator, side: int) -> np.ndarray:
 
 def pebbles(rng: np.random.Generator, side: int) -> np.ndarray:
     """Round stones of 4 px with dark gaps."""
-    ring = _filtered(rng, side, lambda fy, fx: np.exp(-0.5 * ((np.hypot(fy, fx) - 0.225) / 0.02) ** 2))
+    ring = _filtered(
+        rng.normal(size=(side, side)), lambda fy, fx: np.exp(-0.5 * ((np.hypot(fy, fx) - 0.225) / 0.02) ** 2)
+    )
     return np.clip(ring, -1.5, 0.7)
 
 
@@ -86,7 +89,7 @@ def water(rng: np.random.Generator, side: int) -> np.ndarray:
 
 def sand(rng: np.random.Generator, side: int) -> np.ndarray:
     """Grains of 2 to 3 px."""
-    return _filtered(rng, side, lambda fy, fx: 1 / (1 + np.exp(-(np.hypot(fy, fx) - 0.36) / 0.02)))
+    return _filtered(rng.normal(size=(side, side)), lambda fy, fx: 1 / (1 + np.exp(-(np.hypot(fy, fx) - 0.36) / 0.02)))
 
 
 TEXTURES: dict[str, Painter] = {
@@ -98,10 +101,8 @@ CLASSES = len(TEXTURES)
 
 def _finish(field: np.ndarray) -> np.ndarray:
     """High-passed, deviation 1, nothing beyond 2.2."""
-    fy, fx = np.meshgrid(np.fft.fftfreq(field.shape[0]), np.fft.rfftfreq(field.shape[1]), indexing="ij")
-    kept = 1 / (1 + np.exp(-(np.maximum(np.abs(fy), fx) - LOWEST) / 0.004))
-    field = np.fft.irfft2(np.fft.rfft2(field) * kept, s=field.shape)
-    return np.clip(field / field.std(), -2.2, 2.2).astype(np.float32)
+    kept = _filtered(field, lambda fy, fx: 1 / (1 + np.exp(-(np.maximum(np.abs(fy), fx) - LOWEST) / 0.004)))
+    return np.clip(kept, -2.2, 2.2).astype(np.float32)
 
 
 @lru_cache(maxsize=4)

@@ -7,7 +7,7 @@ those of the blurred one that it was made from even where both show the same. Ho
 - else by a rehearsal with this very source: it is shrunk by the scale once more, and how far the source looks from that
   is how far a true result may look from the source. A patch is in doubt only if it is also that much farther away than
   the plain enlarged source at its place, seen in the same way. (Of the plain source beside itself alone little can be
-  learned: it is blurred on both sides. benchmarks/features.py shows both.)
+  learned: it is blurred on both sides.)
 
 What a model invents covers more than a patch: single patches are no doubt.
 """

@@ -240,7 +240,7 @@ class Pool:
         height, width = image.shape[:2]
         shrink = 1.0 if rng.random() < 0.6 else rng.uniform(1.0, widest)
         side = min(round(size * shrink), height, width)
-        best, best_score = None, -1.0
+        best, best_score = image, -1.0
         for _ in range(tries if rng.random() < 0.75 else 1):
             top, left = rng.integers(height - side + 1), rng.integers(width - side + 1)
             square = image[top : top + side, left : left + side]
@@ -250,7 +250,7 @@ class Pool:
                 best, best_score = square, score
         if side != size:
             best = np.asarray(Image.fromarray(best).resize((size, size), Image.Resampling.LANCZOS))
-        return jitter(rng, np.rot90(best, rng.integers(4))[:, :: rng.choice((-1, 1))])
+        return jitter(rng, np.rot90(best, int(rng.integers(4)))[:, :: rng.choice((-1, 1))])
 
 
 def jitter(rng: np.random.Generator, image: np.ndarray) -> np.ndarray:
