@@ -202,6 +202,9 @@ def main() -> None:
     arguments = parser.parse_args()
 
     webui = client.WebUI(arguments.webui)
+    there = map(str.lower, webui.get("sdapi/v1/scripts").json()["img2img"])
+    if missing := {client.SCRIPT, ULTIMATE, TILED}.difference(there):
+        sys.exit(f"{arguments.webui}: not installed there: {', '.join(sorted(missing))}")
     common = {"steps": arguments.steps, "denoising_strength": arguments.denoise}
     figures: dict[str, float] = {}
 
