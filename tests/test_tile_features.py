@@ -206,6 +206,21 @@ def test_every_tile_is_guided_for_itself_whatever_the_batch_and_whichever_are_ch
     assert torch.allclose(some, together[[3, 1]], atol=1e-5)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_guidance_computes_in_float32_and_returns_what_it_was_given(dtype):
+    source, wrong = random_image(*SIZE), Canvas(random_image(*SIZE, seed=5), PLAN)
+    canvas, tiles = Canvas(source, PLAN), PLAN.tiles[:2]
+    x0 = latents(torch.stack([wrong.source(tile) for tile in tiles])).to(dtype)
+
+    def moved(x0):
+        return guidance(source).of(canvas, tiles, lambda tile: latents(canvas.source(tile)[None])[0].to(dtype))(
+            x0, 0, 4
+        )
+
+    half, full = moved(x0), moved(x0.float())
+    assert half.dtype == dtype and torch.equal(half, full.to(dtype)) and not torch.equal(half, x0)
+
+
 @pytest.mark.parametrize(
     "values, steps",
     [

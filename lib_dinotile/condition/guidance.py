@@ -113,10 +113,11 @@ class Guide:
             if not known.any():
                 return None
         with torch.no_grad():
-            start = torch.stack([self._source(tile) for tile in tiles]).to(x0.device).float()
-            length = LENGTH * (1 - step / max(total, 1)) * guidance.strength * _rms(x0.float() - start)
-            moved = x0.float() - self._step(gradient, tiles, length)
-            return torch.where(moved.isfinite(), moved, x0.float()).to(x0.dtype)
+            before = x0.float()
+            start = torch.stack([self._source(tile) for tile in tiles]).to(before)
+            length = LENGTH * (1 - step / max(total, 1)) * guidance.strength * _rms(before - start)
+            moved = before - self._step(gradient, tiles, length)
+            return torch.where(moved.isfinite(), moved, before).to(x0.dtype)
 
     def _step(self, gradient: Tensor, tiles: Sequence[Rect], length: Tensor) -> Tensor:
         """The step that x0 is moved by, (k, C, h, w); length (k, 1, 1, 1): its root mean square, where it is worth
@@ -133,7 +134,7 @@ class Guide:
         direction = current.clone()
         for number, tile in enumerate(tiles):
             if tile in self._directions:
-                direction[number] += MOMENTUM * self._directions[tile].to(gradient)
+                direction[number] += MOMENTUM * self._directions[tile]
             self._directions[tile] = direction[number].clone()
         step = _unit(direction) * length
         if self._guidance.distance == SELF_SIMILARITY:
