@@ -19,7 +19,7 @@ from lib_dinotile import DinotileError
 from lib_dinotile import __main__ as cli
 from lib_dinotile.condition.adapter import Adapter, AdapterConfig
 from lib_dinotile.condition.adapter_file import load_adapter, save_adapter
-from lib_dinotile.condition.conditioner import Conditioner, installed_weights
+from lib_dinotile.condition.conditioner import MINI, Conditioner, installed_weights
 from lib_dinotile.condition.description import describe
 from lib_dinotile.dino.checkpoint import read_checkpoint
 from lib_dinotile.dino.encoder import BUILT_IN, KNOWN, installed, load_encoder
@@ -225,6 +225,9 @@ def _read(*paths: Path) -> int:
     """Prints the line that refuses each, and how many megabytes more than before it took to say all of them."""
     import resource
 
+    read_checkpoint(MINI / "encoder")  # what there is of the libraries is in memory then
+    for read in (load_adapter, describe):
+        read(MINI / "adapter.safetensors")
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     for path in paths:
         reads = [read_checkpoint] if path.is_dir() else [load_adapter, _load_heads, describe]
