@@ -148,8 +148,11 @@ class Models:
         mask = {"mask": MASK, "fill": fill} if cell.flow == "mask" else {}
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(module, "_taesd", lambda base, download: copy.deepcopy(self._taesd) if download else None)
-            conditioner = Conditioner.load(settings, host, self.adapters, self._folder / "encoders", self.heads)
+            conditioner = self.conditioner(settings, host)
             return upscale(host, source, settings, NoiseField(1, host.channels), conditioner, **mask)
+
+    def conditioner(self, settings: Settings, host: DiffusersHost) -> Conditioner | None:
+        return Conditioner.load(settings, host, self.adapters, self._folder / "encoders", self.heads)
 
     def settings(self, cell: Cell, **more: Any) -> Settings:
         quiet = {"guidance": 0.0, "guidance_end": 1.0, "guard": "off", "encoder": "tiny", "patches": 12}

@@ -8,11 +8,13 @@ import numpy as np
 import pytest
 import torch
 
+from lib_dinotile.condition.adapter_file import load_adapter, save_adapter
 from lib_dinotile.condition.guard import Guard
 from lib_dinotile.condition.guidance import Guide
 from lib_dinotile.dino import encoder
 from lib_dinotile.dino.calibration import calibrate
 from lib_dinotile.dino.encoder import load_encoder
+from lib_dinotile.dino.head import load_heads, save_heads
 from lib_dinotile.engine import memory
 from lib_dinotile.engine.flow import UnfinishedError
 from lib_dinotile.engine.host import Interrupted
@@ -22,7 +24,7 @@ from lib_dinotile.engine.retry import Change
 from lib_dinotile.engine.team import Processes
 from tests import accelerator
 from tests.accelerator import DEVICE
-from tests.device_matrix import CONDITIONS, ENCODER, FLOWS, Cell, cells, models, pixels  # noqa: F401
+from tests.device_matrix import CONDITIONS, ENCODER, FLOWS, PRECISIONS, Cell, cells, models, pixels  # noqa: F401
 from tests.test_encoder import write_checkpoint
 from tests.test_tiling import random_image
 
@@ -37,6 +39,26 @@ CPU = torch.device("cpu")
 @pytest.mark.parametrize("cell", cells(), ids=str)
 def test_every_cell_of_the_matrix_is_what_it_is_on_the_cpu(models, cell):  # noqa: F811
     models.check(cell, models.run(cell, DEVICE))
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_encoder_and_adapter_compute_on_the_device_in_its_precision(models, precision):  # noqa: F811
+    """On the CPU they would give the same image, slowly."""
+    cell = Cell("sd15", precision, "all", "chess")
+    conditioner = models.conditioner(models.settings(cell), models.host(cell.pipeline, precision, DEVICE))
+    for part in (conditioner.encoder, conditioner._adapter):
+        assert {(each.device, each.dtype) for each in part.parameters()} == {(DEVICE, PRECISIONS[precision])}
+
+
+def test_what_is_saved_was_brought_to_the_cpu(models, tmp_path):  # noqa: F811
+    there, back = load_adapter(models.adapters["sd15"], DEVICE, torch.float16), tmp_path / "adapter.safetensors"
+    save_adapter(there, back, torch.float32)
+    for name, weight in load_adapter(back).state_dict().items():
+        assert torch.equal(weight, there.state_dict()[name].cpu().float())
+    heads = load_heads(models.heads["sharp"], "tiny", ENCODER.hidden_size, DEVICE)
+    save_heads(heads, tmp_path / "heads.safetensors", "tiny")
+    for layer, head in load_heads(tmp_path / "heads.safetensors", "tiny", ENCODER.hidden_size).items():
+        assert torch.equal(head.outer.weight, heads[layer].outer.weight.cpu())
 
 
 def test_every_condition_and_every_flow_makes_another_image(models):  # noqa: F811

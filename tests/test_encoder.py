@@ -193,6 +193,8 @@ def test_position_embeddings_keep_their_place_whatever_the_grid():
         interpolate_positions(torch.randn(1, 1024, 4), (4, 4), antialias).std() for antialias in (True, False)
     )
     assert smooth < 0.5 * sharp
+    half = torch.randn(1, 16, 4).half()
+    assert torch.equal(interpolate_positions(half, (6, 5), True), interpolate_positions(half.float(), (6, 5), True))
 
 
 # How it can be used ------------------------------------------------------------------------------------------------

@@ -147,7 +147,7 @@ class Guide:
         """Summed over patches and tiles, which do not see each other: each has its own gradient."""
         tile_features, views = self._guidance.tile_features, self._guidance.views
         measure = _patches if self._guidance.distance == PATCHES else _self_similarity
-        pixels, total = self._guidance.decode(x).to(tile_features.encoder.device).float(), 0.0
+        pixels, total = self._guidance.decode(x), 0.0
         for view in range(step * views, (step + 1) * views):
             shifted = tile_features.shifted(*(view * share % 1 for share in SPREAD))
             with torch.no_grad():

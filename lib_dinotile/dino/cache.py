@@ -100,5 +100,4 @@ class FeatureCache:
 
 def _digest(image: Tensor) -> tuple[object, ...]:
     """An image's key: the SHA-256 of its values, and its shape."""
-    values = image.detach().float().cpu().contiguous()
-    return hashlib.sha256(values.numpy().tobytes()).hexdigest(), tuple(image.shape)
+    return hashlib.sha256(image.contiguous().numpy().tobytes()).hexdigest(), tuple(image.shape)

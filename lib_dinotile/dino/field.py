@@ -49,13 +49,13 @@ def _sample(field: Tensor, dim: int, start: int, length: int, count: int, canvas
     """`field` along `dim`, at `count` cells over the pixels [start, start + length) of a canvas of that many pixels."""
     cells = field.shape[dim]
     # Whole numbers up to the one division: what two tiles share, they get to the bit, and the field itself unchanged.
-    centres = (torch.arange(count, dtype=torch.int64) * 2 + 1) * length + 2 * count * start
+    centres = (torch.arange(count) * 2 + 1) * length + 2 * count * start
     position = (centres * cells).double() / (2 * count * canvas) - 0.5
     ratio = length * cells / (count * canvas)
     # A cell of the field is one cell wide already; a box of this width makes it `ratio` wide (variances add up).
     box = math.sqrt(max(0.0, ratio**2 - 1))
     shape = [-1 if d == dim else 1 for d in range(3)]
-    sampled = torch.zeros((), dtype=field.dtype, device=field.device)
+    sampled = torch.zeros(())
     for offset in range(-math.ceil(box / 2), math.ceil(box / 2) + 2):
         index = position.floor() + offset
         taken = field.index_select(dim, index.clamp(0, cells - 1).long().to(field.device))
