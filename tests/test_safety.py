@@ -6,6 +6,7 @@ import ast
 import dataclasses
 import json
 import os
+import subprocess
 import sys
 import types
 from collections.abc import Iterator
@@ -19,15 +20,13 @@ from lib_dinotile import DinotileError
 from lib_dinotile import __main__ as cli
 from lib_dinotile.condition.adapter import Adapter, AdapterConfig
 from lib_dinotile.condition.adapter_file import load_adapter, save_adapter
-from lib_dinotile.condition.conditioner import MINI, Conditioner, installed_weights
-from lib_dinotile.condition.description import describe
+from lib_dinotile.condition.conditioner import Conditioner, installed_weights
 from lib_dinotile.dino.checkpoint import read_checkpoint
 from lib_dinotile.dino.encoder import BUILT_IN, KNOWN, installed, load_encoder
 from lib_dinotile.dino.head import RestorationHead, load_heads, save_heads
 from lib_dinotile.engine.host import check_name
 from lib_dinotile.settings import Settings
 from lib_dinotile.weights import MAX_HEADER
-from tests.processes import Running
 from tests.test_adapter import SMALL
 from tests.test_encoder import backend, timm, transformers, write_checkpoint  # noqa: F401
 
@@ -217,27 +216,25 @@ def test_a_file_that_is_not_whole_is_one_line(tmp_path, capsys, kind):
     refused(error.value)
 
 
-def _load_heads(path: Path) -> Any:
-    return load_heads(path, BUILT_IN, 192)
+MEASURE = """
+import resource, sys
+from pathlib import Path
+from lib_dinotile import DinotileError
+from lib_dinotile.condition.adapter_file import load_adapter
+from lib_dinotile.dino.checkpoint import read_checkpoint
+from lib_dinotile.dino.head import load_heads
+from lib_dinotile.condition.description import describe
 
-
-def _read(*paths: Path) -> int:
-    """Prints the line that refuses each, and how many megabytes more than before it took to say all of them."""
-    import resource
-
-    read_checkpoint(MINI / "encoder")  # what there is of the libraries is in memory then
-    for read in (load_adapter, describe):
-        read(MINI / "adapter.safetensors")
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    for path in paths:
-        reads = [read_checkpoint] if path.is_dir() else [load_adapter, _load_heads, describe]
-        for read in reads:
-            try:
-                print(f"{path.name} is read:", read(path))
-            except DinotileError as error:
-                print(error)
-    print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) >> 10)
-    return 0
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+for path in map(Path, sys.argv[1:]):
+    reads = [read_checkpoint] if path.is_dir() else [load_adapter, lambda path: load_heads(path, "mini", 192), describe]
+    for read in reads:
+        try:
+            print(f"{path.name} is read:", read(path))
+        except DinotileError as error:
+            print(error)
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) >> 10)
+"""
 
 
 def refusals(*paths: Path) -> tuple[list[str], int]:
@@ -245,9 +242,10 @@ def refusals(*paths: Path) -> tuple[list[str], int]:
     `info`; and how many megabytes more than before it took to say all of them."""
     if not sys.platform.startswith("linux"):
         pytest.skip("the peak of the memory is counted in another unit")
-    done = Running(_read, *paths).wait()
-    assert done.returncode == 0, done.stderr
-    *lines, peak = done.stdout.splitlines()
+    command = [sys.executable, "-c", MEASURE, *map(str, paths)]
+    run = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert run.returncode == 0, run.stderr
+    *lines, peak = run.stdout.splitlines()
     return lines, int(peak)
 
 
