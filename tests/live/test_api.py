@@ -369,6 +369,9 @@ LOOKING: dict[str, tuple[dict[str, Any], str]] = {
 @pytest.mark.parametrize("route", QUESTIONS)
 @pytest.mark.parametrize("image, line", IMAGES.values(), ids=IMAGES.keys())
 def test_images_that_are_none(webui: WebUI, route: str, image, line: str):
+    if (route, image) == ("plan", IMAGES["claims more than it holds"][0]):
+        assert webui.dinotile(route, {"image": image}).json()["width"] == 6000  # it only reads the size
+        return
     found = refused(webui, route, {"image": image})
     assert re.fullmatch(line, found), found
 
