@@ -12,6 +12,7 @@ from lib_dinotile.condition.adapter_file import load_adapter, save_adapter
 from lib_dinotile.condition.guard import Guard
 from lib_dinotile.condition.guidance import Guide
 from lib_dinotile.dino import encoder
+from lib_dinotile.dino.cache import FeatureCache
 from lib_dinotile.dino.calibration import calibrate
 from lib_dinotile.dino.encoder import load_encoder
 from lib_dinotile.dino.head import load_heads, save_heads
@@ -48,6 +49,12 @@ def test_encoder_and_adapter_compute_on_the_device_in_its_precision(models, prec
     conditioner = models.conditioner(models.settings(cell), models.host(cell.pipeline, precision, DEVICE))
     for part in (conditioner.encoder, conditioner._adapter):
         assert {(each.device, each.dtype) for each in part.parameters()} == {(DEVICE, PRECISIONS[precision])}
+
+
+def test_features_are_remembered_in_main_memory():
+    cache = FeatureCache()
+    cache.field(load_encoder("mini", device=DEVICE), torch.rand(3, 32, 32), (64, 64), 4)
+    assert [features.device for features in cache._kept.values()] == [CPU]
 
 
 def test_what_is_saved_was_brought_to_the_cpu(models, tmp_path):  # noqa: F811

@@ -114,7 +114,7 @@ class Guide:
                 return None
         with torch.no_grad():
             before = x0.float()
-            start = torch.stack([self._source(tile) for tile in tiles]).to(before)
+            start = torch.stack([self._source(tile) for tile in tiles])
             length = LENGTH * (1 - step / max(total, 1)) * guidance.strength * _rms(before - start)
             moved = before - self._step(gradient, tiles, length)
             return torch.where(moved.isfinite(), moved, before).to(x0.dtype)

@@ -134,7 +134,7 @@ def load_heads(
             with torch.inference_mode(False), torch.random.fork_rng(devices=[]):
                 for layer in layers:
                     head = RestorationHead(features, hidden)
-                    head.load_state_dict({name: file.get_tensor(f"heads.{layer}.{name}").float() for name in wanted})
+                    head.load_state_dict({name: file.get_tensor(f"heads.{layer}.{name}") for name in wanted})
                     heads[layer] = head.to(device).eval().requires_grad_(False)
             return heads
     except DinotileError:
