@@ -33,6 +33,7 @@ from lib_dinotile.condition.conditioner import Conditioner
 from lib_dinotile.dino.checkpoint import Architecture
 from lib_dinotile.dino.head import RestorationHead, save_heads
 from lib_dinotile.engine.flow import Result, upscale
+from lib_dinotile.engine.team import Team
 from lib_dinotile.hosts import diffusers as module
 from lib_dinotile.hosts.diffusers import DiffusersHost, load_host
 from lib_dinotile.settings import Generation, Settings
@@ -141,7 +142,9 @@ class Models:
             tiny = AutoencoderTiny(**four, num_encoder_blocks=(1,) * 4, num_decoder_blocks=(1,) * 4)
         return tiny.eval().requires_grad_(False)
 
-    def run(self, cell: Cell, device: torch.device, source: Image.Image = SOURCE, **more: Any) -> Result:
+    def run(
+        self, cell: Cell, device: torch.device, source: Image.Image = SOURCE, team: Team | None = None, **more: Any
+    ) -> Result:
         """The engine's result; more: other settings."""
         host = self.host(cell.pipeline, cell.precision, device)
         settings = self.settings(cell, **more)
@@ -149,7 +152,7 @@ class Models:
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(module, "_taesd", lambda base, download: copy.deepcopy(self._taesd) if download else None)
             conditioner = self.conditioner(settings, host)
-            return upscale(host, source, settings, NoiseField(1, host.channels), conditioner, **mask)
+            return upscale(host, source, settings, NoiseField(1, host.channels), conditioner, team=team, **mask)
 
     def conditioner(self, settings: Settings, host: DiffusersHost) -> Conditioner | None:
         return Conditioner.load(settings, host, self.adapters, self._folder / "encoders", self.heads)

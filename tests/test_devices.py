@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from accelerate.utils import send_to_device
 
 from lib_dinotile.condition.adapter_file import load_adapter, save_adapter
 from lib_dinotile.condition.guard import Guard
@@ -21,8 +22,9 @@ from lib_dinotile.engine.flow import UnfinishedError
 from lib_dinotile.engine.host import Interrupted
 from lib_dinotile.engine.memory import OutOfMemoryError
 from lib_dinotile.engine.painter import PaintedBatch, PaintedTile
+from lib_dinotile.engine.prediction import KINDS, coefficients, from_x0, timestep_to_sigma, to_x0
 from lib_dinotile.engine.retry import Change
-from lib_dinotile.engine.team import Processes
+from lib_dinotile.engine.team import Processes, Team
 from tests import accelerator
 from tests.accelerator import DEVICE
 from tests.device_matrix import CONDITIONS, ENCODER, FLOWS, PRECISIONS, Cell, cells, models, pixels  # noqa: F401
@@ -77,6 +79,20 @@ def test_every_condition_and_every_flow_makes_another_image(models):  # noqa: F8
     plain = image("plain", "chess")
     others = [(condition, "chess") for condition in CONDITIONS] + [("plain", flow) for flow in FLOWS]
     assert [other for other in others if abs(image(*other) - plain).mean() <= 1] == [("plain", "chess")] * 2
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_diffusion_maths_take_their_operands_from_anywhere(kind):
+    x, given = torch.randn(2, 2, 4, 3, 5).to(DEVICE, torch.float16)
+    with accelerator.lacking("float64"):
+        alphas = torch.linspace(0.9, 0.1, 10)
+        for place in (CPU, DEVICE):
+            alpha, sigma = coefficients(alphas.to(place), torch.tensor([3, 7], device=DEVICE))
+            assert alpha.device == sigma.device == DEVICE
+            assert timestep_to_sigma(alphas.to(place), 3.5) == timestep_to_sigma(alphas, 3.5)
+        for function in (to_x0, from_x0):
+            here, there = (function(x, given.to(place), alpha.to(place), sigma, kind) for place in (CPU, DEVICE))
+            assert here.device == there.device == DEVICE and torch.equal(here.cpu(), there.cpu())
 
 
 # Memory ---------------------------------------------------------------------------------------------------------------
@@ -268,6 +284,18 @@ def test_nothing_stays_on_the_device(models, flow, outcome, counting_only, monke
     assert run() is expected
     assert accelerator.alive() == there
     assert accelerator.alive_bytes() == before
+
+
+@pytest.mark.parametrize("flow", FLOWS)
+def test_what_comes_back_from_other_processes_goes_on_on_the_device(models, flow):  # noqa: F811
+    """It comes by way of the CPU."""
+
+    class Apart(Team):
+        def gather(self, mine):
+            return [send_to_device(mine, "cpu")]
+
+    cell = Cell("sd15", "fp16", "all", flow)
+    assert (pixels(models.run(cell, DEVICE, team=Apart())) == pixels(models.run(cell, DEVICE))).all()
 
 
 def test_what_processes_tell_each_other_goes_by_way_of_the_cpu(monkeypatch):
