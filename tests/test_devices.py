@@ -286,7 +286,7 @@ def test_nothing_stays_on_the_device(models, flow, outcome, counting_only, monke
     assert accelerator.alive_bytes() == before
 
 
-@pytest.mark.parametrize("flow", FLOWS)
+@pytest.mark.parametrize("flow", ["chess", "fused", "seams"])
 def test_what_comes_back_from_other_processes_goes_on_on_the_device(models, flow):  # noqa: F811
     """It comes by way of the CPU."""
 
@@ -295,7 +295,7 @@ def test_what_comes_back_from_other_processes_goes_on_on_the_device(models, flow
             return [send_to_device(mine, "cpu")]
 
     cell = Cell("sd15", "fp16", "all", flow)
-    assert (pixels(models.run(cell, DEVICE, team=Apart())) == pixels(models.run(cell, DEVICE))).all()
+    models.check(cell, models.run(cell, DEVICE, team=Apart()))
 
 
 def test_what_processes_tell_each_other_goes_by_way_of_the_cpu(monkeypatch):

@@ -149,8 +149,7 @@ def adapters(model):
     return Adapter(config), random_adapter(config)
 
 
-@pytest.mark.parametrize("family", ["sd15", "sdxl"])
-@pytest.mark.parametrize("cfg", [1.0, 5.0])
+@pytest.mark.parametrize("family, cfg", [("sd15", 1.0), ("sdxl", 5.0)])
 def test_untrained_adapter_changes_no_bit_and_a_random_one_conditions_every_tile_by_its_own(family, cfg, request):
     model = request.getfixturevalue(family)
     untrained, random = adapters(model)

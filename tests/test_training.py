@@ -221,8 +221,7 @@ def test_two_processes_make_the_same_steps_as_one_with_twice_the_batches(photos:
     assert all(torch.allclose(made[name].float(), again[name].float(), atol=1e-4) for name in made)
 
 
-@pytest.mark.parametrize("family", ["sd15", "sdxl"])
-@pytest.mark.parametrize("kind", ["epsilon", "v_prediction"])
+@pytest.mark.parametrize("family, kind", [("sd15", "v_prediction"), ("sdxl", "epsilon")])
 def test_stable_diffusion_of_both_families_and_predictions(
     family: str, kind: str, photos: Path, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
