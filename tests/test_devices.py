@@ -81,6 +81,16 @@ def test_every_condition_and_every_flow_makes_another_image(models):  # noqa: F8
     assert [other for other in others if abs(image(*other) - plain).mean() <= 1] == [("plain", "chess")] * 2
 
 
+@pytest.mark.parametrize("flow", ["chess", "fused"])
+def test_a_vae_may_leave_its_latents_on_the_cpu(models, flow, monkeypatch):  # noqa: F811
+    """As one does that a WebUI moves back and forth."""
+    cell = Cell("sd15", "fp16", "guidance", flow)
+    host = models.host(cell.pipeline, cell.precision, DEVICE)
+    encode = host.encode
+    monkeypatch.setattr(host, "encode", lambda pixels: encode(pixels).cpu())
+    models.check(cell, models.run(cell, DEVICE))
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_diffusion_maths_take_their_operands_from_anywhere(kind):
     x, given = torch.randn(2, 2, 4, 3, 5).to(DEVICE, torch.float16)

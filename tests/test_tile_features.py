@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from lib_dinotile.condition import guard as guards
+from lib_dinotile.condition.conditioner import to_tensor as image_to_tensor
 from lib_dinotile.condition.guard import Floor, Guard, rehearsal_size, rehearse
 from lib_dinotile.condition.guidance import LENGTH, Guidance
 from lib_dinotile.dino.encoder import load_encoder
@@ -400,3 +401,15 @@ def test_a_rehearsal_tells_how_much_sharpness_changes():
         return sum(shares) / len(shares)
 
     assert doubted(sharp) < 0.02 < 0.1 < doubted(turned)
+
+
+def test_pixels_are_float32_whatever_torchs_default_is():
+    source = random_image(*SIZE)
+    canvas = Canvas(source, PLAN, mask=Image.new("L", SIZE, 128))
+    preview = canvas.preview(64)
+    torch.set_default_dtype(torch.float16)
+    try:
+        assert image_to_tensor(source).dtype == torch.float32
+        assert canvas.preview(64).tobytes() == preview.tobytes()
+    finally:
+        torch.set_default_dtype(torch.float32)

@@ -352,4 +352,4 @@ def _encoder_for(
 
 def to_tensor(image: Image.Image) -> Tensor:
     """(3, H, W) in [0, 1] of an RGB image."""
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1) / 255
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 255

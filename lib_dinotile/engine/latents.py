@@ -66,7 +66,8 @@ def _encode(host: Host, canvas: Canvas, size: PieceSize, note: Callable[[str], N
                 note(f"the VAE returned NaN for {place}")
             elif latents is not first:
                 note(f"{place} was encoded again in full precision: the VAE returned NaN")
-            return latents[0].to(first)
+            # A WebUI may keep what its VAE gives on another device.
+            return latents[0].to(pixels.device, first.dtype)
         del pixels
         host.free_memory()
     return SourceLatents(host, canvas, piece, size, note).crop(piece)

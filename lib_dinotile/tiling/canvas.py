@@ -180,9 +180,9 @@ class Canvas:
         width, height = self._size
         step = max(1, -(-max(width, height) // side))
         index = (slice(None), slice(0, height, step), slice(0, width, step))
-        pixels = self._base[index] / 255 + self._change[index]
+        pixels = self._base[index].float() / 255 + self._change[index]
         if self._mask is not None and self._original is not None:
-            pixels = torch.lerp(self._original[index] / 255, pixels, self._mask[index] / 255)
+            pixels = torch.lerp(self._original[index].float() / 255, pixels, self._mask[index].float() / 255)
         return Image.fromarray(to_bytes(pixels.clamp(0, 1)).permute(1, 2, 0).contiguous().numpy())
 
 
