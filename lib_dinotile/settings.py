@@ -37,8 +37,8 @@ AUTO = "auto"
 CALIBRATED = "calibrated"
 """The choice that stands for the restoration heads that dinotile makes for an encoder by itself."""
 
-TAESD, APPROXIMATE, FULL_VAE = "TAESD", "approximate", "full VAE"
-DECODERS = (AUTOMATIC, TAESD, APPROXIMATE, FULL_VAE)
+TAESD, APPROXIMATE, LINEAR, FULL_VAE = "TAESD", "approximate", "linear", "full VAE"
+DECODERS = (AUTOMATIC, TAESD, APPROXIMATE, LINEAR, FULL_VAE)
 PREDICTIONS = (AUTOMATIC, "epsilon", "v_prediction")
 PRECISIONS = (AUTO, "fp32", "fp16", "bf16")
 OFF, REPORT, BLEND, RETRY = "off", "report", "blend back", "retry"
@@ -327,8 +327,7 @@ class Settings(Options):
     decoder: str = option(
         AUTOMATIC,
         "Guidance decoder",
-        "What guidance sees the unfinished picture through. Automatic: TAESD if it is there, else the approximate "
-        "decoder, else the full VAE.",
+        "What guidance sees the unfinished picture through. Automatic: the first of them that needs no download.",
         choices=DECODERS,
         infotext="DINO Tile guidance decoder",
         only_with=_guided,

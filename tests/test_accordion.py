@@ -78,7 +78,7 @@ def test_lists_begin_with_what_is_always_there(accordion):
     assert accordion.adapter_choices() == [NONE]
     assert accordion.head_choices() == [AUTOMATIC, NONE, CALIBRATED]
     assert accordion.encoder_choices()[:2] == [AUTOMATIC, "mini"]
-    assert accordion.upscaler_choices() == ["None", "Lanczos"]
+    assert accordion.CHOICES["upscaler"]() == ["None", "Lanczos", "Nearest"]
 
 
 def of_images(*texts: str | None) -> str:

@@ -1,79 +1,123 @@
-"""The WebUIs' decoders for live previews, as differentiable functions."""
+"""The WebUI's decoders for live previews, as differentiable functions."""
 
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
-from modules import paths, sd_vae_approx, sd_vae_taesd, shared
+from modules import sd_vae_approx, sd_vae_taesd
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from lib_dinotile import DinotileError, one_line
-from lib_dinotile.settings import APPROXIMATE, AUTOMATIC, FULL_VAE, TAESD
+from lib_dinotile.hosts.patched import patched
+from lib_dinotile.settings import APPROXIMATE, AUTOMATIC, FULL_VAE, LINEAR, TAESD
 
 Decoder = Callable[[Tensor], Tensor]
 
 
 def guidance_decoder(
-    choice: str, device: torch.device, dtype: torch.dtype, full: Callable[[], Decoder]
+    choice: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    latent: tuple[int, ...],
+    factor: int,
+    full: Callable[[], Decoder],
 ) -> tuple[str, Decoder]:
-    """See `Host`; full: gives the full VAE, to pixels in [-1, 1]."""
-    tried = {TAESD: _taesd, APPROXIMATE: _approximate}
+    """See `Host`. latent: shape of the model's latents without height and width, (C,) or (C, 1) where it knows frames;
+    factor: pixels per latent cell; full: gives the full VAE, to pixels in [-1, 1]."""
+    load: dict[str, Callable[[bool], Decoder | None]] = {
+        TAESD: lambda download: _taesd(download, device, dtype, len(latent) > 1),
+        APPROXIMATE: lambda download: _approximate(download, device, dtype),
+        LINEAR: lambda download: _linear(latent, factor),
+    }
     if choice == AUTOMATIC:
-        for name, load in tried.items():
-            if _is_there(name):
-                return name, load(device, dtype)
-    elif choice in tried:
+        for name in load:
+            try:
+                decoder = load[name](False)
+            except FileNotFoundError:
+                continue
+            if decoder is not None:
+                return name, decoder
+    elif choice in load:
         try:
-            return choice, tried[choice](device, dtype)
+            decoder = load[choice](True)
         except Exception as error:  # whatever the download or the file raises
             raise DinotileError(f"decoder: {choice} cannot be had: {one_line(error)}; choose {FULL_VAE}") from error
+        if decoder is None:
+            raise DinotileError(f"decoder: the WebUI has no {choice} for this checkpoint; choose {FULL_VAE}")
+        return choice, decoder
     decode = full()
     return FULL_VAE, lambda latents: (decode(latents) + 1) / 2
 
 
-def _is_there(name: str) -> bool:
-    """Whether the WebUI would not have to download it."""
-    model = shared.sd_model
-    kind = "sd3" if getattr(model, "is_sd3", False) else "sdxl" if model.is_sdxl else ""
-    legacy = getattr(model, "is_webui_legacy_model", lambda: True)()
-    if name == TAESD:
-        file = f"tae{'f1' if not legacy and not kind else 'sd3' if kind == 'sd3' else 'sd' + kind[2:]}_decoder.pth"
-        return (Path(paths.models_path) / "VAE-taesd" / file).is_file()
-    if not legacy:
-        return False
-    file = f"vaeapprox-{kind}.pt" if kind else "model.pt"
-    folders = Path(paths.models_path), Path(paths.script_path) / "models"
-    return any((folder / "VAE-approx" / file).is_file() for folder in folders)
+def _own(module: Any, model: Callable[[], Any], download: bool) -> Any:
+    """The decoder that the WebUI has for the loaded checkpoint; None or FileNotFoundError if it has none."""
+    with patched(module, **({} if download else {"download_model": lambda *_: None})):
+        return model()
+
+
+@functools.cache
+def with_gradients(module: type[Any]) -> type[Any]:
+    """The class without `torch.no_grad` or `torch.inference_mode` as a decorator of its `forward`."""
+    forward: Any = module.forward
+    if getattr(forward, "__globals__", {}).get("__name__") != "torch.utils._contextlib":
+        return module
+    return type(module.__name__, (module,), {"forward": forward.__wrapped__})
 
 
 def own_copy(module: nn.Module, device: torch.device, dtype: torch.dtype) -> nn.Module:
-    """A copy: the WebUI's own may have been made under inference mode, and gradients end there."""
+    """A copy that passes gradients on: the WebUI's own may have been made, or run, under inference mode."""
     with torch.inference_mode(False), torch.no_grad():
         own = copy.deepcopy(module)
         for parent in own.modules():
             for name, weight in parent._parameters.items():
                 if weight is not None:
                     parent._parameters[name] = nn.Parameter(weight.detach().to(dtype).clone(), requires_grad=False)
+            parent.__class__ = with_gradients(parent.__class__)
         return own.to(device).eval()
 
 
-def _taesd(device: torch.device, dtype: torch.dtype) -> Decoder:
-    own = own_copy(sd_vae_taesd.decoder_model(), device, dtype)
-    return lambda latents: own(latents.to(dtype)).float()
-
-
-def _approximate(device: torch.device, dtype: torch.dtype) -> Decoder:
-    model: Any = sd_vae_approx.model()
+def _taesd(download: bool, device: torch.device, dtype: torch.dtype, frames: bool) -> Decoder | None:
+    model = _own(sd_vae_taesd, sd_vae_taesd.decoder_model, download)
     if model is None:
-        raise DinotileError("the WebUI has none for this checkpoint")
+        return None
+    own = own_copy(model, device, dtype)
+    return lambda latents: own((latents[:, :, None] if frames else latents).to(dtype)).float()
+
+
+def _approximate(download: bool, device: torch.device, dtype: torch.dtype) -> Decoder | None:
+    model = _own(sd_vae_approx, sd_vae_approx.model, download)
+    if model is None:
+        return None
     own = own_copy(model, device, dtype)
 
     def decode(latents: Tensor) -> Tensor:
         quarter = own(latents.to(dtype)).float()
-        return (nn.functional.interpolate(quarter, scale_factor=4, mode="bilinear") + 1) / 2
+        return (F.interpolate(quarter, scale_factor=4, mode="bilinear") + 1) / 2
+
+    return decode
+
+
+def _linear(latent: tuple[int, ...], factor: int) -> Decoder | None:
+    """The WebUI's linear approximation of the VAE, asked channel by channel: a latent cell is a colour, or a few."""
+    count = latent[0]
+    with torch.inference_mode(False), torch.no_grad():
+        cells = torch.cat([torch.zeros(1, count), torch.eye(count)]).reshape(count + 1, *latent, 1, 1)
+        try:
+            colours = torch.cat([sd_vae_approx.cheap_approximation(cell[None]).float().cpu() for cell in cells])
+        except Exception:  # whatever it raises where it has none for this checkpoint
+            return None
+        # (1 + C, 3, r, r): of nothing, then of each channel.
+        bias, weight = colours[0].mean((-2, -1)), colours[1:] - colours[:1]
+
+    def decode(latents: Tensor) -> Tensor:
+        latents = latents.float()
+        small = F.conv_transpose2d(latents, weight.to(latents), bias.to(latents), stride=weight.shape[-1])
+        size = [side * factor for side in latents.shape[-2:]]
+        return (F.interpolate(small, size=size, mode="bilinear") + 1) / 2
 
     return decode

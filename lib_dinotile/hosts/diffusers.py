@@ -26,7 +26,7 @@ from lib_dinotile.engine.progress import Progress
 from lib_dinotile.hosts.devices import empty_cache, find_device, find_dtype
 from lib_dinotile.hosts.memory_format import fast
 from lib_dinotile.hosts.patched import in_float32, patched
-from lib_dinotile.settings import APPROXIMATE, AUTO, AUTOMATIC, FULL_VAE, TAESD, Generation
+from lib_dinotile.settings import APPROXIMATE, AUTO, AUTOMATIC, FULL_VAE, LINEAR, TAESD, Generation
 from lib_dinotile.tiling.canvas import Canvas
 from lib_dinotile.tiling.noise import TileNoise
 from lib_dinotile.weights import open_tensors
@@ -224,8 +224,8 @@ class DiffusersHost(Host):
         codec = self._codec
         if isinstance(codec, PixelCodec):
             return "the model's own pixels", lambda latents: (codec.decode(latents) + 1) / 2
-        if choice == APPROXIMATE:
-            raise DinotileError(f"decoder: only the WebUIs have an approximate decoder; choose {TAESD} or {FULL_VAE}")
+        if choice in (APPROXIMATE, LINEAR):
+            raise DinotileError(f"decoder: only the WebUIs have the {choice} one; choose {TAESD} or {FULL_VAE}")
         tiny = None if choice == FULL_VAE else _taesd(self.base, download=choice == TAESD)
         if tiny is None:
             return FULL_VAE, lambda latents: (codec.decode(latents) + 1) / 2

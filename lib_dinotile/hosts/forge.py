@@ -1,19 +1,22 @@
-"""Forge: residuals go in as one more link of the UNet's chain of ControlNets."""
+"""Forge and its descendants, Forge Neo and reForge: residuals go in as one more of the UNet's chain of ControlNets.
+
+They differ in whose code the model runs on (`backend`, `ldm_patched`), so that none of it is imported here.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import functools
+import sys
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
-from backend.patcher.controlnet import ControlBase
-from backend.sampling.sampling_function import sampling_prepare
 from modules import devices, processing, sd_samplers_kdiffusion, sd_samplers_timesteps
 from torch import Tensor
 
+from lib_dinotile import DinotileError
 from lib_dinotile.condition.shape import UNetShape
 from lib_dinotile.engine.host import Batch, TiledDenoiser
 from lib_dinotile.hosts.decoders import own_copy
@@ -22,21 +25,51 @@ from lib_dinotile.hosts.patched import in_float32, patched
 from lib_dinotile.hosts.webui import WebUIHost
 
 
-class ResidualControl(ControlBase):
-    """The condition of the batch that the host looks at, as a ControlNet of Forge's backend."""
+def _dynamic_args() -> Any:
+    """Properties of the loaded checkpoint that Forge Neo keeps apart from it; None elsewhere."""
+    return getattr(sys.modules.get("backend.args"), "dynamic_args", None)
+
+
+class ResidualControl:
+    """The condition of the batch that the host looks at, as a ControlNet of the chain."""
+
+    extra_hooks = None
 
     def __init__(self, host: ForgeHost) -> None:
-        super().__init__(host.device)
         # Forge remembers the UNet that it has loaded last, and with it this link, when the image is long done.
         self._host = weakref.ref(host)
+        self.previous_controlnet: Any = None
+        self.transformer_options: dict[str, Any] = {}
 
-    def get_control(self, x: Tensor, t: Tensor, cond: Any, batched_number: int) -> Any:
-        """Residuals for the rows x (n, C, h, w) at noise level t, merged with those of the links before.
+    def set_previous_controlnet(self, previous: Any) -> ResidualControl:
+        self.previous_controlnet = previous
+        return self
+
+    # Each link is asked for these two ...
+    def pre_run(self, model: Any, percent_to_sigma: Callable[[float], float]) -> None:
+        pass
+
+    def cleanup(self) -> None:
+        pass
+
+    # ... and only the first for the others.
+    def get_models(self) -> list[Any]:
+        return [] if self.previous_controlnet is None else self.previous_controlnet.get_models()
+
+    def get_extra_hooks(self) -> list[Any]:
+        return [] if self.previous_controlnet is None else self.previous_controlnet.get_extra_hooks()
+
+    def inference_memory_requirements(self, dtype: torch.dtype) -> float:
+        previous = self.previous_controlnet
+        return 0 if previous is None else previous.inference_memory_requirements(dtype)
+
+    def get_control(self, x: Tensor, t: Tensor, *others: Any) -> Any:
+        """Residuals for the rows x (n, C, h, w) at noise level t, added to those of the links before.
 
         The rows are whole copies of the tiles, one for each conditioning: row i is tile i modulo their number.
         """
         previous = self.previous_controlnet
-        control = previous.get_control(x, t, cond, batched_number) if previous is not None else None
+        control = previous.get_control(x, t, *others) if previous is not None else None
         host = self._host()
         if host is None or host.active is None:
             return control
@@ -46,37 +79,75 @@ class ResidualControl(ControlBase):
         if found is None:
             return control
         rows = torch.tensor(chosen, device=x.device)[torch.arange(len(x), device=x.device) % len(chosen)]
-        own = [residual.to(x.device).index_select(0, rows) for residual in found]
-        return self.control_merge(None, own, control, x.dtype)
+        *skips, middle = (residual.to(x.device).index_select(0, rows).to(x.dtype) for residual in found)
+        merged = {key: list((control or {}).get(key, ())) for key in ("input", "middle", "output")}
+        for key, own in (("middle", [middle]), ("output", skips)):
+            theirs = merged[key] + [None] * (len(own) - len(merged[key]))
+            own += [None] * (len(theirs) - len(own))
+            merged[key] = [b if a is None else a if b is None else a + b for a, b in zip(theirs, own)]
+        return merged
 
 
 class ForgeHost(WebUIHost):
     def __init__(self, p: Any) -> None:
         super().__init__(p)
-        model = p.sd_model
-        unet = model.forge_objects.unet.model.diffusion_model
+        objects = p.sd_model.forge_objects
+        unet = objects.unet.model.diffusion_model
         self.unet = unet if hasattr(unet, "output_blocks") else None
         self.shape = UNetShape.of_ldm(self.unet) if self.unet is not None else None
-        self.channels = model.forge_objects.vae.latent_channels
+        self.channels = objects.vae.latent_channels
+        self.frames = getattr(objects.vae, "latent_dim", 2) == 3
         self.active: tuple[Batch, list[int]] | None = None
         """The tiles of a batch that the UNet is called for; None between its calls."""
         self._canvas = (0, 0)
         self._hints: list[tuple[Any, str, Tensor]] = []
         self._shown: tuple[Batch | None, list[int]] = (None, [])
 
+    def check(self) -> None:
+        p = self._p
+        if getattr(_dynamic_args(), "pid", False):
+            raise DinotileError("PiD paints pixels, not latents, and knows no tiles: choose another checkpoint")
+        if getattr(_dynamic_args(), "wan", False) and p.batch_size > 1:
+            raise DinotileError("Wan takes a batch for the frames of a film: set the batch size to 1")
+        for script in p.scripts.alwayson_scripts if p.scripts else ():
+            if script.title().lower() == "controlnet":
+                units = (getattr(script, "current_params", None) or {}).values()
+                if any("lllite" in type(getattr(unit, "model", None)).__name__.lower() for unit in units):
+                    raise DinotileError(
+                        "ControlNet-LLLite takes the whole picture for a tile: choose another ControlNet"
+                    )
+
     @property
     def denoiser(self) -> Any:
         """The WebUI's CFGDenoiser."""
         return self._p.sampler.model_wrap_cfg
 
+    @contextlib.contextmanager
+    def remembering_nothing(self) -> Iterator[None]:
+        # Editing models take what was encoded last for a picture that the next prompt refers to.
+        before: list[Any] = [
+            (place, name, value, list(value) if isinstance(value, list) else None)
+            for place in (self._p.sd_model, _dynamic_args())
+            for name in ("ini_latent", "ref_latents", "start_image")
+            if (value := getattr(place, name, self)) is not self
+        ]
+        try:
+            yield
+        finally:
+            for place, name, value, items in before:
+                if items is not None:
+                    value[:] = items
+                setattr(place, name, value)
+
     def full_decoder(self) -> Callable[[Tensor], Tensor]:
         objects = self._p.sd_model.forge_objects
         # A copy: Forge moves its own to and fro while it makes room for the UNet.
         vae = own_copy(objects.vae.first_stage_model, self.device, objects.vae.vae_dtype)
+        to_vae = getattr(vae, "process_out", None) or objects.unet.model.model_config.latent_format.process_out
 
         def decode(latents: Tensor) -> Tensor:
             with devices.without_autocast():
-                return vae.decode(vae.process_out(latents).to(objects.vae.vae_dtype)).float()
+                return self._picture(vae.decode(to_vae(self._film(latents)).to(objects.vae.vae_dtype))).float()
 
         return decode
 
@@ -102,19 +173,22 @@ class ForgeHost(WebUIHost):
             with contextlib.ExitStack() as stack:
                 if not tiled.is_batch:  # the memory to be had is that for the tiles of a batch
                     for module in (sd_samplers_kdiffusion, sd_samplers_timesteps):
-                        stack.enter_context(patched(module, sampling_prepare=functools.partial(self._prepare, tiled)))
+                        prepare = functools.partial(self._prepare, module.sampling_prepare, tiled)
+                        stack.enter_context(patched(module, sampling_prepare=prepare))
                 yield
         finally:
             self._hints, self._shown = [], (None, [])
             model.forge_objects = model.forge_objects_after_applying_lora.shallow_copy()
 
-    def _prepare(self, tiled: TiledDenoiser, unet: Any, x: Tensor) -> None:
+    def _prepare(self, prepare: Callable[[Any, Tensor], None], tiled: TiledDenoiser, unet: Any, x: Tensor) -> None:
         width, height = (side // self.factor for side in tiled.tile_size)
-        sampling_prepare(unet, x.new_empty(tiled.limit, x.shape[1], height, width))
+        prepare(unet, x.new_empty(tiled.limit, *x.shape[1:-2], height, width))
 
     def before_sampling(self, tiled: TiledDenoiser, latents: Tensor, start: Tensor, cond: Any, uncond: Any) -> Tensor:
         # What Forge's own StableDiffusionProcessingImg2Img.sample does before it samples.
         p, model = self._p, self._p.sd_model
+        if hasattr(model, "set_shift"):
+            model.set_shift(shift=p.distilled_cfg_scale)
         model.forge_objects = model.forge_objects_after_applying_lora.shallow_copy()
         processing.apply_token_merging(model, p.get_token_merging_ratio())
         start = super().before_sampling(tiled, latents, start, cond, uncond)
@@ -136,8 +210,8 @@ class ForgeHost(WebUIHost):
     def full_precision(self) -> Iterator[None]:
         objects, full = self._p.sd_model.forge_objects, torch.float32
         with (
-            in_float32([objects.unet.model.diffusion_model, objects.vae.first_stage_model]),
-            patched(objects.unet.model, computation_dtype=full),
+            in_float32([objects.unet.model.diffusion_model, objects.vae.first_stage_model], quantized=False),
+            patched(objects.unet.model, computation_dtype=full, manual_cast_dtype=full),
             patched(objects.vae, vae_dtype=full),
             devices.without_autocast(),
         ):

@@ -1,15 +1,19 @@
-"""The WebUI's interrogators: what an image shows, in words."""
+"""The WebUI's interrogators, where it has any: what an image shows, in words."""
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
 from collections.abc import Callable, Sequence
 
-from modules import deepbooru, shared
+from modules import shared
 from PIL import Image
 
 from lib_dinotile import DinotileError, one_line
 from lib_dinotile.engine.host import Interrupted
 from lib_dinotile.hosts.patched import patched
+
+DEEPBOORU = "modules.deepbooru"
 
 
 def _each(name: str, images: Sequence[Image.Image], ask: Callable[[Image.Image], str]) -> list[str]:
@@ -35,7 +39,7 @@ def _clip(images: Sequence[Image.Image]) -> list[str]:
 
 
 def _deepbooru(images: Sequence[Image.Image]) -> list[str]:
-    model = deepbooru.model
+    model = importlib.import_module(DEEPBOORU).model
     try:
         model.start()
     except Exception as error:  # whatever a download or a damaged file raises
@@ -46,4 +50,11 @@ def _deepbooru(images: Sequence[Image.Image]) -> list[str]:
         model.stop()
 
 
-INTERROGATORS: dict[str, Callable[[Sequence[Image.Image]], list[str]]] = {"CLIP": _clip, "DeepBooru": _deepbooru}
+def interrogators() -> dict[str, Callable[[Sequence[Image.Image]], list[str]]]:
+    """Those of this WebUI by name: they give a caption of each of the RGB images."""
+    found: dict[str, Callable[[Sequence[Image.Image]], list[str]]] = {}
+    if hasattr(shared, "interrogator"):
+        found["CLIP"] = _clip
+    if importlib.util.find_spec(DEEPBOORU) is not None:
+        found["DeepBooru"] = _deepbooru
+    return found

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 
 @contextlib.contextmanager
@@ -27,12 +27,22 @@ def patched(target: Any, **values: Any) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def in_float32(modules: Sequence[nn.Module]) -> Iterator[None]:
-    """The modules' weights in float32 for a while; then in the precision that each of them had, with the same bits."""
-    before = [(weight, weight.dtype) for module in modules for weight in (*module.parameters(), *module.buffers())]
+def in_float32(modules: Sequence[nn.Module], quantized: bool = True) -> Iterator[None]:
+    """The modules' weights in float32 for a while; then in the precision that each of them had, with the same bits.
+
+    quantized: also those of a byte each, which may mean something only together with a scale. Weights in formats of
+    their own, as of a GGUF file, are left alone.
+    """
+    least = 1 if quantized else 2
+    before = [
+        (weight, weight.dtype)
+        for module in modules
+        for weight in (*module.parameters(), *module.buffers())
+        if type(weight) in (Tensor, nn.Parameter) and weight.dtype.is_floating_point and weight.element_size() >= least
+    ]
     try:
         for weight, dtype in before:
-            if dtype.is_floating_point and dtype != torch.float32:
+            if dtype != torch.float32:
                 weight.data = weight.data.float()
         yield
     finally:

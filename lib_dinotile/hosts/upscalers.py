@@ -17,10 +17,15 @@ RESAMPLING = {
     "Nearest": Image.Resampling.NEAREST,
     "None": Image.Resampling.LANCZOS,
 }
-"""Those that only resample: done here, where the WebUI rounds the size to a multiple of 8."""
+"""Those that only resample: done here, where the WebUI rounds the size to a multiple of 8, or lists none of them."""
 
 MAX_FACTOR = 8
 """At once: the WebUI goes three times through a model, which may only double, and resamples what is missing then."""
+
+
+def names() -> list[str]:
+    """Names that `upscale` takes: the WebUI's upscalers, and those that only resample."""
+    return list(dict.fromkeys([*(data.name for data in shared.sd_upscalers), *RESAMPLING]))
 
 
 class Upscaled:
@@ -93,7 +98,7 @@ def _by_model(image: Image.Image, size: tuple[int, int], data: Any) -> Image.Ima
 
 def _recipe(data: Any) -> tuple[Any, ...] | None:
     """All that a result depends on besides image and size; None if that is not known: there is no model file."""
-    file = data.local_data_path
+    file = getattr(data, "local_data_path", data.data_path)
     if not file or not Path(file).is_file():
         return None
     opts = shared.opts

@@ -21,7 +21,7 @@ from lib_dinotile.engine.prediction import coefficients, from_x0
 from lib_dinotile.engine.progress import Progress
 from lib_dinotile.hosts import decoders, upscalers
 from lib_dinotile.hosts.bars import Bars
-from lib_dinotile.hosts.interrogators import INTERROGATORS
+from lib_dinotile.hosts.interrogators import interrogators
 from lib_dinotile.hosts.memory_format import fast, fast_input
 from lib_dinotile.hosts.patched import patched, seeded
 from lib_dinotile.tiling.canvas import Canvas
@@ -35,7 +35,8 @@ ORIGINAL, LATENT_NOISE, LATENT_NOTHING = 1, 2, 3
 
 def base_of(model: Any) -> str:
     """The family of the WebUI's model; see `Host.base`."""
-    return "sdxl" if model.is_sdxl else "sd2" if model.is_sd2 else "sd15" if model.is_sd1 else "unknown"
+    marks = {"is_sdxl": "sdxl", "is_sd2": "sd2", "is_sd1": "sd15"}
+    return next((base for mark, base in marks.items() if getattr(model, mark, False)), type(model).__name__.lower())
 
 
 def _stacked(entries: Sequence[tuple[Any, Any]]) -> tuple[Any, Any]:
@@ -58,17 +59,20 @@ def _form(cond: Any) -> Any:
 class SamplerNoise:
     """A batch's noise, as the samplers draw it: `next()` in place of `p.rng`, on the sampler's device."""
 
-    def __init__(self, noise: TileNoise) -> None:
-        self._noise = noise
+    def __init__(self, noise: TileNoise, as_known: Callable[[Tensor], Tensor]) -> None:
+        """as_known: gives latents the shape that the model knows."""
+        self._noise, self._as_known = noise, as_known
 
     def next(self) -> Tensor:
-        return self._noise.next().to(devices.device)
+        return self._as_known(self._noise.next().to(devices.device))
 
 
 class WebUIHost(Host):
     """The loaded checkpoint, sampled as the processing object `p` says; see `Host`."""
 
-    factor = processing.opt_f
+    channels: int
+    frames = False
+    """Whether the model's latents are those of a film, (k, C, 1, h, w) for pictures."""
     unet: torch.nn.Module | None
     """The UNet, if it is one of the ldm kind."""
     shape: UNetShape | None
@@ -77,6 +81,7 @@ class WebUIHost(Host):
     def __init__(self, p: Any) -> None:
         self._job = weakref.ref(p)
         self.base = base_of(p.sd_model)
+        self.factor = processing.opt_f  # some WebUIs set it for each checkpoint
         self.device = devices.device
         self.dtype = devices.dtype
         self.denoise = p.denoising_strength
@@ -101,6 +106,9 @@ class WebUIHost(Host):
     @abstractmethod
     def full_precision(self) -> contextlib.AbstractContextManager[None]:
         """While open, UNet and VAE compute in float32."""
+
+    def check(self) -> None:
+        """DinotileError if the WebUI, as it is set up now, does what tiles cannot follow."""
 
     def check_residuals(self) -> None:
         """DinotileError if residuals cannot reach the UNet as it is set up now."""
@@ -138,10 +146,10 @@ class WebUIHost(Host):
         """The WebUI cuts prompts of any length into as many parts as the model needs."""
 
     def interrogators(self) -> Sequence[str]:
-        return list(INTERROGATORS)
+        return list(interrogators())
 
     def caption(self, images: Sequence[Image.Image], interrogator: str) -> list[str]:
-        return INTERROGATORS[interrogator](images)
+        return interrogators()[interrogator](images)
 
     def encode(self, pixels: Tensor) -> Tensor:
         return torch.cat([self._encode(tile) for tile in pixels.to(self.device).split(1)])
@@ -149,8 +157,21 @@ class WebUIHost(Host):
     def _encode(self, tile: Tensor) -> Tensor:
         """One at a time, as the WebUI does. It draws from the VAE's distribution with whatever state torch's generator
         happens to have; here every tile gets the same draw, so that a tile always has the same latent."""
-        with seeded(self.device), devices.autocast():
-            return sd_samplers_common.images_tensor_to_samples(fast(tile), model=self._p.sd_model)
+        with seeded(self.device), devices.autocast(), self.remembering_nothing():
+            latent = sd_samplers_common.images_tensor_to_samples(fast(tile), model=self._p.sd_model)
+        return self._picture(latent)
+
+    def remembering_nothing(self) -> contextlib.AbstractContextManager[None]:
+        """While open, what is encoded leaves no trace in the model."""
+        return contextlib.nullcontext()
+
+    def _film(self, latents: Tensor) -> Tensor:
+        """Latents (k, C, h, w) as the model knows them."""
+        return latents.unsqueeze(2) if self.frames else latents
+
+    def _picture(self, latents: Tensor) -> Tensor:
+        """The other way round."""
+        return latents.squeeze(2) if self.frames else latents
 
     def decode(self, latents: Tensor) -> Tensor:
         return torch.cat([self._decode(latent) for latent in latents.split(1)])
@@ -163,11 +184,11 @@ class WebUIHost(Host):
         with devices.without_autocast():
             try:
                 decoded = processing.decode_latent_batch(
-                    self._p.sd_model, fast(latent), target_device=self.device, check_for_nans=True
+                    self._p.sd_model, self._film(fast(latent)), target_device=self.device, check_for_nans=True
                 )
-            except devices.NansException:
+            except getattr(devices, "NansException", ()):
                 return broken
-        return (torch.stack(list(decoded)).float() + 1) / 2
+        return (torch.stack(list(decoded)).reshape(1, 3, *size).float() + 1) / 2
 
     def sample(
         self,
@@ -178,7 +199,7 @@ class WebUIHost(Host):
         denoise: float | None = None,
         mask: Tensor | None = None,
     ) -> Tensor:
-        p, count, rng = self._p, len(latents), SamplerNoise(noise)
+        p, count, rng = self._p, len(latents), SamplerNoise(noise, self._film)
         start = rng.next() * p.initial_noise_multiplier
         free = None if mask is None else mask.to(latents)
         # The sampler reads these off p; Brownian noise would be seeded per image, so that overlaps would not agree.
@@ -200,10 +221,10 @@ class WebUIHost(Host):
         image_conditioning = self._image_conditioning(latents, tiled, mask)
         denoiser = p.sampler.model_wrap_cfg
         forward = self._tiled_forward(denoiser, tiled, latents, free)
-        begin = latents
+        begin = self._film(latents)
         if free is not None and denoise is None and p.inpainting_fill in (LATENT_NOISE, LATENT_NOTHING):
-            content = rng.next().to(latents) if p.inpainting_fill == LATENT_NOISE else torch.zeros_like(latents)
-            begin = torch.lerp(latents, content, free)
+            content = rng.next().to(begin) if p.inpainting_fill == LATENT_NOISE else torch.zeros_like(begin)
+            begin = torch.lerp(begin, content, self._film(free))
         with (
             patched(p, **values),
             patched(p.sampler, create_noise_sampler=noise_sampler),
@@ -213,7 +234,10 @@ class WebUIHost(Host):
             fast_input(self.unet),
         ):
             start = self.before_sampling(tiled, begin, start, cond, uncond)
-            samples = p.sampler.sample_img2img(p, begin, start, cond, uncond, image_conditioning=image_conditioning)
+            width, height = tiled.tile_size  # some schedules depend on it
+            with patched(p, width=width, height=height):
+                samples = p.sampler.sample_img2img(p, begin, start, cond, uncond, image_conditioning=image_conditioning)
+            samples = self._picture(samples)
         if shared.state.interrupted or shared.state.skipped:
             raise Interrupted
         return samples if free is None else torch.lerp(latents.to(samples), samples, free.to(samples))
@@ -228,6 +252,7 @@ class WebUIHost(Host):
         inner = denoiser.forward
 
         def forward(x: Tensor, sigma: Tensor, **extra: Any) -> Tensor:
+            x = self._picture(x)
             if denoiser.need_last_noise_uncond and not tiled.is_batch:
                 raise DinotileError(
                     f"order: the sampler {self._p.sampler_name} cannot be fused; choose another, or chess"
@@ -251,12 +276,12 @@ class WebUIHost(Host):
                         self.conditioned(batch, chosen, len(cond.batch[0])),
                         self._steered(batch, chosen, denoiser, noisy, sigma),
                     ):
-                        outputs.append(inner(noisy, sigma[:1].expand(len(chosen)), **{**extra, **own}))
+                        outputs.append(inner(self._film(noisy), sigma[:1].expand(len(chosen)), **{**extra, **own}))
                     noises.append(denoiser.last_noise_uncond)
                 back = torch.tensor([number for chosen in alike.values() for number in chosen]).argsort()
                 if denoiser.need_last_noise_uncond:
                     denoiser.last_noise_uncond = torch.cat(noises)[back]
-                return torch.cat(outputs)[back]
+                return self._picture(torch.cat(outputs)[back])
 
             def known() -> Tensor:
                 return self._output_for(denoiser, x, sigma, latents)
@@ -264,7 +289,7 @@ class WebUIHost(Host):
             output = tiled(x, model, known)
             if not tiled.is_batch:
                 self._preview(denoiser, output)
-            return output if free is None else torch.lerp(known().to(output), output, free.to(output))
+            return self._film(output if free is None else torch.lerp(known().to(output), output, free.to(output)))
 
         return forward
 
@@ -281,10 +306,10 @@ class WebUIHost(Host):
 
         def after(params: script_callbacks.AfterCFGCallbackParams) -> None:
             try:
-                x0 = self._x0(denoiser, x, params.x, sigma)
+                x0 = self._x0(denoiser, x, self._picture(params.x), sigma)
                 moved = guide(x0, denoiser.step, denoiser.total_steps, chosen)
                 if moved is not None:
-                    params.x = self._prediction(denoiser, x, moved, sigma).to(params.x)
+                    params.x = self._film(self._prediction(denoiser, x, moved, sigma)).to(params.x)
             except Exception as error:  # the WebUI would only log it
                 failed.append(error)
 
@@ -310,7 +335,8 @@ class WebUIHost(Host):
         """The full VAE with gradients: (k, C, h, w) to (k, 3, H, W) in [-1, 1], float32."""
 
     def guidance_decoder(self, choice: str) -> tuple[str, Callable[[Tensor], Tensor]]:
-        return decoders.guidance_decoder(choice, self.device, self.dtype, self.full_decoder)
+        latent = (self.channels, 1) if self.frames else (self.channels,)
+        return decoders.guidance_decoder(choice, self.device, self.dtype, latent, self.factor, self.full_decoder)
 
     @staticmethod
     def _estimates_noise(denoiser: Any) -> bool:
@@ -383,5 +409,5 @@ class WebUIHost(Host):
             step = max(1, -(-max(output.shape[-2:]) * self.factor // PREVIEW_SIDE))
             cheap = 2 if opts.show_progress_type == "Full" else None
             state.assign_current_image(
-                sd_samplers_common.sample_to_image(output[..., ::step, ::step], approximation=cheap)
+                sd_samplers_common.sample_to_image(self._film(output[..., ::step, ::step]), approximation=cheap)
             )

@@ -8,14 +8,15 @@ from typing import Any
 
 import gradio as gr
 from gradio.context import Context
-from modules import infotext_utils, shared
+from modules import infotext_utils
 from modules.ui_common import create_refresh_button
 from modules.ui_components import InputAccordion
 
 from lib_dinotile import DinotileError
 from lib_dinotile.condition.conditioner import installed_weights
 from lib_dinotile.dino.checkpoint import encoders
-from lib_dinotile.hosts.interrogators import INTERROGATORS
+from lib_dinotile.hosts import upscalers
+from lib_dinotile.hosts.interrogators import interrogators
 from lib_dinotile.options import Option
 from lib_dinotile.settings import AUTOMATIC, CALIBRATED, NONE, Settings
 from lib_dinotile.webui import first_minute, folders
@@ -67,17 +68,12 @@ def encoder_choices() -> list[str]:
     return [AUTOMATIC, *encoders(folders.encoders())]
 
 
-def upscaler_choices() -> list[str]:
-    """Names of the WebUI's upscalers."""
-    return [upscaler.name for upscaler in shared.sd_upscalers]
-
-
 CHOICES: dict[str, Callable[[], list[str]]] = {
     "adapter": adapter_choices,
     "encoder": encoder_choices,
     "head": head_choices,
-    "upscaler": upscaler_choices,
-    "captions": lambda: [NONE, *INTERROGATORS],
+    "upscaler": upscalers.names,
+    "captions": lambda: [NONE, *interrogators()],
 }
 """Lists that depend on what is installed."""
 REFRESHED = ("adapter", "encoder", "head", "upscaler")

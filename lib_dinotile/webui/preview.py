@@ -21,6 +21,7 @@ from lib_dinotile.dino.encoder import encoder_dtype
 from lib_dinotile.engine import flow
 from lib_dinotile.engine.host import check_name
 from lib_dinotile.engine.retry import reserve
+from lib_dinotile.hosts import upscalers
 from lib_dinotile.hosts.webui import base_of
 from lib_dinotile.settings import OFF, SEMANTIC, Settings
 from lib_dinotile.tiling.plan import TilePlan
@@ -94,7 +95,7 @@ class Preview:
     ) -> None:
         """size, given: (width, height) of the image and of img2img's `Resize to`. DinotileError as in a run."""
         self.settings = settings = settings.for_base(base_of(model))
-        check_name("upscaler", settings.upscaler, [upscaler.name for upscaler in shared.sd_upscalers])
+        check_name("upscaler", settings.upscaler, upscalers.names())
         img2img = SimpleNamespace(width=given[0], height=given[1], resize_mode=resize, image_mask=None)
         self._area = Area(img2img, settings, size)
         self.plan = TilePlan(*self._area.canvas, settings.tile, settings.overlap, processing.opt_f, settings.order)

@@ -230,7 +230,7 @@ class Takeover:
             p.extra_generation_params["VAE Encoder"] = opts.sd_vae_encode_method
         if opts.sd_vae_decode_method != "Full":
             p.extra_generation_params["VAE Decoder"] = opts.sd_vae_decode_method
-        p.init_latent = p.mask = p.nmask = p.mask_for_overlay = p.overlay_images = p.paste_to = None
+        p.mask = p.nmask = p.mask_for_overlay = p.overlay_images = p.paste_to = None
         if len(p.init_images) > 1:
             p.batch_size = len(p.init_images)
         if opts.save_init_img:
@@ -245,11 +245,14 @@ class Takeover:
                     existing_info=image.info,
                 )
         self._sources = [images.flatten(image, opts.img2img_background_color) for image in p.init_images]
+        # Forge Neo keeps conditionings by it.
+        p.init_latent = torch.stack([torch.from_numpy(np.array(source)) for source in self._sources])
         if opts.img2img_color_correction and p.color_corrections is None:
             corrections = [processing.setup_color_correction(source) for source in self._sources]
             p.color_corrections = corrections * (p.batch_size // len(corrections))
 
         self._host = make_host(p)
+        self._host.check()
         self._settings = self._settings.for_base(self._host.base)
         self._conditioner = Conditioner.load(
             self._settings,
