@@ -137,7 +137,7 @@ class WebUIHost(Host):
         return cond, uncond
 
     def upscalers(self) -> Sequence[str]:
-        return [upscaler.name for upscaler in shared.sd_upscalers]
+        return upscalers.names()
 
     def upscale(self, image: Image.Image, size: tuple[int, int], upscaler: str) -> Image.Image:
         return upscalers.upscale(image, size, upscaler)

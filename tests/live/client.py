@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import functools
 import io
 import json
 import re
@@ -164,6 +165,11 @@ class WebUI:
             headers = {"Content-Type": "application/json"}
             return session.post(f"{self._url}/{path}", body, headers=headers, auth=self._auth, timeout=TIMEOUT)
 
+    @functools.cached_property
+    def settings(self) -> frozenset[str]:
+        """Names of the settings that it knows; others are an error in some WebUIs."""
+        return frozenset(self.get("openapi.json").json()["components"]["schemas"]["Options"]["properties"])
+
     def names(self, kind: str) -> list[str]:
         """Names of a kind in the WebUI, as `samplers` or `upscalers`."""
         return [entry["name"] for entry in self.get(f"sdapi/v1/{kind}").json()]
@@ -185,6 +191,9 @@ class WebUI:
             "save_images": False,
             "alwayson_scripts": {},
         }
+        if "override_settings" in request:
+            given = request["override_settings"].items()
+            request["override_settings"] = {name: value for name, value in given if name in self.settings}
         scripts = request.pop("alwayson_scripts", {})
         if options is not None:
             scripts = {SCRIPT: {"args": [{"enabled": True, **BLIND, **options}]}, **scripts}

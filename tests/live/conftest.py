@@ -63,7 +63,8 @@ def webui(request: pytest.FixtureRequest) -> WebUI:
 def settings(webui: WebUI) -> None:
     """The WebUI puts an overridden setting back only if its configuration has it: see to it that it has."""
     present = webui.get("sdapi/v1/options").json()
-    webui.post("options", {name: present.get(name, default) for name, default in SETTINGS.items()}).raise_for_status()
+    known = {name: default for name, default in SETTINGS.items() if name in webui.settings}
+    webui.post("options", {name: present.get(name, default) for name, default in known.items()}).raise_for_status()
 
 
 @pytest.fixture(scope="session")
