@@ -67,11 +67,12 @@ def shots(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
 
 
 def up(webui: WebUI) -> bool:
-    """Waits until a WebUI that starts its page anew answers again."""
+    """Waits until a WebUI that starts its page anew answers again, and has all its scripts."""
+    image = {"steps": 1, "width": 64, "height": 64, "save_images": False}
     for _ in range(120):
         time.sleep(1)
         with contextlib.suppress(requests.ConnectionError):
-            if webui.get("sdapi/v1/options").ok:
+            if webui.get("sdapi/v1/options").ok and webui.post("txt2img", image).ok:
                 return True
     return False
 
