@@ -2,7 +2,7 @@
 
 from modules import script_callbacks, scripts
 
-from lib_dinotile.webui import accordion, api, xyz
+from lib_dinotile.webui import accordion, api, main_thread, xyz
 from lib_dinotile.webui.takeover import Takeover, refuse, undo
 
 
@@ -38,4 +38,5 @@ class Script(scripts.Script):
 script_callbacks.on_before_ui(xyz.register)
 script_callbacks.on_after_component(accordion.img2img.on_component)
 script_callbacks.on_app_started(api.register)
+script_callbacks.on_app_started(main_thread.hand_on_errors)
 script_callbacks.on_app_started(accordion.restore_types)
