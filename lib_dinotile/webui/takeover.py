@@ -51,6 +51,12 @@ RIVALS = (
     "img2img alternative test",
 )
 """Scripts that hand img2img parts of the image, or something else in its place."""
+SWITCHES = {
+    "multidiffusion integrated": "cuts the image into tiles, too",
+    "tiled diffusion": "cuts the image into tiles, too",
+    "stylealign integrated": "takes tiles for images that are to look alike",
+}
+"""Always-on scripts that do not go together with tiles, and why."""
 
 
 def make_host(p: Any) -> WebUIHost:
@@ -164,6 +170,9 @@ class Takeover:
             )
         if p.image_mask is not None and _switched_on(p, "soft inpainting"):
             raise DinotileError("Soft inpainting does not know tiles: switch it off, Mask blur softens the border, too")
+        for title, why in SWITCHES.items():
+            if _switched_on(p, title):
+                raise DinotileError(f"{title} {why}: switch it off, or DINO Tile")
         # Settings for this generation alone are not in force yet.
         switches = ("hypertile_enable_unet", "hypertile_enable_vae")
         if any(p.override_settings.get(name, getattr(shared.opts, name, False)) for name in switches):
