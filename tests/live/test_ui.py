@@ -66,13 +66,17 @@ def shots(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
     return folder
 
 
-def up(webui: WebUI) -> bool:
-    """Waits until a WebUI that starts its page anew answers again, and has all its scripts."""
-    image = {"steps": 1, "width": 64, "height": 64, "save_images": False}
-    for _ in range(120):
+STARTED = "internal/profile-startup"
+"""How long the WebUI took to start, which it tells when it is done."""
+
+
+def up(webui: WebUI, before: str) -> bool:
+    """Waits until a WebUI that starts its page anew is done with that; before: what it told of its start before."""
+    for _ in range(240):
         time.sleep(1)
         with contextlib.suppress(requests.ConnectionError):
-            if webui.get("sdapi/v1/options").ok and webui.post("txt2img", image).ok:
+            told = webui.get(STARTED)
+            if told.ok and told.text != before:
                 return True
     return False
 
@@ -216,6 +220,7 @@ def test_an_interrupted_image_keeps_what_is_painted(tab: Tab, shots: Path):
 
 def test_the_users_defaults_survive_a_reload(browser: Browser, url: str, webui: WebUI):
     def apply(scale: float) -> None:
+        before = webui.get(STARTED).text
         with open_tab(browser, url) as tab:
             tab.enable()
             tab.slide("scale", scale)
@@ -223,7 +228,7 @@ def test_the_users_defaults_survive_a_reload(browser: Browser, url: str, webui: 
             tab.page.wait_for_timeout(1000)
             tab.apply_defaults()
             tab.reload_ui()
-        assert up(webui)
+        assert up(webui, before)
 
     try:
         apply(3.5)
