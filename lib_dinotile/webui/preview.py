@@ -12,7 +12,7 @@ from typing import Any
 
 import gradio as gr
 import torch
-from modules import call_queue, devices, errors, images, infotext_utils, processing, sd_models, shared
+from modules import call_queue, devices, errors, images, infotext_utils, processing, scripts, sd_models, shared
 from PIL import Image, ImageOps
 
 from lib_dinotile import DinotileError
@@ -173,6 +173,7 @@ def _seconds(model: Any, tile: tuple[int, int], steps: int) -> float:
         do_not_save_samples=True,
         do_not_save_grid=True,
     )
+    p.scripts = scripts.ScriptRunner()  # none; reForge asks which there are
     shared.state.begin(job="dinotile preview")
     began = time.perf_counter()
     try:
