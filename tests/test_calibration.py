@@ -175,7 +175,7 @@ def test_the_command_writes_a_file_that_says_its_gain(photos, encoder, tmp_path,
 @pytest.mark.parametrize(
     "words, says",
     [
-        (["--dino", "nonsense"], "no DINOv2 encoder 'nonsense'"),
+        (["--dino", "nonsense"], "no DINO encoder 'nonsense'"),
         (["--images", "nowhere"], "nowhere is no folder"),
         (["--out", "nowhere/x.safetensors"], "there is no folder nowhere"),
         (["--out", "x.png"], "has to end with .safetensors"),

@@ -28,7 +28,7 @@ from lib_dinotile.engine.host import check_name
 from lib_dinotile.settings import Settings
 from lib_dinotile.weights import MAX_HEADER
 from tests.test_adapter import SMALL
-from tests.test_encoder import backend, timm, transformers, write_checkpoint  # noqa: F401
+from tests.test_encoder import architecture, backend, timm, transformers, write_checkpoint  # noqa: F401
 
 ROOT = Path(__file__).parents[1]
 CONFIG = AdapterConfig("sd15", SMALL.shape, BUILT_IN, features=192, width=16, blocks=1)
