@@ -31,6 +31,7 @@ REGISTERS = dataclasses.replace(TINY, num_register_tokens=4)
 TINY3 = DINOv3(hidden_size=48, intermediate_size=96, num_hidden_layers=3, num_attention_heads=3, num_register_tokens=4)
 GATED3 = dataclasses.replace(TINY3, intermediate_size=104, use_gated_mlp=True, hidden_act="silu")
 ALL = {"plain": TINY, "registers": REGISTERS, "dinov3": TINY3, "dinov3 plus": GATED3}
+SMALL3 = DINOv3(num_register_tokens=4)
 SMALL = Architecture(hidden_size=384, num_hidden_layers=12, num_attention_heads=6, image_size=518)
 
 
@@ -148,10 +149,12 @@ def test_both_libraries_give_the_same_features(tmp_path, transformers, timm, arc
             assert error < 1e-4, f"{facet} of layer {layer}: {error:.1e}"
 
 
-def test_both_libraries_give_the_same_features_at_the_size_of_dinov2_small(tmp_path, transformers, timm):
-    folder = write_checkpoint(tmp_path / "small", SMALL)
+@pytest.mark.parametrize("architecture", [SMALL, SMALL3], ids=["dinov2", "dinov3"])
+def test_both_libraries_give_the_same_features_at_the_size_of_a_small_one(tmp_path, transformers, timm, architecture):
+    require(architecture, transformers, timm)
+    folder = write_checkpoint(tmp_path / "small", architecture)
     first, second = (load_encoder(str(folder), backend=name) for name in ("transformers", "timm"))
-    pixels = torch.rand(1, 3, 4 * 14, 7 * 14)
+    pixels = torch.rand(1, 3, 4 * first.patch, 7 * first.patch)
     with torch.inference_mode():
         for layer in (0, 8, -1):
             error = relative_error(first(pixels, layer), second(pixels, layer))
@@ -361,14 +364,14 @@ def test_the_gradient_with_respect_to_the_image_is_there_and_the_weights_have_no
     assert not encoder.train().training and not any(m.training for m in encoder.modules())
 
 
-def test_gradients_work_after_everything_else_happened_under_inference_mode(tiny, backend):
+def test_gradients_work_after_everything_else_happened_under_inference_mode(tiny, architecture, backend):
     """Forge runs all of a generation under inference mode."""
+    pixels = torch.rand(1, 3, 3 * architecture.patch_size, 2 * architecture.patch_size)
     with torch.inference_mode():
         encoder = load_encoder(str(tiny), backend=backend).to("cpu", torch.float64).to(torch.float32)
-        pixels = torch.rand(1, 3, 3 * encoder.patch, 2 * encoder.patch)
         before = encoder(pixels)
         with torch.inference_mode(False), torch.enable_grad():
-            wanted = torch.tensor(pixels.tolist()).requires_grad_()
+            wanted = pixels.clone().requires_grad_()
             after = encoder(wanted)
             after.square().sum().backward()
     assert wanted.grad.abs().sum() > 0
@@ -385,6 +388,11 @@ def test_the_dtype_is_the_weights_and_autocast_does_not_matter(tiny, backend, im
     half = load_encoder(str(tiny), backend=backend, dtype=torch.bfloat16)
     assert half.dtype == torch.bfloat16 and half(image).dtype == torch.float32
     assert 1e-4 < relative_error(half(image), plain) < 0.1
+
+
+def test_a_dinov3_does_not_compute_in_float16(tiny, architecture, runs):
+    expected = torch.float32 if architecture is TINY3 else torch.float16
+    assert load_encoder(str(tiny), dtype=torch.float16).dtype == expected
 
 
 def test_loading_draws_no_random_numbers(tiny, backend):

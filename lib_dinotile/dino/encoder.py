@@ -224,6 +224,7 @@ def load_encoder(
     `folder` being where encoders are installed; a local folder with `config.json` and `model.safetensors`; a Hugging
     Face id, from its cache or, with `download`, the Hub. The caller checks names from outside against `installed` and
     KNOWN.
+    A DINOv3 computes in float32 where float16 is asked for.
     DinotileError, one line, if anything is missing or damaged, or neither a DINOv2 nor a DINOv3, or if no library here
     runs it; no weight is ever left random.
     """
@@ -232,4 +233,6 @@ def load_encoder(
     with torch.inference_mode(False), torch.no_grad(), torch.random.fork_rng(devices=[]):
         checkpoint = read_checkpoint(found)
         library, blocks = load_blocks(checkpoint, backend)
+        if isinstance(checkpoint.architecture, DINOv3) and dtype == torch.float16:
+            dtype = torch.float32  # float16 may overflow: facebookresearch/dinov3#181, NVIDIA/TensorRT#4723
         return PatchEncoder(name, checkpoint, library, blocks).to(device, dtype)
