@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import importlib
 import inspect
 from collections.abc import Iterator
 from functools import partial
@@ -86,8 +85,9 @@ class _LibraryMissing(Exception):
 def _transformers_classes(family: Family) -> tuple[Any, Any, Any]:
     """(transformers, class of the model, class of its configuration)."""
     try:
-        module = importlib.import_module("transformers")
-        return module, getattr(module, f"{family.model}Model"), getattr(module, f"{family.model}Config")
+        import transformers
+
+        return transformers, *(getattr(transformers, f"{family.model}{kind}") for kind in ("Model", "Config"))
     # transformers 4 turns an ImportError inside into a RuntimeError
     except (ImportError, RuntimeError, AttributeError) as error:
         raise _LibraryMissing(f"no {family.model}Model from transformers ({one_line(error)})") from error
