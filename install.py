@@ -15,4 +15,4 @@ if _version("transformers") < (4, 32) and _version("timm") == (0, 0):
     import launch
 
     # Without its dependencies, which would pull packages that the WebUI pins; of a version that is known to run there.
-    launch.run_pip("install timm==1.0.15 --no-deps", "timm for DINO Tile: this transformers has no DINOv2")
+    launch.run_pip("install timm==1.0.20 --no-deps", "timm for DINO Tile: this transformers has no DINOv2")

@@ -399,8 +399,8 @@ class Settings(Options):
     encoder: str = option(
         AUTOMATIC,
         "DINO encoder",
-        "The DINOv2 model that looks at the source. Automatic: the one that the adapter was trained with, else one "
-        "that is installed.",
+        "The DINOv2 or DINOv3 model that looks at the source. Automatic: the one that the adapter was trained with, "
+        "else one that is installed, a DINOv2 first.",
         infotext="DINO Tile encoder",
         only_with=_looking,
         flag="dino",

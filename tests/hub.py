@@ -26,6 +26,8 @@ class Hub:
     """Files that were sent."""
     pause: float = 0.0
     """Seconds between two blocks."""
+    gated: dict[str, int] = field(default_factory=dict)
+    """Models that are refused, with this status: 401 without a token, 403 with that of a user who has no access."""
     cut: int | None = None
     """Bytes of a file after which the connection breaks."""
 
@@ -44,7 +46,9 @@ def _handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
                 return
             model, _, rest = self.path.strip("/").partition("/resolve/")
             revision, _, file = rest.partition("/")
-            if model not in hub.models or revision not in ("main", COMMIT):
+            if model in hub.gated:
+                self._head(hub.gated[model], {"X-Error-Code": "GatedRepo"})
+            elif model not in hub.models or revision not in ("main", COMMIT):
                 self._head(404, {"X-Error-Code": "RepoNotFound"})
             elif file not in hub.models[model]:
                 self._head(404, {"X-Error-Code": "EntryNotFound"})

@@ -18,7 +18,7 @@ from lib_dinotile.dino.encoder import PatchEncoder, load_encoder
 from lib_dinotile.dino.head import RestorationHead
 from lib_dinotile.dino.state import state_of
 from tests.processes import Running
-from tests.test_encoder import write_checkpoint
+from tests.test_encoder import TINY, TINY3, dinov3_runs, write_checkpoint
 
 
 def draw(seed: int) -> torch.Generator:
@@ -83,10 +83,17 @@ def photos(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.fixture
-def encoder(tmp_path: Path) -> PatchEncoder:
-    return load_encoder(str(write_checkpoint(tmp_path / "encoders" / "tiny")))
+def encoder(request: pytest.FixtureRequest, tmp_path: Path) -> PatchEncoder:
+    architecture = getattr(request, "param", TINY)
+    if architecture is TINY3 and not dinov3_runs():
+        pytest.skip("no library has DINOv3")
+    return load_encoder(str(write_checkpoint(tmp_path / "encoders" / "tiny", architecture)))
 
 
+both_families = pytest.mark.parametrize("encoder", [TINY, TINY3], ids=["dinov2", "dinov3"], indirect=True)
+
+
+@both_families
 def test_heads_are_made_once_and_then_read(photos, encoder, tmp_path):
     store = Store(tmp_path / "heads")
     first = store.heads(encoder, 2.0)
@@ -164,18 +171,21 @@ def test_what_cannot_be_written_is_used_from_memory_and_said(photos, encoder, tm
     assert "cannot be kept in" in store.notes[-1] and "no space left" in store.notes[-1]
 
 
+@both_families
 def test_the_command_writes_a_file_that_says_its_gain(photos, encoder, tmp_path, capsys):
     out = tmp_path / "out.safetensors"
     words = ["calibrate", "--dino", str(tmp_path / "encoders" / "tiny"), "--images", str(photos), "--out", str(out)]
     assert cli.main(words) == 0
     told = capsys.readouterr().out
     assert str(out) in told and "gain:" in told and "%" in told
+    assert cli.main(["info", str(out)]) == 0
+    assert ["encoder:", "tiny"] in [line.split() for line in capsys.readouterr().out.splitlines()]
 
 
 @pytest.mark.parametrize(
     "words, says",
     [
-        (["--dino", "nonsense"], "no DINOv2 encoder 'nonsense'"),
+        (["--dino", "nonsense"], "no DINO encoder 'nonsense'"),
         (["--images", "nowhere"], "nowhere is no folder"),
         (["--out", "nowhere/x.safetensors"], "there is no folder nowhere"),
         (["--out", "x.png"], "has to end with .safetensors"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import errno
+import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,7 +18,7 @@ from lib_dinotile.dino import hub as module
 from lib_dinotile.dino.checkpoint import CONFIG, KNOWN, WEIGHTS, install, installed, locate
 from lib_dinotile.dino.encoder import load_encoder
 from tests.hub import Hub, ask, serve
-from tests.test_encoder import TINY, write_checkpoint
+from tests.test_encoder import TINY, dinov3_runs, write_checkpoint
 
 NAME = KNOWN[0]
 
@@ -122,6 +123,35 @@ def test_what_is_missing_or_damaged_is_one_line(hub, folder):
     assert_refused(folder, f"the Hugging Face Hub has no {NAME!r}")
     hub.models = {}
     assert_refused(folder, f"the Hugging Face Hub has no {NAME!r}")
+
+
+@pytest.mark.parametrize("status", [401, 403])
+def test_a_gated_model_is_one_line_that_says_how_to_get_it(hub, folder, status):
+    name = "facebook/dinov3-vitb16-pretrain-lvd1689m"
+    hub.gated[name] = status
+    with pytest.raises(DinotileError) as caught:
+        install(name, folder)
+    line = str(caught.value)
+    says = [
+        f"accept its licence at https://huggingface.co/{name}",
+        "`hf auth login` or set HF_TOKEN",
+        "or choose timm/vit_base_patch16_dinov3.lvd1689m",
+    ]
+    if not dinov3_runs():  # then that is what there is to say
+        says = ["DINOv3 needs transformers 4.56 or later, or timm 1.0.20 or later (else choose a DINOv2)"]
+    assert all(part in line for part in says) and "\n" not in line, line
+    assert_nothing_is_there(folder)
+
+
+def test_a_dinov3_is_not_downloaded_where_no_library_runs_it(hub, folder, monkeypatch):
+    name = "timm/vit_small_patch16_dinov3.lvd1689m"
+    for library in ("transformers", "timm.models.eva"):
+        monkeypatch.setitem(sys.modules, library, None)
+    hub.models[name] = hub.models[NAME]
+    with pytest.raises(DinotileError, match="DINOv3 needs transformers"):
+        load_encoder(name, folder)
+    assert not hub.asked
+    assert_nothing_is_there(folder)
 
 
 def test_a_broken_connection_is_one_line(hub, folder, monkeypatch):

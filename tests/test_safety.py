@@ -28,7 +28,7 @@ from lib_dinotile.engine.host import check_name
 from lib_dinotile.settings import Settings
 from lib_dinotile.weights import MAX_HEADER
 from tests.test_adapter import SMALL
-from tests.test_encoder import backend, timm, transformers, write_checkpoint  # noqa: F401
+from tests.test_encoder import architecture, backend, timm, transformers, write_checkpoint  # noqa: F401
 
 ROOT = Path(__file__).parents[1]
 CONFIG = AdapterConfig("sd15", SMALL.shape, BUILT_IN, features=192, width=16, blocks=1)
@@ -359,15 +359,16 @@ def test_configurations_of_absurd_size_are_one_line_and_take_no_memory(tmp_path)
         assert "config.json is not a model's configuration" in line
 
 
-def test_an_encoder_s_folder_says_nothing_but_its_two_files(tmp_path, backend):  # noqa: F811
+def test_an_encoder_s_folder_says_nothing_but_its_two_files(tmp_path, architecture, backend):  # noqa: F811
     """transformers would follow an adapter_config.json to other models, and pickles, where peft is installed."""
-    folder = write_checkpoint(tmp_path / "encoder", auto_map={"AutoModel": "evil.Model"}, quantization_config={})
+    evil = {"auto_map": {"AutoModel": "evil.Model"}, "quantization_config": {}}
+    folder = write_checkpoint(tmp_path / "encoder", architecture, **evil)
     (folder / "evil.py").write_text("raise SystemExit('evil')")
     (folder / "pytorch_model.bin").write_bytes(DAMAGED["pickle"])
     (folder / "adapter_model.bin").write_bytes(DAMAGED["pickle"])
     (folder / "adapter_config.json").write_text('{"base_model_name_or_path": "/nowhere", "peft_type": "LORA"}')
-    expected = load_encoder(str(write_checkpoint(tmp_path / "plain")), backend=backend)
-    pixels = torch.rand(1, 3, 28, 28)
+    expected = load_encoder(str(write_checkpoint(tmp_path / "plain", architecture)), backend=backend)
+    pixels = torch.rand(1, 3, 2 * expected.patch, 2 * expected.patch)
     assert torch.equal(load_encoder(str(folder), backend=backend)(pixels), expected(pixels))
 
 

@@ -1,87 +1,137 @@
 """The transformer blocks of a checkpoint, from the library that the host has.
 
 Only the blocks come from a library. Patch embedding, prefix tokens, position embeddings and the final LayerNorm are
-`PatchEncoder`'s own: their interpolation of position embeddings is where library versions differ. So a checkpoint
-with registers runs on versions that know none, and both libraries give the same features.
+`PatchEncoder`'s own: their interpolation of position embeddings is where library versions differ. So a DINOv2 with
+registers runs on versions that know none, and both libraries give the same features.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
+import inspect
 from collections.abc import Iterator
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
 from lib_dinotile import DinotileError, one_line
-from lib_dinotile.dino.checkpoint import Checkpoint
+from lib_dinotile.dino.architecture import Architecture
+from lib_dinotile.dino.dinov3 import DINOv3
+
+if TYPE_CHECKING:
+    from lib_dinotile.dino.checkpoint import Checkpoint
+
+Family = type[Architecture] | type[DINOv3]
 
 NAMES = ("auto", "transformers", "timm")
 
 
 def load_blocks(checkpoint: Checkpoint, backend: str) -> tuple[str, nn.ModuleList]:
-    """(library's name, blocks) with the checkpoint's weights, in float32, on the CPU.
+    """(library's name, blocks) with the checkpoint's weights, in float32, on the CPU. They are called by `run`.
 
-    Each block takes (N, L, D) and returns that, or a tuple that begins with it. `auto` is transformers where it has
-    Dinov2Model (4.32 and later), else timm. DinotileError with one line if there is no such library.
+    `auto` is transformers where it has the model, else timm. DinotileError with one line if there is no such library.
     """
     if backend not in NAMES:
         raise ValueError(f"backend {backend!r} is none of {', '.join(NAMES)}")
+    name = check_library(type(checkpoint.architecture), backend)
+    return name, (_transformers if name == "transformers" else _timm)(checkpoint)
+
+
+def check_library(family: Family, backend: str = "auto") -> str:
+    """Name of the library that runs DINOv2 or DINOv3; DinotileError with one line if there is none."""
     lacks = []
-    for name, load in (("transformers", _transformers), ("timm", _timm)):
+    for name, find in (("transformers", _transformers_classes), ("timm", _timm_block)):
         if backend not in ("auto", name):
             continue
         try:
-            return name, load(checkpoint)
+            find(family)
+            return name
         except _LibraryMissing as error:
             lacks.append(str(error))
-    raise DinotileError(f"DINOv2 needs transformers 4.32 or later, or timm 0.9 or later: {'; '.join(lacks)}")
+    raise DinotileError(f"{family.family} needs {family.needs}: {'; '.join(lacks)}")
+
+
+def run(block: nn.Module, tokens: torch.Tensor, rotation: torch.Tensor | None) -> torch.Tensor:
+    """A block's output for tokens (N, L, D), of that shape. rotation: cosines and sines for the patches of a DINOv3,
+    (2, h * w, D / heads)."""
+    if rotation is None:
+        output = block(tokens)
+    elif hasattr(block, "attn"):  # timm
+        output = block(tokens, rope=torch.cat([rotation[1], rotation[0]], -1))
+    else:
+        output = block(tokens, position_embeddings=(rotation[0], rotation[1]))
+    return output[0] if isinstance(output, tuple) else output
 
 
 def keys(block: nn.Module, tokens: torch.Tensor) -> torch.Tensor:
-    """Attention keys of a block for tokens (N, L, D), all heads side by side: (N, L, D)."""
+    """Attention keys of a block for tokens (N, L, D), all heads side by side: (N, L, D). Those of a DINOv3 are not yet
+    turned by their patch's position."""
     seen = block.norm1(tokens)
-    attention = getattr(block, "attn", None)
-    if attention is not None:  # timm
+    attention = block.attn if hasattr(block, "attn") else block.attention  # timm's, transformers'
+    if hasattr(attention, "k_proj"):  # all but the two below
+        return attention.k_proj(seen)
+    if hasattr(attention, "qkv"):  # timm's DINOv2
         return attention.qkv(seen).chunk(3, dim=-1)[1]
-    attention = block.attention  # transformers 5; up to 4 it is one deeper
-    project = attention.k_proj if hasattr(attention, "k_proj") else attention.attention.key
-    return project(seen)
+    return attention.attention.key(seen)  # transformers' DINOv2, up to 4
 
 
 class _LibraryMissing(Exception):
     """The library is not installed, too old or does not import; the message says which."""
 
 
-def _transformers(checkpoint: Checkpoint) -> nn.ModuleList:
+def _transformers_classes(family: Family) -> tuple[Any, Any, Any]:
+    """(transformers, class of the model, class of its configuration)."""
     try:
         import transformers
-        from transformers import Dinov2Config, Dinov2Model
-    except (ImportError, RuntimeError) as error:  # transformers 4 turns an ImportError inside into a RuntimeError
-        raise _LibraryMissing(f"no Dinov2Model from transformers ({one_line(error)})") from error
-    # A model with registers differs before its blocks only: the plain one, which older versions have too, will do.
-    numbers = {k: v for k, v in dataclasses.asdict(checkpoint.architecture).items() if k != "num_register_tokens"}
+
+        return transformers, *(getattr(transformers, f"{family.model}{kind}") for kind in ("Model", "Config"))
+    # transformers 4 turns an ImportError inside into a RuntimeError
+    except (ImportError, RuntimeError, AttributeError) as error:
+        raise _LibraryMissing(f"no {family.model}Model from transformers ({one_line(error)})") from error
+
+
+def _timm_block(family: Family) -> Any:
+    """Class of timm's blocks."""
+    try:
+        if family is Architecture:
+            from timm.models.vision_transformer import Block
+
+            return Block
+        from timm.models.eva import EvaBlock
+    except Exception as error:  # also what comes of a torchvision that does not fit torch
+        raise _LibraryMissing(f"timm does not import ({one_line(error)})") from error
+    if "rotate_half" not in inspect.signature(EvaBlock).parameters:
+        raise _LibraryMissing("this timm has no DINOv3")
+    return EvaBlock
+
+
+def _transformers(checkpoint: Checkpoint) -> nn.ModuleList:
+    a = checkpoint.architecture
+    transformers, model_class, config_class = _transformers_classes(type(a))
+    # A DINOv2 with registers differs before its blocks only: the plain one, which older versions have too, will do.
+    numbers = {k: v for k, v in dataclasses.asdict(a).items() if k != "num_register_tokens"}
     try:
         with _quiet(transformers.logging):
             # Not from the folder: there it would also follow an adapter_config.json, to pickles and other models.
-            model, info = Dinov2Model.from_pretrained(
+            model, info = model_class.from_pretrained(
                 None,
-                config=Dinov2Config(**numbers),
-                state_dict=checkpoint.tensors("encoder.layer."),
+                config=config_class(**numbers),
+                state_dict=checkpoint.tensors(f"{a.LAYERS}."),
                 use_safetensors=True,
                 output_loading_info=True,
             )
     except Exception as error:
         line = f"transformers {transformers.__version__} cannot load {checkpoint.folder} ({one_line(error)})"
         raise DinotileError(f"{line}: get its files again") from error
-    random = sorted(name for name in info["missing_keys"] if "encoder.layer" in name)
+    random = sorted(name for name in info["missing_keys"] if f"{a.LAYERS}." in name)
     if random:
         line = f"transformers {transformers.__version__} found no weights for {len(random)} tensors"
         raise DinotileError(f"{line} of {checkpoint.folder}, {random[0]} first: get its files again")
-    return nn.ModuleList(model.encoder.layer)
+    # Where they are depends on the version.
+    return next(each for each in model.modules() if isinstance(each, nn.ModuleList))
 
 
 @contextlib.contextmanager
@@ -96,31 +146,39 @@ def _quiet(logging: Any) -> Iterator[None]:
 
 
 def _timm(checkpoint: Checkpoint) -> nn.ModuleList:
-    try:
-        from timm.models.vision_transformer import Block
-    except Exception as error:  # also what comes of a torchvision that does not fit torch
-        raise _LibraryMissing(f"timm does not import ({one_line(error)})") from error
     a = checkpoint.architecture
-    if a.use_swiglu_ffn or a.hidden_act != "gelu":
-        what = "the giant model's SwiGLU layers" if a.use_swiglu_ffn else f"the activation {a.hidden_act!r}"
+    made_of = _timm_block(type(a))
+    gated = a.use_gated_mlp if isinstance(a, DINOv3) else a.use_swiglu_ffn
+    if (gated and isinstance(a, Architecture)) or a.hidden_act != ("silu" if gated else "gelu"):
+        what = "the giant model's SwiGLU layers" if gated else f"the activation {a.hidden_act!r}"
         raise DinotileError(
             f"{checkpoint.folder} has {what}, which dinotile does not run through timm: choose the small, base or "
-            f"large DINOv2, or have transformers 4.32 or later"
+            f"large {a.family}, or have {a.needs.partition(',')[0]}"
         )
+    common = {"init_values": 1.0, "norm_layer": partial(nn.LayerNorm, eps=a.layer_norm_eps)}
+    if isinstance(a, DINOv3):
+        common |= {
+            "mlp_ratio": (a.intermediate_size + 0.5) / a.hidden_size,  # times hidden_size it is rounded down
+            "swiglu_mlp": gated,
+            "swiglu_align_to": 1,  # the layout of the published models; widths as they are
+            "qkv_bias": a.query_bias,
+            "qkv_fused": False,
+            "num_prefix_tokens": 1 + a.num_register_tokens,
+            "rotate_half": True,
+        }
+    else:
+        common |= {"mlp_ratio": a.mlp_ratio, "qkv_bias": a.qkv_bias, "act_layer": nn.GELU}
 
     def block(index: int) -> nn.Module:
         with torch.device("meta"):  # no time spent on random weights, and none can be left over
-            made = Block(
-                dim=a.hidden_size,
-                num_heads=a.num_attention_heads,
-                mlp_ratio=a.mlp_ratio,
-                qkv_bias=a.qkv_bias,
-                init_values=1.0,
-                act_layer=nn.GELU,
-                norm_layer=partial(nn.LayerNorm, eps=a.layer_norm_eps),
-            )
-        prefix = f"encoder.layer.{index}."
-        made.load_state_dict(to_timm(checkpoint.tensors(prefix), prefix), strict=True, assign=True)
+            made: nn.Module = made_of(a.hidden_size, a.num_attention_heads, **common)
+        prefix = f"{a.LAYERS}.{index}."
+        tensors = checkpoint.tensors(prefix)
+        if isinstance(a, DINOv3):
+            renamed = {a.timm_name(name).removeprefix(f"blocks.{index}."): each for name, each in tensors.items()}
+        else:
+            renamed = to_timm(tensors, prefix)
+        made.load_state_dict(renamed, strict=True, assign=True)
         return made
 
     return nn.ModuleList(block(i) for i in range(a.num_hidden_layers))

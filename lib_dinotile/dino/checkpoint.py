@@ -1,6 +1,7 @@
-"""DINOv2 checkpoints in Hugging Face's format: where they lie, what they hold, and what to say when they do not.
+"""DINOv2 and DINOv3 checkpoints: where they lie, what they hold, and what to say when they do not.
 
-A checkpoint is a folder with `config.json` and `model.safetensors`. Pickles (`pytorch_model.bin`) are never opened.
+A checkpoint is a folder with `config.json` and `model.safetensors`, in transformers' format, or for DINOv3 also in
+timm's. Pickles (`pytorch_model.bin`) are never opened.
 """
 
 from __future__ import annotations
@@ -12,15 +13,27 @@ import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from lib_dinotile import DinotileError, one_line
 from lib_dinotile.dino import hub
+from lib_dinotile.dino.architecture import MEAN, STD, Architecture
+from lib_dinotile.dino.backends import check_library
+from lib_dinotile.dino.dinov3 import TIMM_MODELS, DINOv3, TimmDINOv3
 from lib_dinotile.dino.locks import Progress, models_folder, silent
 from lib_dinotile.weights import DAMAGED, open_tensors
 
-KNOWN = (
+_TWINS = {
+    "facebook/dinov3-vits16-pretrain-lvd1689m": "timm/vit_small_patch16_dinov3.lvd1689m",
+    "facebook/dinov3-vits16plus-pretrain-lvd1689m": "timm/vit_small_plus_patch16_dinov3.lvd1689m",
+    "facebook/dinov3-vitb16-pretrain-lvd1689m": "timm/vit_base_patch16_dinov3.lvd1689m",
+    "facebook/dinov3-vitl16-pretrain-lvd1689m": "timm/vit_large_patch16_dinov3.lvd1689m",
+}
+"""Gated repositories, and those that have the same weights without a gate."""
+
+_DINOV2 = (
     "facebook/dinov2-small",
     "facebook/dinov2-base",
     "facebook/dinov2-large",
@@ -28,14 +41,15 @@ KNOWN = (
     "facebook/dinov2-with-registers-base",
     "facebook/dinov2-with-registers-large",
 )
+KNOWN = (*_DINOV2, *_TWINS, *_TWINS.values())
 
 BUILT_IN = "mini"
 BUILT_IN_FOLDER = Path(__file__).resolve().parents[1] / "mini" / "encoder"
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 MAX_CONFIG = 1 << 20
-"""Bytes of a `config.json`; those of DINOv2 have under a thousand."""
-MODEL_TYPES = ("dinov2", "dinov2_with_registers")
+"""Bytes of a `config.json`; published ones have under a thousand or two."""
+MODEL_TYPES = ("dinov2", "dinov2_with_registers", "dinov3_vit")
 
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 
@@ -72,11 +86,22 @@ def encoders(folder: Path | None) -> list[str]:
 
 
 def automatic_encoder(folder: Path | None) -> str:
-    """The encoder where neither the user nor an adapter names one: an installed DINOv2, small ones first; else the
-    built-in one, so that nothing is downloaded that nobody has asked for."""
+    """The encoder where neither the user nor an adapter names one: an installed DINOv2, small ones first; else a
+    DINOv3, with which the defaults were not measured; else the built-in one, so that nothing is downloaded that nobody
+    has asked for."""
     found = [name for name in installed(folder) if name != BUILT_IN]
-    sizes = ("small", "base", "large")
-    return min(found, key=lambda name: next((n for n, size in enumerate(sizes) if size in name), 9), default=BUILT_IN)
+    return min(found, key=lambda name: (is_dinov3(name), _size(name)), default=BUILT_IN)
+
+
+def is_dinov3(name: str) -> bool:
+    """Whether an encoder's name says that it is a DINOv3."""
+    return "dinov3" in name.lower()
+
+
+def _size(name: str) -> int:
+    """0 for a small model, 1 for a base one, 2 for a large one, 3 if its name does not say."""
+    sizes = (("small", "vits16"), ("base", "vitb16"), ("large", "vitl16"))
+    return next((n for n, words in enumerate(sizes) if any(word in name for word in words)), len(sizes))
 
 
 def locate(name: str, folder: Path | None, download: bool = True, progress: Progress = silent) -> tuple[str, Path]:
@@ -94,7 +119,7 @@ def locate(name: str, folder: Path | None, download: bool = True, progress: Prog
             )
         return BUILT_IN, BUILT_IN_FOLDER
     if not name.strip():
-        raise DinotileError(f"no encoder is named; it is one of {', '.join([*installed(folder), *KNOWN])}")
+        raise DinotileError(f"no encoder is named; it is one of {_choices(folder)}")
     folder = folder or models_folder("encoders")
     if ".." not in Path(name).parts and not Path(name).is_absolute():
         for candidate in (folder / name, folder / Path(name).name):
@@ -105,16 +130,20 @@ def locate(name: str, folder: Path | None, download: bool = True, progress: Prog
     name = _known(name)
     if not _HUB_ID.fullmatch(name):
         raise DinotileError(
-            f"there is no DINOv2 encoder {name!r}: put its {CONFIG} and {WEIGHTS} into {folder / Path(name).name}, "
-            f"or choose one of {', '.join([*installed(folder), *KNOWN])}"
+            f"there is no DINO encoder {name!r}: put its {CONFIG} and {WEIGHTS} into {folder / Path(name).name}, "
+            f"or choose one of {_choices(folder)}"
         )
     cached = hub.cached(name, (CONFIG, WEIGHTS))
     if cached is None and not download:
         raise DinotileError(
-            f"DINOv2 weights {name!r} are not on this machine: choose {name} as DINO encoder to download them, or "
+            f"DINO weights {name!r} are not on this machine: choose {name} as DINO encoder to download them, or "
             f"{_remedy(name, folder)}"
         )
     return name, cached or install(name, folder, progress)
+
+
+def _choices(folder: Path | None) -> str:
+    return f"{', '.join([*installed(folder), *_DINOV2])}, or a DINOv3"
 
 
 def _remedy(name: str, folder: Path) -> str:
@@ -127,102 +156,27 @@ def install(name: str, folder: Path, progress: Progress = silent) -> Path:
     DinotileError, one line that says which files go where, if it cannot be had.
     """
     target, remedy = folder / Path(name).name, _remedy(name, folder)
+    if is_dinov3(name):
+        check_library(DINOv3)  # before anything is downloaded
     try:
         return hub.download(name, (CONFIG, WEIGHTS), target, read_checkpoint, progress)
     except hub.Unreachable as error:
         raise DinotileError(
-            f"DINOv2 weights {name!r} are not on this machine and the Hugging Face Hub cannot be reached: {remedy}"
+            f"DINO weights {name!r} are not on this machine and the Hugging Face Hub cannot be reached: {remedy}"
+        ) from error
+    except hub.Gated as error:
+        twin = f", or choose {_TWINS[name]}, which needs neither" if name in _TWINS else ""
+        raise DinotileError(
+            f"{name!r} is gated on the Hugging Face Hub: accept its licence at https://huggingface.co/{name}, then log "
+            f"in with `hf auth login` or set HF_TOKEN{twin}"
         ) from error
     except hub.NotThere as error:
         raise DinotileError(f"the Hugging Face Hub has no {name!r} with {CONFIG} and {WEIGHTS}: {remedy}") from error
     except (hub.Failed, DinotileError, OSError) as error:
-        raise DinotileError(f"DINOv2 weights {name!r} cannot be downloaded ({one_line(error)}): {remedy}") from error
+        raise DinotileError(f"DINO weights {name!r} cannot be downloaded ({one_line(error)}): {remedy}") from error
 
 
 # What a checkpoint holds --------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Architecture:
-    """The numbers of a `config.json`; the defaults are those of transformers' Dinov2Config."""
-
-    hidden_size: int = 768
-    num_hidden_layers: int = 12
-    num_attention_heads: int = 12
-    mlp_ratio: float = 4
-    hidden_act: str = "gelu"
-    layer_norm_eps: float = 1e-6
-    image_size: int = 224
-    """Pixels; with `patch_size` the grid that the position embeddings were trained on."""
-    patch_size: int = 14
-    num_channels: int = 3
-    qkv_bias: bool = True
-    use_swiglu_ffn: bool = False
-    """The giant model's feed-forward layer."""
-    num_register_tokens: int = 0
-    """Register tokens (arXiv 2309.16588), after the class token."""
-
-    def __post_init__(self) -> None:
-        """ValueError for what no DINOv2 has, before anything of such a size is made."""
-        for name, low, high in (
-            ("hidden_size", 1, 8192),
-            ("num_hidden_layers", 1, 128),
-            ("num_attention_heads", 1, 256),
-            ("image_size", 1, 8192),
-            ("patch_size", 1, 256),
-            ("num_channels", 3, 3),
-            ("num_register_tokens", 0, 1024),
-        ):
-            value = getattr(self, name)
-            if type(value) is not int or not low <= value <= high:
-                raise ValueError(f"{name} {value!r:.40} is no whole number from {low} to {high}")
-        for name, high in (("mlp_ratio", 16), ("layer_norm_eps", 1)):
-            value = getattr(self, name)
-            if type(value) not in (int, float) or not 0 < value <= high:
-                raise ValueError(f"{name} {value!r:.40} is no number from 0 to {high}")
-        for name, kind in (("hidden_act", str), ("qkv_bias", bool), ("use_swiglu_ffn", bool)):
-            if type(getattr(self, name)) is not kind:
-                raise ValueError(f"{name} {getattr(self, name)!r:.40} is no {kind.__name__}")
-        if self.hidden_size % self.num_attention_heads or self.image_size < self.patch_size:
-            raise ValueError("a whole number of features per head and at least one patch are wanted")
-
-    @property
-    def grid(self) -> int:
-        """Patches along a side of the images that the position embeddings were trained on."""
-        return self.image_size // self.patch_size
-
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Names and shapes of all tensors that the features depend on, as Hugging Face's files name them."""
-        d, p, c = self.hidden_size, self.patch_size, self.num_channels
-
-        def linear(name: str, out: int, into: int, bias: bool = True) -> dict[str, tuple[int, ...]]:
-            return {f"{name}.weight": (out, into)} | ({f"{name}.bias": (out,)} if bias else {})
-
-        def norm(name: str) -> dict[str, tuple[int, ...]]:
-            return {f"{name}.weight": (d,), f"{name}.bias": (d,)}
-
-        shapes: dict[str, tuple[int, ...]] = {
-            "embeddings.cls_token": (1, 1, d),
-            "embeddings.position_embeddings": (1, 1 + self.grid**2, d),
-            "embeddings.patch_embeddings.projection.weight": (d, c, p, p),
-            "embeddings.patch_embeddings.projection.bias": (d,),
-        }
-        if self.num_register_tokens:
-            shapes["embeddings.register_tokens"] = (1, self.num_register_tokens, d)
-        hidden = int(d * self.mlp_ratio)
-        gated = (int(hidden * 2 / 3) + 7) // 8 * 8
-        for i in range(self.num_hidden_layers):
-            at = f"encoder.layer.{i}"
-            shapes |= norm(f"{at}.norm1") | norm(f"{at}.norm2")
-            for part in ("query", "key", "value"):
-                shapes |= linear(f"{at}.attention.attention.{part}", d, d, self.qkv_bias)
-            shapes |= linear(f"{at}.attention.output.dense", d, d)
-            shapes |= {f"{at}.layer_scale1.lambda1": (d,), f"{at}.layer_scale2.lambda1": (d,)}
-            if self.use_swiglu_ffn:
-                shapes |= linear(f"{at}.mlp.weights_in", 2 * gated, d) | linear(f"{at}.mlp.weights_out", d, gated)
-            else:
-                shapes |= linear(f"{at}.mlp.fc1", hidden, d) | linear(f"{at}.mlp.fc2", d, hidden)
-        return shapes | norm("layernorm")
 
 
 @dataclass(frozen=True)
@@ -230,15 +184,20 @@ class Checkpoint:
     """A checkpoint folder whose files were found to be what they should be."""
 
     folder: Path
-    architecture: Architecture
+    architecture: Architecture | DINOv3
     fingerprint: str
     """SHA-256 of the weights file, in hex."""
 
     def tensors(self, prefix: str = "") -> dict[str, torch.Tensor]:
-        """The tensors whose names begin with `prefix`, float32, on the CPU, by name."""
+        """The tensors whose names begin with `prefix`, float32, on the CPU, by transformers' names."""
         with open_tensors(self.folder / WEIGHTS) as file:
             names = [name for name in self.architecture.shapes() if name.startswith(prefix)]
-            return {name: file.get_tensor(name).float() for name in names}
+            return {name: self._read(file, name).float() for name in names}
+
+    def _read(self, file: Any, name: str) -> torch.Tensor:
+        stored, third = self.architecture.stored(name)
+        tensor: torch.Tensor = file.get_tensor(stored)
+        return tensor if third is None else tensor.chunk(3)[third].clone()
 
 
 def read_checkpoint(folder: Path) -> Checkpoint:
@@ -247,43 +206,68 @@ def read_checkpoint(folder: Path) -> Checkpoint:
         if not (folder / file).is_file():
             pickle = file == WEIGHTS and any(folder.glob("*.bin"))
             why = "; pickled weights (.bin) are not read, they can run code" if pickle else ""
-            raise DinotileError(f"the DINOv2 encoder in {folder} has no {file}{why}: put {file} there")
+            raise DinotileError(f"the DINO encoder in {folder} has no {file}{why}: put {file} there")
     architecture = _read_config(folder / CONFIG)
     _check_weights(folder / WEIGHTS, architecture)
     return Checkpoint(folder, architecture, fingerprint(folder))
 
 
-def _read_config(path: Path) -> Architecture:
+def _read_config(path: Path) -> Architecture | DINOv3:
     try:
-        if path.stat().st_size > MAX_CONFIG:
-            raise ValueError(f"more than {MAX_CONFIG} bytes")
-        config = json.loads(path.read_text(encoding="utf-8"))
-        kind = config.get("model_type")
+        config = _json(path)
+        kind = config.get("model_type", config.get("architecture"))  # transformers' word, or timm's
+        timm = isinstance(kind, str) and kind.removesuffix("_qkvb") in TIMM_MODELS
     except (OSError, *DAMAGED) as error:
         raise DinotileError(f"{path} is not a model's configuration ({one_line(error)}): get it again") from error
-    if kind not in MODEL_TYPES:
-        raise DinotileError(f"{path} describes a model of type {kind!r}: an encoder is one of {', '.join(MODEL_TYPES)}")
-    fields = {k: v for k, v in config.items() if k in Architecture.__dataclass_fields__}
-    if kind == "dinov2_with_registers":
-        fields.setdefault("num_register_tokens", 4)
+    if kind not in MODEL_TYPES and not timm:
+        kinds = ", ".join([*MODEL_TYPES, *TIMM_MODELS])
+        raise DinotileError(f"{path} describes a model of type {kind!r:.60}: an encoder is one of {kinds}")
+    made = DINOv3 if timm or kind == "dinov3_vit" else Architecture
     try:
-        return Architecture(**fields)
-    except DAMAGED as error:
-        raise DinotileError(f"{path} has numbers that fit no DINOv2 ({one_line(error)}): get it again") from error
+        if made is DINOv3:
+            _check_normalisation(path, config)
+        if timm:
+            return TimmDINOv3.read(config)
+        fields = {k: v for k, v in config.items() if k in made.__dataclass_fields__}
+        if kind == "dinov2_with_registers":
+            fields.setdefault("num_register_tokens", 4)
+        return made(**fields)
+    except (OSError, *DAMAGED) as error:
+        line = f"{path} has numbers that fit no {made.family} ({one_line(error)}): get it again"
+        raise DinotileError(line) from error
 
 
-def _check_weights(path: Path, architecture: Architecture) -> None:
+def _check_normalisation(path: Path, config: dict[str, Any]) -> None:
+    """DinotileError for a DINOv3 that wants other colours than all the others: those trained on satellite images do.
+    Only timm's configuration says which; transformers' has a file of its own for it, which need not be there."""
+    preprocessor = path.with_name("preprocessor_config.json")
+    said = _json(preprocessor) if preprocessor.is_file() else config.get("pretrained_cfg", {})
+    mean, std = (said.get(f"image_{kind}", said.get(kind)) for kind in ("mean", "std"))
+    if "sat493m" in path.as_posix() or (mean is not None and [*mean, *std] != [*MEAN, *STD]):
+        raise DinotileError(f"{path.parent} has a DINOv3 for satellite images or the like: choose one of lvd1689m")
+
+
+def _json(path: Path) -> Any:
+    if path.stat().st_size > MAX_CONFIG:
+        raise ValueError(f"more than {MAX_CONFIG} bytes")
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def _check_weights(path: Path, architecture: Architecture | DINOv3) -> None:
     """Read the file's header only: it knows every tensor's shape, and whether the file is whole."""
     try:
         with open_tensors(path) as file:
             shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
     except Exception as error:
         raise DinotileError(f"{path} is damaged or not whole ({one_line(error)}): get it again") from error
-    wanted = architecture.shapes()
+    wanted = {}
+    for name, shape in architecture.shapes().items():
+        name, third = architecture.stored(name)
+        wanted[name] = shape if third is None else (3 * shape[0], *shape[1:])
     missing = [name for name in wanted if name not in shapes]
     if missing:
         raise DinotileError(
-            f"{path} lacks {len(missing)} of {len(wanted)} tensors of a DINOv2, {missing[0]} first: "
+            f"{path} lacks {len(missing)} of {len(wanted)} tensors of a {architecture.family}, {missing[0]} first: "
             f"get it and its {CONFIG} again"
         )
     for name, shape in wanted.items():

@@ -1,4 +1,4 @@
-"""DINOv2's patch features (arXiv 2304.07193), whichever library the host has for it."""
+"""Patch features of DINOv2 (arXiv 2304.07193) and DINOv3 (arXiv 2508.10104), whichever library the host has."""
 
 from __future__ import annotations
 
@@ -12,8 +12,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lib_dinotile import DinotileError
-from lib_dinotile.dino.backends import keys, load_blocks
+from lib_dinotile.dino.architecture import MEAN, STD
+from lib_dinotile.dino.backends import keys, load_blocks, run
 from lib_dinotile.dino.checkpoint import BUILT_IN, KNOWN, Checkpoint, installed, locate, read_checkpoint
+from lib_dinotile.dino.dinov3 import DINOv3, rotary_embeddings
 from lib_dinotile.dino.locks import Progress, silent
 
 __all__ = [
@@ -31,9 +33,6 @@ __all__ = [
 Facet = Literal["tokens", "keys"]
 """Features of a layer: its output tokens, or the keys of its attention."""
 FACETS = get_args(Facet)
-
-# ImageNet's, as DINOv2 was trained with.
-_MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 _GRIDS_KEPT = 8
 
@@ -64,8 +63,9 @@ def interpolate_positions(positions: Tensor, grid: tuple[int, int], antialias: b
 
 
 class PatchEncoder(nn.Module):
-    """Images -> DINOv2 patch features. Frozen and always in eval mode; gradients with respect to the image work.
+    """Images -> patch features of DINOv2 or DINOv3.
 
+    Frozen and always in eval mode; gradients with respect to the image work.
     The weights are usable under `torch.inference_mode` and outside of it, wherever they were loaded or moved.
     """
 
@@ -88,23 +88,25 @@ class PatchEncoder(nn.Module):
         self.id, self.backend, self.fingerprint = name, backend, checkpoint.fingerprint
         self.patch, self.width, self.depth = a.patch_size, a.hidden_size, a.num_hidden_layers
         own = {k.removeprefix("embeddings."): v for k, v in checkpoint.tensors("embeddings.").items()}
-        own |= checkpoint.tensors("layernorm.")
-        positions = own["position_embeddings"]
-        # The class token has a position, registers have none.
-        prefix = [own["cls_token"] + positions[:, :1]]
+        own |= checkpoint.tensors(f"{a.NORM}.")
+        prefix, positions = [own["cls_token"]], own.get("position_embeddings")
+        if positions is not None:  # the class token has one, registers have none
+            prefix[0] = prefix[0] + positions[:, :1]
+            positions = positions[:, 1:].contiguous()
         if a.num_register_tokens:
             prefix.append(own["register_tokens"])
         self._antialias = a.num_register_tokens > 0
+        self._rope = (a.rope_theta, a.head_size) if isinstance(a, DINOv3) else None
         self.embed = nn.Conv2d(3, self.width, self.patch, self.patch)
-        self.embed.weight.data = own["patch_embeddings.projection.weight"]
-        self.embed.bias.data = own["patch_embeddings.projection.bias"]
+        patches = a.PATCHES.removeprefix("embeddings.")
+        self.embed.weight.data, self.embed.bias.data = own[f"{patches}.weight"], own[f"{patches}.bias"]
         self.blocks = blocks
         self.norm = nn.LayerNorm(self.width, eps=a.layer_norm_eps)
-        self.norm.weight.data, self.norm.bias.data = own["layernorm.weight"], own["layernorm.bias"]
+        self.norm.weight.data, self.norm.bias.data = own[f"{a.NORM}.weight"], own[f"{a.NORM}.bias"]
         self.register_buffer("prefix", torch.cat(prefix, 1))
-        self.register_buffer("positions", positions[:, 1:].contiguous())
-        self.register_buffer("mean", torch.tensor(_MEAN).view(1, 3, 1, 1), persistent=False)
-        self.register_buffer("std", torch.tensor(_STD).view(1, 3, 1, 1), persistent=False)
+        self.register_buffer("positions", positions)
+        self.register_buffer("mean", torch.tensor(MEAN).view(1, 3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(STD).view(1, 3, 1, 1), persistent=False)
         self._grids: dict[tuple[int, int], Tensor] = {}
         self.requires_grad_(False).eval()
 
@@ -145,12 +147,15 @@ class PatchEncoder(nn.Module):
         with without_autocast(self.device):
             patches = self.embed((pixels.to(self.mean) - self.mean) / self.std)
             grid = (patches.shape[2], patches.shape[3])
-            tokens = patches.flatten(2).transpose(1, 2) + self._positions(grid)
+            tokens, positions, rotation = patches.flatten(2).transpose(1, 2), self._positions(grid), None
+            if self._rope:
+                rotation = positions
+            else:
+                tokens = tokens + positions
             tokens = torch.cat([self.prefix.expand(len(tokens), -1, -1), tokens], 1)
             for depth in range(max(place for place, _ in places) + 1):
                 if depth:
-                    output = self.blocks[depth - 1](tokens)
-                    tokens = output[0] if isinstance(output, tuple) else output
+                    tokens = run(self.blocks[depth - 1], tokens, rotation)
                 for place, facet in places:
                     if place == depth:
                         seen = self.norm(tokens) if facet == "tokens" else keys(self.blocks[depth], tokens)
@@ -164,13 +169,18 @@ class PatchEncoder(nn.Module):
         return [found[place] for place in places]
 
     def _positions(self, grid: tuple[int, int]) -> Tensor:
-        """Position embeddings (1, h * w, D) of a grid, kept for the next image of that size."""
+        """Position embeddings (1, h * w, D) of a grid, or rotary ones (2, h * w, D / heads) of a DINOv3; kept for the
+        next image of that size."""
         if grid not in self._grids:
             if len(self._grids) >= _GRIDS_KEPT:
                 self._grids.clear()
             # Made under inference mode, it could not take part in a gradient later.
             with torch.inference_mode(False), torch.no_grad():
-                made = interpolate_positions(self.positions, grid, self._antialias).to(self.positions.dtype)
+                if self._rope:
+                    made = rotary_embeddings(grid, *self._rope)
+                else:
+                    made = interpolate_positions(self.positions, grid, self._antialias)
+                made = made.to(self.mean)
             self._grids[grid] = made
             return made
         return self._grids[grid]
@@ -208,17 +218,21 @@ def load_encoder(
     download: bool = True,
     progress: Progress = silent,
 ) -> PatchEncoder:
-    """Load a DINOv2 encoder by name, from safetensors only.
+    """Load an encoder by name, from safetensors only.
 
     `name` is looked up in this order: `mini`, the built-in encoder; `folder/name` and `folder/<last part of name>`,
     `folder` being where encoders are installed; a local folder with `config.json` and `model.safetensors`; a Hugging
     Face id, from its cache or, with `download`, the Hub. The caller checks names from outside against `installed` and
     KNOWN.
-    DinotileError, one line, if anything is missing, damaged or not a DINOv2; no weight is ever left random.
+    A DINOv3 computes in float32 where float16 is asked for.
+    DinotileError, one line, if anything is missing or damaged, or neither a DINOv2 nor a DINOv3, or if no library here
+    runs it; no weight is ever left random.
     """
     name, found = locate(name, folder, download, progress)
     # Libraries fill new layers with random numbers before they load them: not at the cost of the caller's next draw.
     with torch.inference_mode(False), torch.no_grad(), torch.random.fork_rng(devices=[]):
         checkpoint = read_checkpoint(found)
         library, blocks = load_blocks(checkpoint, backend)
+        if isinstance(checkpoint.architecture, DINOv3) and dtype == torch.float16:
+            dtype = torch.float32  # float16 may overflow: facebookresearch/dinov3#181, NVIDIA/TensorRT#4723
         return PatchEncoder(name, checkpoint, library, blocks).to(device, dtype)

@@ -30,6 +30,10 @@ class Unreachable(Failed):
     """There is no way to the Hub."""
 
 
+class Gated(Failed):
+    """The Hub gives it only to users who have accepted its licence and are logged in."""
+
+
 class NotThere(Failed):
     """The Hub has no such model, or not with these files."""
 
@@ -85,6 +89,7 @@ def _fetch(name: str, files: Sequence[str], folder: Path, progress: Progress) ->
     from huggingface_hub.file_download import http_get
     from huggingface_hub.utils import (
         EntryNotFoundError,
+        GatedRepoError,
         LocalEntryNotFoundError,
         RepositoryNotFoundError,
         build_hf_headers,
@@ -104,6 +109,8 @@ def _fetch(name: str, files: Sequence[str], folder: Path, progress: Progress) ->
                 raise Failed(f"{file} broke off after {came} of {sizes[file]} bytes")
     except LocalEntryNotFoundError as error:  # a subclass of EntryNotFoundError that means no network
         raise Unreachable from error
+    except GatedRepoError as error:  # a subclass of RepositoryNotFoundError
+        raise Gated from error
     except (RepositoryNotFoundError, EntryNotFoundError) as error:
         raise NotThere from error
     except Exception as error:  # of requests or httpx, as huggingface_hub is old or new

@@ -12,7 +12,9 @@ from lib_dinotile.dino.checkpoint import BUILT_IN, KNOWN, automatic_encoder, enc
 
 FIRST = KNOWN[0]
 """The DINOv2 that is offered where there is none."""
-MEGABYTES = {"small": 88, "base": 346, "large": 1218}
+_DINOV2 = (88, 346, 1218)
+_DINOV3 = (86, 115, 343, 1213)
+MEGABYTES = dict(zip(KNOWN, (*_DINOV2, *_DINOV2, *_DINOV3, *_DINOV3)))
 
 
 @dataclass(frozen=True)
@@ -38,7 +40,7 @@ class EncoderState:
 
 def megabytes(name: str) -> int:
     """To download of a published encoder."""
-    return MEGABYTES[name.split("-")[-1]]
+    return MEGABYTES[name]
 
 
 def state_of(name: str, folder: Path, store: Store) -> EncoderState:

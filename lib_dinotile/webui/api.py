@@ -226,7 +226,7 @@ def heads() -> Any:
 
 @router.get("/encoders", response_model=list[Encoder])
 def encoders() -> Any:
-    """The DINOv2 encoders: the values of the option `encoder`, besides Automatic."""
+    """The encoders: the values of the option `encoder`, besides Automatic."""
     return [dataclasses.asdict(state) for state in states(folders.encoders(), folders.calibrated_heads())]
 
 

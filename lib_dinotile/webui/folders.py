@@ -39,5 +39,5 @@ def calibrated_heads(progress: Progress = silent) -> Store:
 
 
 def encoders() -> Path:
-    """The folder with DINOv2 models, one folder with config.json and model.safetensors each."""
+    """The folder with DINOv2 and DINOv3 models, one folder with config.json and model.safetensors each."""
     return _folder("dinotile_encoders_dir", "encoders")
