@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import importlib.util
 from collections.abc import Callable, Sequence
 
@@ -12,8 +11,6 @@ from PIL import Image
 from lib_dinotile import DinotileError, one_line
 from lib_dinotile.engine.host import Interrupted
 from lib_dinotile.hosts.patched import patched
-
-DEEPBOORU = "modules.deepbooru"
 
 
 def _each(name: str, images: Sequence[Image.Image], ask: Callable[[Image.Image], str]) -> list[str]:
@@ -39,7 +36,9 @@ def _clip(images: Sequence[Image.Image]) -> list[str]:
 
 
 def _deepbooru(images: Sequence[Image.Image]) -> list[str]:
-    model = importlib.import_module(DEEPBOORU).model
+    from modules import deepbooru
+
+    model = deepbooru.model
     try:
         model.start()
     except Exception as error:  # whatever a download or a damaged file raises
@@ -55,6 +54,6 @@ def interrogators() -> dict[str, Callable[[Sequence[Image.Image]], list[str]]]:
     found: dict[str, Callable[[Sequence[Image.Image]], list[str]]] = {}
     if hasattr(shared, "interrogator"):
         found["CLIP"] = _clip
-    if importlib.util.find_spec(DEEPBOORU) is not None:
+    if importlib.util.find_spec("modules.deepbooru") is not None:
         found["DeepBooru"] = _deepbooru
     return found
