@@ -24,7 +24,7 @@ SAMPLERS = (
 )
 PROMPTS = {
     "and": {"prompt": "a photo AND a cat"},
-    "long prompt": {"prompt": LONG, "negative_prompt": "blur"},
+    "long prompt": {"prompt": LONG, "negative_prompt": "a cat"},
     "long negative prompt": {"prompt": "a photo", "negative_prompt": LONG},
     "cond and uncond apart": {"override_settings": {"batch_cond_uncond": False}},
     "apart, with and": {"override_settings": {"batch_cond_uncond": False}, "prompt": "a photo AND a cat"},

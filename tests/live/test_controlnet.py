@@ -159,8 +159,9 @@ def test_an_effective_region_is_cut_too(
     """A mask that is black over the two tiles on the left, and white over those on the right."""
     mask = Image.new("RGB", large.size)
     mask.paste("white", (64, 0, 128, 128))
-    forge = webui.get("sdapi/v1/sd-modules").status_code == 200
-    name = "mask_image" if forge else "effective_region_mask"
+    scripts = webui.get("sdapi/v1/script-info").json()
+    first = next(script["args"] for script in scripts if script["name"] == "controlnet")[0]["value"]
+    name = "mask_image" if "mask_image" in (first or {}) else "effective_region_mask"
     masked = {**unit, "image": encode(specks), name: encode(mask)}
     options = {**FOUR, "batch": 4, "order": order}
     image = controlled(webui, large, masked, options, **NO_NOISE)
