@@ -165,10 +165,17 @@ class Txt2ImgTakeover(Takeover):
         state.textinfo = None
         passes = 1 + bool(p.enable_hr)
         steps = p.steps + bool(p.enable_hr) * (getattr(p, "hr_second_pass_steps", 0) or p.steps)
-        arguments = conditioning, unconditional_conditioning, seeds, subseeds, subseed_strength, prompts
+        arguments: dict[str, Any] = {
+            "conditioning": conditioning,
+            "unconditional_conditioning": unconditional_conditioning,
+            "seeds": seeds,
+            "subseeds": subseeds,
+            "subseed_strength": subseed_strength,
+            "prompts": prompts,
+        }
         try:
             with bars.passing(bars.PASS * passes * len(seeds), steps):
-                generated = self._own("sample")(*arguments)
+                generated = self._own("sample")(**arguments)
             if state.interrupted or state.skipped or state.stopping_generation:
                 p.extra_generation_params["DINO Tile painted"] = [f"0 of {self._tiles}"] * len(seeds)
                 return generated
@@ -181,7 +188,7 @@ class Txt2ImgTakeover(Takeover):
         except BaseException:
             undo(p)  # the error is the WebUI's own
             raise
-        return self._upscaled(generated, *arguments)
+        return self._upscaled(generated, **arguments)
 
     @_in_one_line
     def _upscaled(
