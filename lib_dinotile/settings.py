@@ -1,7 +1,8 @@
 """The table of options. The UI, the API, PNG info, X/Y/Z axes and the command line are all made from it.
 
-An option is one field of `Settings` (the engine's; everywhere) or of `Generation` (img2img's, which has
-controls of its own in a WebUI; command line only). Adding an option is adding a field.
+An option is one field of `Settings` (the engine's; everywhere), of `Txt2Img` (what only the txt2img tab of a WebUI has
+besides) or of `Generation` (img2img's, which has controls of its own in a WebUI; command line only). Adding an option
+is adding a field.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lib_dinotile import DinotileError
-from lib_dinotile.options import Options, option
+from lib_dinotile.options import Option, Options, option
 from lib_dinotile.tiling.colour import CORRECTIONS
 from lib_dinotile.tiling.plan import ORDERS
 from lib_dinotile.tiling.seams import SEAMS
@@ -426,6 +427,15 @@ class Settings(Options):
         only_with=_looking,
     )
 
+    @classmethod
+    def option(cls, name: str) -> Option:
+        only = {row.name: row.label for row in Txt2Img.table()}.keys() - {row.name for row in Settings.table()}
+        if cls is Settings and name in only:
+            raise DinotileError(
+                f"{name}: only txt2img has this option, what img2img itself is set to counts: leave it out"
+            )
+        return super().option(name)
+
     def for_base(self, base: str) -> Settings:
         """With automatic values resolved for a checkpoint of that family, `sd15` and so on; see `Host.base`."""
         return self if self.tile else dataclasses.replace(self, tile=512 if base in SMALL else 1024)
@@ -466,6 +476,38 @@ class Settings(Options):
                 raise DinotileError(
                     f"{kind}start: {start:g} is not allowed with {kind}end {end:g}, give at most {end:g}"
                 )
+
+
+@dataclass(frozen=True)
+class Txt2Img(Settings):
+    """Options in the txt2img tab of a WebUI, where images are upscaled as soon as they are generated."""
+
+    target: str = option(
+        "scale",
+        "Target size",
+        "Where the size of the result comes from: scale, or longest side.",
+        choices=TARGETS[:2],
+        infotext="DINO Tile target",
+    )
+    denoise: float = option(
+        0.3,
+        "Denoising strength",
+        "In txt2img only: how much the tiles may change; 0 leaves them as they are.",
+        minimum=0.0,
+        maximum=1.0,
+        step=0.01,
+        infotext="DINO Tile denoise",
+    )
+    steps: int = option(
+        0,
+        "Steps",
+        "In txt2img only: sampling steps of the tiles, counted as in img2img. 0: as many as the image has.",
+        minimum=1,
+        maximum=150,
+        step=1,
+        zero="the image's",
+        infotext="DINO Tile steps",
+    )
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ from modules import script_callbacks, scripts
 
 from lib_dinotile.webui import accordion, api, main_thread, xyz
 from lib_dinotile.webui.takeover import Takeover, refuse, undo
+from lib_dinotile.webui.txt2img import is_txt2img, options_for, takeover
 
 
 class Script(scripts.Script):
@@ -11,11 +12,12 @@ class Script(scripts.Script):
         return accordion.TITLE
 
     def show(self, is_img2img):
-        return scripts.AlwaysVisible if is_img2img else False
+        return scripts.AlwaysVisible
 
     def ui(self, is_img2img):
-        components = accordion.build()
-        self.infotext_fields = accordion.infotext_fields(components)
+        tab = "img2img" if is_img2img else "txt2img"
+        components = accordion.build(tab)
+        self.infotext_fields = accordion.infotext_fields(components, tab)
         self.paste_field_names = [key for _, key in self.infotext_fields if isinstance(key, str)]
         return list(components.values())
 
@@ -23,10 +25,12 @@ class Script(scripts.Script):
         undo(p)
         if getattr(p, "_ad_inner", False):  # ADetailer paints a part of what is finished
             return
+        if self.is_txt2img != is_txt2img(p):  # another extension's own work within a job of this tab
+            return
         try:
-            settings = accordion.settings_from(args, xyz.axes(p))
+            settings = accordion.settings_from(args, xyz.axes(p), options_for(p))
             if settings.enabled:
-                Takeover(p, settings).apply()
+                takeover(p, settings).apply()
         except Exception as error:  # the WebUI would log it and go on without us
             refuse(p, error)
 
@@ -37,6 +41,8 @@ class Script(scripts.Script):
 
 script_callbacks.on_before_ui(xyz.register)
 script_callbacks.on_after_component(accordion.img2img.on_component)
+for captions in accordion.captions.values():
+    script_callbacks.on_after_component(captions.on_component)
 script_callbacks.on_app_started(api.register)
 script_callbacks.on_app_started(main_thread.hand_on_errors)
 script_callbacks.on_app_started(accordion.restore_types)

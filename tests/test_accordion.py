@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import importlib
 import json
 import re
@@ -12,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from lib_dinotile.settings import AUTOMATIC, CALIBRATED, NONE, Settings
+from lib_dinotile.settings import AUTOMATIC, CALIBRATED, NONE, Settings, Txt2Img
 from tests.stand_in import webui
 
 gr = pytest.importorskip("gradio", reason="no gradio here, beside the WebUIs' packages there is one")
@@ -46,15 +47,20 @@ def accordion(tmp_path: Path) -> Iterator[types.ModuleType]:
         yield importlib.import_module("lib_dinotile.webui.accordion")
 
 
-def test_every_option_has_a_control_with_its_default(accordion):
+TABLES = {"txt2img": Txt2Img, "img2img": Settings}
+
+
+@pytest.mark.parametrize("tab", TABLES)
+def test_every_option_has_a_control_with_its_default(accordion, tab: str):
+    table = TABLES[tab]
     with gr.Blocks():
-        components = accordion.build()
-    options = {option.name: option for option in Settings.table()}
+        components = accordion.build(tab)
+    options = {option.name: option for option in table.table()}
     assert list(components) == list(options)
     for name, component in components.items():
         option = options[name]
         assert component.value == option.default, name
-        assert component.elem_id == f"dinotile_{name}"
+        assert component.elem_id == f"{'txt2img_' if tab == 'txt2img' else ''}dinotile_{name}"
         if name == "enabled":
             continue
         assert (component.label, component.info) == (option.label, option.help)
@@ -67,10 +73,9 @@ def test_every_option_has_a_control_with_its_default(accordion):
         if isinstance(component, gr.Dropdown):
             values = [choice[1] if isinstance(choice, (tuple, list)) else choice for choice in component.choices]
             assert option.default in values, name
-    assert accordion.settings_from((True, *(components[name].value for name in list(options)[1:])), {}) == Settings(
-        enabled=True
-    )
-    fields = accordion.infotext_fields(components)
+    values = (True, *(components[name].value for name in list(options)[1:]))
+    assert accordion.settings_from(values, {}, table) == table(enabled=True)
+    fields = accordion.infotext_fields(components, tab)
     assert fields[0][0] is components["enabled"] and all(component in components.values() for component, _ in fields)
 
 
@@ -89,13 +94,14 @@ def of_images(*texts: str | None) -> str:
     return json.dumps({"infotexts": list(told)})
 
 
-def test_captions_are_those_of_the_last_image_of_the_own_page(accordion):
+@pytest.mark.parametrize("tab", ["txt2img", "img2img"])
+def test_captions_are_those_of_the_last_image_of_the_own_page(accordion, tab: str):
     """The WebUI is one process for all its users."""
     with gr.Blocks() as page:
         accordion.img2img.on_component(gr.State(), elem_id="mode_img2img")
-        prompts = accordion.build()["tile_prompts"]
+        prompts = accordion.build(tab)["tile_prompts"]
         information = gr.Textbox(visible=False)
-        accordion.img2img.on_component(information, elem_id="generation_info_img2img")
+        accordion.captions[tab].on_component(information, elem_id=f"generation_info_{tab}")
     if isinstance(page.fns, dict):  # gradio 4
         found = [(each.fn, each.inputs) for each in page.fns.values() if each.outputs == [prompts]]
     else:
@@ -118,7 +124,53 @@ def test_captions_are_those_of_the_last_image_of_the_own_page(accordion):
 def test_any_number_of_pages_shows_how_far_it_is(accordion):
     """Also at once, where gradio by default lets one wait for the other."""
     with gr.Blocks() as page:
-        accordion.build()
+        accordion.build("img2img")
     functions = page.fns.values() if isinstance(page.fns, dict) else page.fns
     limits = [getattr(each, "concurrency_limit", None) for each in functions if each.name in ("start", "follow")]
     assert limits == [None] * 4
+
+
+def fields_of(accordion: types.ModuleType, tab: str) -> tuple[dict, list]:
+    """Controls by option, and which of them is pasted what."""
+    with gr.Blocks():
+        components = accordion.build(tab)
+    return components, accordion.infotext_fields(components, tab)
+
+
+def pasted(components: dict, fields: list, info: dict) -> dict:
+    """Values by option that PNG info sets."""
+    names = {id(component): name for name, component in components.items()}
+    found = {names[id(each)]: key(info) if callable(key) else info.get(key) for each, key in fields}
+    return {name: value for name, value in found.items() if value is not None}
+
+
+@pytest.mark.parametrize("made", TABLES)
+@pytest.mark.parametrize("tab", TABLES)
+def test_png_info_of_either_tab_sets_both_and_switches_its_own_on(accordion, made: str, tab: str):
+    settings = TABLES[made](enabled=True, scale=3.0, guard="report", colour="AdaIN")
+    if made == "txt2img":
+        settings = dataclasses.replace(settings, denoise=0.45, steps=12)
+    found = pasted(*fields_of(accordion, tab), settings.infotext)
+    assert found["enabled"] == (made == tab)
+    assert (found["scale"], found["guard"], found["colour"]) == (3.0, "report", "AdaIN")
+    if tab == made == "txt2img":
+        assert (found["denoise"], found["steps"]) == (0.45, 12)
+    if made == tab:
+        assert TABLES[tab].parse(found) == settings
+    assert not pasted(*fields_of(accordion, tab), {"Steps": 20}).pop("enabled")
+
+
+def test_a_size_that_txt2img_has_not_becomes_its_default(accordion):
+    info = Settings(enabled=True, target="img2img size").infotext
+    assert pasted(*fields_of(accordion, "txt2img"), info)["target"] == "scale"
+
+
+def test_buttons_of_the_webui_carry_the_same_controls_from_tab_to_tab(accordion):
+    """It pairs the fields with the names of the tab that it comes from, one by one."""
+    of = {tab: fields_of(accordion, tab) for tab in TABLES}
+    names = [key for _, key in of["txt2img"][1] if isinstance(key, str)]
+    paired = {
+        tab: [each.elem_id.partition("dinotile_")[2] for each, key in fields if isinstance(key, str) and key in names]
+        for tab, (_, fields) in of.items()
+    }
+    assert paired["txt2img"] == paired["img2img"] and len(names) > 10

@@ -4,7 +4,7 @@ import re
 from pathlib import Path
 
 from lib_dinotile.options import Option
-from lib_dinotile.settings import Settings
+from lib_dinotile.settings import Settings, Txt2Img
 
 README = Path(__file__).parents[1] / "README.md"
 HEAD = "| name | in the UI | default | |\n|---|---|---|---|\n"
@@ -17,7 +17,8 @@ def row(option: Option) -> str:
 
 def with_table(text: str) -> str:
     """The README's text with the table as it has to be."""
-    table = HEAD + "".join(map(row, Settings.table()))
+    rows = {option.name: option for option in (*Txt2Img.table(), *Settings.table())}
+    table = HEAD + "".join(map(row, rows.values()))
     return re.sub(re.escape(HEAD) + r"(\|.*\n)*", lambda _: table, text)
 
 

@@ -91,18 +91,31 @@ class A1111Host(WebUIHost):
     @contextlib.contextmanager
     def sampling(self, tiled: TiledDenoiser, canvas: tuple[int, int]) -> Iterator[None]:
         self._canvas = canvas
+        units = [params for network in self._networks() for params in network.control_params or ()]
         # Setting `hint_cond` makes the extension forget what it has derived from the last one.
-        self._whole = [
+        whole = [
             (params, name, getattr(params, name))
-            for network in self._networks()
-            for params in network.control_params or ()
+            for params in units
             for name in ("hint_cond", "effective_region_mask")
             if is_spatial(getattr(params, name, None))
         ]
+        # Hires fix has larger ones. Left there, the extension would take them, whole, for tiles of that size.
+        larger = [
+            (params, "hr_hint_cond", params.hr_hint_cond)
+            for params in units
+            if is_spatial(getattr(params, "hr_hint_cond", None))
+        ]
+        finest = {id(params): hint for params, _, hint in larger}
+        self._whole = [
+            (params, name, finest.get(id(params), hint) if name == "hint_cond" else hint)
+            for params, name, hint in whole
+        ]
         try:
+            for params, name, _ in larger:
+                setattr(params, name, None)
             yield
         finally:
-            for params, name, hint in self._whole:
+            for params, name, hint in (*whole, *larger):
                 setattr(params, name, hint)
             self._whole, self._cut = [], (None, [])
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from modules import shared
@@ -13,15 +15,40 @@ from lib_dinotile.hosts.patched import patched
 JOBS = 10_000
 """To the WebUI, whose bars show what share of its jobs is done, every image is so many of them. That is far more than
 there are batches: what it adds itself for the steps of the current job is nothing to see."""
+PASS = JOBS // 4
+"""So many are what the WebUI itself does for an image before: a pass of txt2img."""
 
 
-def expect(batches: int, images: int) -> None:
-    """There will be so many batches of images; where a script has said how many, that many."""
+def expect(batches: int, images: int, passes: int = 0) -> None:
+    """There will be so many batches of images; where a script has said how many, that many.
+
+    passes: of the WebUI's own for each batch before that.
+    """
     state = shared.state
     if not state.processing_has_refined_job_count:  # once: it may be one image of many, or a cell of a plot
-        state.job_count = max(state.job_count, batches) * images * JOBS
+        state.job_count = max(state.job_count, batches) * images * (JOBS + passes * PASS)
         state.processing_has_refined_job_count = True
     shared.total_tqdm.updateTotal(state.job_count)
+
+
+def _move(job: int, count: Callable[[], Any]) -> None:
+    """To that job, if they are not there yet; count: of the console's bar."""
+    for _ in range(shared.state.job_no, job):
+        count()
+    shared.state.job_no = max(shared.state.job_no, job)
+
+
+@contextlib.contextmanager
+def passing(jobs: int, steps: int) -> Iterator[None]:
+    """While open, the WebUI's own sampling, of so many steps in all, moves the bars on by so many jobs."""
+    first, count, taken = shared.state.job_no, shared.total_tqdm.update, itertools.count(1)
+
+    def step() -> None:
+        _move(first + jobs * min(next(taken), steps) // steps, count)
+
+    with patched(shared.total_tqdm, update=step):
+        yield
+    _move(first + jobs, count)
 
 
 class Bars:
@@ -54,10 +81,7 @@ class Bars:
         self._move(1.0)
 
     def _move(self, share: float) -> None:
-        job = self._first + min(int(share * JOBS), self._jobs)
-        for _ in range(shared.state.job_no, job):
-            self._count()
-        shared.state.job_no = max(shared.state.job_no, job)
+        _move(self._first + min(int(share * JOBS), self._jobs), self._count)
 
     @staticmethod
     def own() -> contextlib.AbstractContextManager[Any]:

@@ -1,4 +1,4 @@
-"""The controls in the img2img tab, made from the table of options."""
+"""The controls in the txt2img and img2img tabs, made from the tables of options."""
 
 from __future__ import annotations
 
@@ -18,17 +18,22 @@ from lib_dinotile.dino.checkpoint import encoders
 from lib_dinotile.hosts import upscalers
 from lib_dinotile.hosts.interrogators import interrogators
 from lib_dinotile.options import Option
-from lib_dinotile.settings import AUTOMATIC, CALIBRATED, NONE, Settings
+from lib_dinotile.settings import AUTOMATIC, CALIBRATED, NONE, Settings, Txt2Img
 from lib_dinotile.webui import first_minute, folders
-from lib_dinotile.webui.preview import Img2Img
+from lib_dinotile.webui.preview import Captions, Img2Img
 
 TITLE = "DINO Tile"
+TABS: dict[str, type[Settings]] = {"txt2img": Txt2Img, "img2img": Settings}
+"""Their options."""
+PREFIXES = {"txt2img": "txt2img_dinotile_", "img2img": "dinotile_"}
+"""What the ids of their controls begin with."""
+captions = {tab: Captions(tab) for tab in TABS}
 img2img = Img2Img()
 """img2img's own controls, for the preview."""
 PREVIEW = ()
-"""The row that has the preview."""
+"""The row that has the preview, in img2img."""
 GROUPS: tuple[tuple[str | None, tuple[tuple[str, ...], ...]], ...] = (
-    (None, (("target", "scale", "longest"), ("tile",), ("guidance", "guard"), PREVIEW)),
+    (None, (("target", "scale", "longest"), ("denoise", "steps"), ("tile",), ("guidance", "guard"), PREVIEW)),
     ("Upscaler, colour and tile layout", (("upscaler", "colour"), ("overlap", "order"), ("batch", "flat"))),
     ("Seam pass", (("seams",), ("seam_denoise", "seam_width"))),
     (
@@ -50,7 +55,8 @@ GROUPS: tuple[tuple[str | None, tuple[tuple[str, ...], ...]], ...] = (
     ("Adapter", (("adapter",), ("strength",), ("start", "end"))),
     ("DINO features of the source", (("encoder", "head"), ("patches", "windows"))),
 )
-"""Titles of foldable groups, and which options stand side by side in them; `enabled` is the accordion's own switch."""
+"""Titles of foldable groups, and which options stand side by side in them, in tabs that have them.
+`enabled` is the accordion's own switch."""
 
 
 def adapter_choices() -> list[str]:
@@ -80,8 +86,8 @@ REFRESHED = ("adapter", "encoder", "head", "upscaler")
 """Those that may grow while the WebUI runs."""
 
 
-def _component(option: Option) -> Any:
-    common = {"label": option.label, "value": option.default, "info": option.help, "elem_id": f"dinotile_{option.name}"}
+def _component(option: Option, prefix: str) -> Any:
+    common = {"label": option.label, "value": option.default, "info": option.help, "elem_id": prefix + option.name}
     choices = CHOICES[option.name]() if option.name in CHOICES else option.choices
     if choices is not None:
         return gr.Dropdown(choices=list(choices), **common)
@@ -91,36 +97,39 @@ def _component(option: Option) -> Any:
     return gr.Slider(minimum=least, maximum=option.maximum, step=option.step, **common)
 
 
-def build() -> dict[str, Any]:
-    """The accordion; its components by option name, in the order of the table."""
-    options = {option.name: option for option in Settings.table()}
+def build(tab: str) -> dict[str, Any]:
+    """A tab's accordion; its components by option name, in the order of the table."""
+    options, prefix = {option.name: option for option in TABS[tab].table()}, PREFIXES[tab]
     components: dict[str, Any] = {}
     enabled = options["enabled"]
-    with InputAccordion(enabled.default, label=TITLE, elem_id="dinotile_enabled") as components["enabled"]:
-        status = first_minute.add()
+    with InputAccordion(enabled.default, label=TITLE, elem_id=f"{prefix}enabled") as components["enabled"]:
+        status = first_minute.add(prefix)
         for title, rows in GROUPS:
             with gr.Accordion(title, open=False) if title else contextlib.nullcontext():
                 for row in rows:
-                    if row == PREVIEW:
-                        shown = _add_preview()
+                    if row == PREVIEW and tab == "img2img":
+                        shown = _add_preview(prefix)
+                    names = [name for name in row if name in options]
+                    if not names:
                         continue
                     with gr.Row(elem_classes="dinotile-row"):
-                        for name in row:
-                            components[name] = _component(options[name])
+                        for name in names:
+                            components[name] = _component(options[name], prefix)
                             if name in REFRESHED:
-                                _add_refresh(name, components[name])
+                                _add_refresh(name, components[name], prefix)
                     if "tile_prompts" in row:
-                        _add_captions(components["tile_prompts"])
+                        _add_captions(components["tile_prompts"], tab)
     _follow_target(components)
-    img2img.show_in(*shown, components)
+    if tab == "img2img":
+        img2img.show_in(*shown, components)
     first_minute.connect(*status, components)
     return {name: components[name] for name in options}
 
 
-def _add_preview() -> tuple[Any, Any, Any]:
-    button = gr.Button("Preview tiles and time", size="sm", elem_id="dinotile_preview")
-    text = gr.HTML(elem_id="dinotile_preview_text")
-    picture = gr.Image(visible=False, interactive=False, type="pil", show_label=False, elem_id="dinotile_preview_image")
+def _add_preview(prefix: str) -> tuple[Any, Any, Any]:
+    button = gr.Button("Preview tiles and time", size="sm", elem_id=f"{prefix}preview")
+    text = gr.HTML(elem_id=f"{prefix}preview_text")
+    picture = gr.Image(visible=False, interactive=False, type="pil", show_label=False, elem_id=f"{prefix}preview_image")
     return button, text, picture
 
 
@@ -137,31 +146,49 @@ def _follow_target(components: Mapping[str, Any]) -> None:
     Context.root_block.load(**wiring, show_progress=False)  # the user's own defaults are set after the page is built
 
 
-def _add_captions(prompts: Any) -> None:
-    button = gr.Button("Edit the captions of the last image", size="sm", elem_id="dinotile_take_captions")
-    img2img.copy_captions(button, prompts)
+def _add_captions(prompts: Any, tab: str) -> None:
+    button = gr.Button("Edit the captions of the last image", size="sm", elem_id=f"{PREFIXES[tab]}take_captions")
+    captions[tab].copy(button, prompts)
 
 
-def _add_refresh(name: str, component: Any) -> None:
-    create_refresh_button(component, lambda: None, lambda: {"choices": CHOICES[name]()}, f"dinotile_refresh_{name}")
+def _add_refresh(name: str, component: Any, prefix: str) -> None:
+    create_refresh_button(component, lambda: None, lambda: {"choices": CHOICES[name]()}, f"{prefix}refresh_{name}")
 
 
-def infotext_fields(components: Mapping[str, Any]) -> list[tuple[Any, Any]]:
+def infotext_fields(components: Mapping[str, Any], tab: str) -> list[tuple[Any, Any]]:
     """Which control is set from what when PNG info is pasted.
 
-    What an image of ours may leave untold goes to its default then: nothing of an earlier image stays.
+    What an image of ours may leave untold goes to its default then: nothing of an earlier image stays. The switch goes
+    on only in the tab that the image was made in: in the other one its size is not what it is here.
     """
-    written = [option for option in Settings.table() if option.infotext]
-    always = Settings().infotext
+    table = TABS[tab]
+    written = [option for option in table.table() if option.infotext]
+    # These the WebUI's own buttons carry from tab to tab, so they must be alike.
+    alike = {
+        option.infotext
+        for option in written
+        if option.infotext in Settings().infotext and option.choices == Settings.option(option.name).choices
+    }
 
     def ours(params: Mapping[str, Any]) -> bool:
         return written[0].infotext in params
 
-    def reader(option: Option) -> Callable[[Mapping[str, Any]], Any]:
-        return lambda params: params.get(str(option.infotext), option.default) if ours(params) else None
+    def here(params: Mapping[str, Any]) -> bool:
+        return ours(params) and (Txt2Img.option("denoise").infotext in params) == (tab == "txt2img")
 
-    keys = [option.infotext if option.infotext in always else reader(option) for option in written]
-    return [(components["enabled"], ours), *zip((components[option.name] for option in written), keys)]
+    def reader(option: Option) -> Callable[[Mapping[str, Any]], Any]:
+        def read(params: Mapping[str, Any]) -> Any:
+            value = params.get(str(option.infotext), option.default)
+            return (
+                (value if option.choices is None or value in option.choices else option.default)
+                if ours(params)
+                else None
+            )
+
+        return read
+
+    keys = [option.infotext if option.infotext in alike else reader(option) for option in written]
+    return [(components["enabled"], here), *zip((components[option.name] for option in written), keys)]
 
 
 def restore_types(*_: Any) -> None:
@@ -169,25 +196,26 @@ def restore_types(*_: Any) -> None:
 
     It keeps 0.0 as 0, and would then read PNG info in a request as whole numbers.
     """
-    options = {f"dinotile_{option.name}": option for option in Settings.table()}
-    for field in infotext_utils.paste_fields.get("img2img", {}).get("fields", ()):
-        option = options.get(getattr(field.component, "elem_id", None) or "")
-        if option is not None and option.type in (int, float):
-            field.component.value = option.type(field.component.value)
+    for tab, table in TABS.items():
+        options = {PREFIXES[tab] + option.name: option for option in table.table()}
+        for field in infotext_utils.paste_fields.get(tab, {}).get("fields", ()):
+            option = options.get(getattr(field.component, "elem_id", None) or "")
+            if option is not None and option.type in (int, float):
+                field.component.value = option.type(field.component.value)
 
 
-def settings_from(args: tuple[Any, ...], axes: Mapping[str, Any]) -> Settings:
-    """Settings from the script's arguments: one value per option, or, from the API, one dict in front.
+def settings_from(args: tuple[Any, ...], axes: Mapping[str, Any], table: type[Settings] = Settings) -> Settings:
+    """Settings from the script's arguments: one value per option of the table, or, from the API, one dict in front.
 
     axes: options that an X/Y/Z plot sets for this image; they turn dinotile on. While it is off, what the controls are
     at is nobody's business. DinotileError if a value is not allowed.
     """
     first = args[0] if args else False
     if isinstance(first, Mapping):
-        return Settings.parse({**first, **({"enabled": True} if axes else {}), **axes})
+        return table.parse({**first, **({"enabled": True} if axes else {}), **axes})
     if first is False and not axes:
-        return Settings()
-    names = [option.name for option in Settings.table()]
+        return table()
+    names = [option.name for option in table.table()]
     if len(args) > len(names):
         raise DinotileError(f"DINO Tile takes {len(names)} arguments, not {len(args)}: give one dict of options")
-    return Settings.parse({**dict(zip(names, args)), **({"enabled": True} if axes else {}), **axes})
+    return table.parse({**dict(zip(names, args)), **({"enabled": True} if axes else {}), **axes})

@@ -167,11 +167,11 @@ def _stop() -> Any:
     return gr.update(visible=False)
 
 
-def add() -> tuple[Any, Any, Any]:
-    """Line, button and Stop, where the page is now."""
-    line = gr.HTML(elem_id="dinotile_encoder_line")
-    button = gr.Button("Calibrate now", size="sm", variant="primary", visible=False, elem_id="dinotile_get_ready")
-    stop = gr.Button("Stop", size="sm", visible=False, elem_id="dinotile_stop")
+def add(prefix: str) -> tuple[Any, Any, Any]:
+    """Line, button and Stop, where the page is now; prefix: of their ids."""
+    line = gr.HTML(elem_id=f"{prefix}encoder_line")
+    button = gr.Button("Calibrate now", size="sm", variant="primary", visible=False, elem_id=f"{prefix}get_ready")
+    stop = gr.Button("Stop", size="sm", visible=False, elem_id=f"{prefix}stop")
     return line, button, stop
 
 

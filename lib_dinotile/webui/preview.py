@@ -45,8 +45,8 @@ NUMBERS = {
 """img2img's own controls that a preview depends on."""
 LAST = "img2img_gallery"
 """By the time that this is there, all of them are."""
-INFORMATION = "generation_info_img2img"
-"""A page's hidden text box with the infotexts of the images that it shows, as JSON (`Processed.js`)."""
+INFORMATION = "generation_info_"
+"""With a tab's name: its hidden text box with the infotexts of the images that it shows, as JSON (`Processed.js`)."""
 
 SLOW = 5.0
 """Seconds of a first trial above which there is no other."""
@@ -197,7 +197,6 @@ class Img2Img:
         self._place: str | None = None
         self._hidden: list[Any] = []
         self._own: tuple[Any, Any, Any, Mapping[str, Any]] | None = None
-        self._captions: tuple[Any, Any] | None = None
 
     def on_component(self, component: Any, **arguments: Any) -> None:
         """Called with every component that is built, and the arguments that it is built with."""
@@ -216,17 +215,10 @@ class Img2Img:
             self._hidden.append(component)  # the numbers of the chosen tabs: of sources, and of sizes
         elif name == LAST:
             self._connect()
-        elif name == INFORMATION and self._captions is not None:
-            button, prompts = self._captions
-            button.click(fn=last_captions, inputs=[component], outputs=[prompts], show_progress=False)
 
     def show_in(self, button: Any, text: Any, picture: Any, options: Mapping[str, Any]) -> None:
         """Set the button, the line and the image of the preview, and the controls that its options come from."""
         self._own = button, text, picture, options
-
-    def copy_captions(self, button: Any, prompts: Any) -> None:
-        """Set the button that copies the captions of the last image, and the control that they are copied into."""
-        self._captions = button, prompts
 
     def _connect(self) -> None:
         if self._own is None:
@@ -251,6 +243,23 @@ class Img2Img:
             return answer(sources, int(chosen or 0), int(sizing or 0), img2img, chosen_options)
 
         button.click(fn=ask, inputs=inputs, outputs=[text, picture])
+
+
+class Captions:
+    """A tab's button that copies the captions of its last image."""
+
+    def __init__(self, tab: str) -> None:
+        self._place, self._own = f"{INFORMATION}{tab}", list[tuple[Any, Any]]()
+
+    def copy(self, button: Any, prompts: Any) -> None:
+        """Set the button, and the control that they are copied into."""
+        self._own = [(button, prompts)]
+
+    def on_component(self, component: Any, **arguments: Any) -> None:
+        """Called with every component that is built, and the arguments that it is built with."""
+        if arguments.get("elem_id") == self._place and self._own:
+            button, prompts = self._own.pop()
+            button.click(fn=last_captions, inputs=[component], outputs=[prompts], show_progress=False)
 
 
 def last_captions(information: str | None) -> Any:

@@ -155,46 +155,55 @@ def _getting_ready(text: str, share: float) -> None:
     state.textinfo = f"DINO Tile: {text} ({share:.0%})"
 
 
+def check_tiles_can_follow(p: Any, settings: Settings) -> None:
+    """DinotileError for what no tab can have together with tiles."""
+    if p.refiner_checkpoint not in (None, "", "None", "none"):
+        raise DinotileError("DINO Tile cannot change to a refiner within a tile: set Refiner to None")
+    for title, why in SWITCHES.items():
+        if _switched_on(p, title):
+            raise DinotileError(f"{title} {why}: switch it off, or DINO Tile")
+    # Settings for this generation alone are not in force yet.
+    switches = ("hypertile_enable_unet", "hypertile_enable_vae")
+    if any(p.override_settings.get(name, getattr(shared.opts, name, False)) for name in switches):
+        raise DinotileError("HyperTile takes the whole picture for a tile: switch it off in the settings")
+    for text in (settings.tile_prompt, settings.tile_prompts):
+        if extra_networks.parse_prompt(text)[1]:
+            raise DinotileError("tile prompts cannot load networks such as LoRA: write them into the main prompt")
+
+
 class Takeover:
     """One img2img job of the WebUI, done by the engine."""
+
+    _host: WebUIHost | None = None
+    _conditioner: Conditioner | None = None
+    _sources: Sequence[Image.Image] = ()
+    _area: Area
+    _painted = 0
+    """Tiles of the last batch."""
 
     def __init__(self, p: Any, settings: Settings) -> None:
         """Changes nothing yet; DinotileError if img2img is set up in a way that tiles cannot follow."""
         if not p.init_images or None in p.init_images:
             raise DinotileError("there is no image to upscale: drop one into the img2img tab")
-        if p.refiner_checkpoint not in (None, "", "None", "none"):
-            raise DinotileError("DINO Tile cannot change to a refiner within a tile: set Refiner to None")
+        check_tiles_can_follow(p, settings)
         if _selected(p).lower() in RIVALS:
             raise DinotileError(
                 f"{_selected(p)} and DINO Tile both take img2img over: set Script to None, or switch DINO Tile off"
             )
         if p.image_mask is not None and _switched_on(p, "soft inpainting"):
             raise DinotileError("Soft inpainting does not know tiles: switch it off, Mask blur softens the border, too")
-        for title, why in SWITCHES.items():
-            if _switched_on(p, title):
-                raise DinotileError(f"{title} {why}: switch it off, or DINO Tile")
-        # Settings for this generation alone are not in force yet.
-        switches = ("hypertile_enable_unet", "hypertile_enable_vae")
-        if any(p.override_settings.get(name, getattr(shared.opts, name, False)) for name in switches):
-            raise DinotileError("HyperTile takes the whole picture for a tile: switch it off in the settings")
         sizes = {image.size for image in p.init_images}
         if len(sizes) != 1:
             raise DinotileError("DINO Tile upscales a batch only if all its images have one size")
         if len(p.init_images) > p.batch_size:
             count = len(p.init_images)
             raise DinotileError(f"batch size {p.batch_size} is too small for {count} images: make it {count}")
-        for text in (settings.tile_prompt, settings.tile_prompts):
-            if extra_networks.parse_prompt(text)[1]:
-                raise DinotileError("tile prompts cannot load networks such as LoRA: write them into the main prompt")
         if p.image_mask is not None and p.inpainting_fill in (LATENT_NOISE, LATENT_NOTHING):
             settings = dataclasses.replace(settings, colour="none")  # what is new has colours of its own
         if p.image_mask is not None and p.inpainting_fill != ORIGINAL:
             settings = dataclasses.replace(settings, guidance=0.0, guard=OFF)  # and is not to show what was there
         self._job, self._settings = weakref.ref(p), settings
         self._area = Area(p, settings, sizes.pop())
-        self._host: WebUIHost | None = None
-        self._conditioner: Conditioner | None = None
-        self._sources: list[Image.Image] = []
 
     @property
     def _p(self) -> Any:
@@ -235,10 +244,6 @@ class Takeover:
         p.extra_generation_params["Denoising strength"] = p.denoising_strength
         if p.initial_noise_multiplier != 1.0:
             p.extra_generation_params["Noise multiplier"] = p.initial_noise_multiplier
-        if opts.sd_vae_encode_method != "Full":
-            p.extra_generation_params["VAE Encoder"] = opts.sd_vae_encode_method
-        if opts.sd_vae_decode_method != "Full":
-            p.extra_generation_params["VAE Decoder"] = opts.sd_vae_decode_method
         p.mask = p.nmask = p.mask_for_overlay = p.overlay_images = p.paste_to = None
         if len(p.init_images) > 1:
             p.batch_size = len(p.init_images)
@@ -259,7 +264,16 @@ class Takeover:
         if opts.img2img_color_correction and p.color_corrections is None:
             corrections = [processing.setup_color_correction(source) for source in self._sources]
             p.color_corrections = corrections * (p.batch_size // len(corrections))
+        self._prepare()
+        bars.expect(p.n_iter, p.batch_size)
 
+    def _prepare(self) -> None:
+        """Host and conditioner; DinotileError if something is not there, or does not fit."""
+        p, opts = self._p, shared.opts
+        if opts.sd_vae_encode_method != "Full":
+            p.extra_generation_params["VAE Encoder"] = opts.sd_vae_encode_method
+        if opts.sd_vae_decode_method != "Full":
+            p.extra_generation_params["VAE Decoder"] = opts.sd_vae_decode_method
         self._host = make_host(p)
         self._host.check()
         self._settings = self._settings.for_base(self._host.base)
@@ -279,7 +293,6 @@ class Takeover:
         plan = flow.make_plan(self._host, self._area.canvas, self._settings)
         check_name("upscaler", self._settings.upscaler, self._host.upscalers())
         check_prompts(self._host, plan, self._settings)
-        bars.expect(p.n_iter, p.batch_size)
 
     @_in_one_line
     def sample(
@@ -292,9 +305,24 @@ class Takeover:
         prompts: list[str],
     ) -> list[Tensor]:
         """In place of `p.sample`: upscales every image of the batch; pixels (3, H, W) in [-1, 1]."""
+        p = self._p
+        samples = self._paint(conditioning, unconditional_conditioning, seeds, subseeds, subseed_strength, prompts)
+        p.width, p.height = self._area.finished
+        return samples
+
+    def _paint(
+        self,
+        conditioning: Any,
+        unconditional_conditioning: Any,
+        seeds: list[int],
+        subseeds: list[int],
+        subseed_strength: float,
+        prompts: list[str],
+    ) -> list[Tensor]:
         p, host = self._p, self._host
         assert host is not None  # the WebUI calls `init` first
         results: list[Image.Image] = []
+        self._painted = 0
         notes: dict[str, list[str | None]] = {"DINO Tile painted": [], "DINO Tile notes": []}
         if self._settings.captions != NONE:
             notes["DINO Tile tile prompts"] = []
@@ -316,6 +344,7 @@ class Takeover:
                 where = self._keep(done, seeds, prompts)
                 raise flow.UnfinishedError(error.__cause__ or error, error.result, where) from error.__cause__
             p.__dict__[FOUND].append((result.report, result.maps))
+            self._painted += result.painted
             for line in result.report.lines:
                 p.comment(f"DINO Tile: {line}")
             notes["DINO Tile painted"].append(None if result.complete else f"{result.painted} of {result.total}")
@@ -323,7 +352,6 @@ class Takeover:
             if self._settings.captions != NONE:
                 notes["DINO Tile tile prompts"].append(result.report.prompts or None)
             results.append(self._area.finish(result.image, source))
-        p.width, p.height = self._area.finished
         # One entry per image of the batch; the WebUI leaves out what is None.
         p.extra_generation_params.update(notes)
         samples = processing.DecodedSamples()

@@ -14,10 +14,10 @@ from lib_dinotile import DinotileError
 from lib_dinotile.condition.adapter_file import check_encoder, read_config
 from lib_dinotile.condition.conditioner import installed_weights
 from lib_dinotile.options import Option
-from lib_dinotile.settings import AUTOMATIC, Settings
+from lib_dinotile.settings import AUTOMATIC, Settings, Txt2Img
 from lib_dinotile.webui import folders
 from lib_dinotile.webui.accordion import CHOICES, TITLE, settings_from
-from lib_dinotile.webui.takeover import Takeover
+from lib_dinotile.webui.txt2img import options_for, takeover
 
 ATTRIBUTE = "dinotile_axes"
 """Where the values of a plot's cell wait on its processing object."""
@@ -59,8 +59,8 @@ def _check(p: Any) -> None:
     args = tuple(p.script_args[script.args_from : script.args_to])
     adapters = installed_weights(folders.adapters())
     for values in itertools.product(*plotted.values()):
-        settings = settings_from(args, dict(zip(plotted, values)))
-        Takeover(p, settings)
+        settings = settings_from(args, dict(zip(plotted, values)), options_for(p))
+        takeover(p, settings)
         if settings.adapter in adapters and settings.encoder != AUTOMATIC:
             check_encoder(read_config(adapters[settings.adapter]), settings.adapter, settings.encoder)
 
@@ -80,18 +80,21 @@ def axes(p: Any) -> Mapping[str, Any]:
 
 
 def register() -> None:
-    """Add the axes to the X/Y/Z plot script, once."""
+    """Add the axes to the X/Y/Z plot script of both tabs, once."""
     for data in scripts.scripts_data:
         if Path(data.path).name != "xyz_grid.py":
             continue
         module = data.module
         present = {axis.label for axis in module.axis_options}
-        for option in Settings.table():
+        both = {option.name: option for option in Settings.table()}
+        options = {option.name: option for option in Txt2Img.table()} | both
+        for option in options.values():
             name = f"[{TITLE}] {option.label}"
             if not option.infotext or name in present:
                 continue
             choices = CHOICES.get(option.name) or (option.choices and functools.partial(list, option.choices))
-            axis = module.AxisOptionImg2Img(
+            kind = module.AxisOption if option.name in both else module.AxisOptionTxt2Img
+            axis = kind(
                 name,
                 str if choices else option.type,
                 _apply(option),

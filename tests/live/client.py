@@ -114,6 +114,7 @@ class Job:
 
     _webui: WebUI
     _body: dict[str, Any]
+    _task: str = "img2img"
     _answer: list[requests.Response] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -121,7 +122,7 @@ class Job:
         self._thread.start()
 
     def _run(self) -> None:
-        self._answer.append(self._webui.post("img2img", self._body))
+        self._answer.append(self._webui.post(self._task, self._body))
 
     def looks(self, preview: bool = True) -> Iterator[Progress]:
         """Looks at the progress, one after the other, until the generation is done."""
@@ -235,8 +236,18 @@ class WebUI:
         jobs = answer["state"]["job_no"], answer["state"]["job_count"]
         return Progress(jobs[1] > 0, answer["progress"], answer.get("textinfo") or "", shown, jobs)
 
-    def txt2img(self, **request: Any) -> Reply:
-        """A generation without a source, and so without DINO Tile."""
-        body = self.body(Image.new("RGB", (64, 64)), None, **request)
-        del body["init_images"], body["denoising_strength"]
-        return self.reply(self.post("txt2img", body))
+    def txt2img_body(self, options: Options | None = None, **request: Any) -> dict[str, Any]:
+        """A request for txt2img, of 64x64 pixels."""
+        body = self.body(Image.new("RGB", (64, 64)), options, **request)
+        del body["init_images"]
+        if "denoising_strength" not in request:
+            del body["denoising_strength"]
+        return body
+
+    def txt2img(self, options: Options | None = None, **request: Any) -> Reply:
+        """A generation without a source that must succeed."""
+        return self.reply(self.post("txt2img", self.txt2img_body(options, **request)))
+
+    def start_txt2img(self, options: Options | None = None, **request: Any) -> Job:
+        """`txt2img`, without waiting for it."""
+        return Job(self, self.txt2img_body(options, **request), "txt2img")

@@ -14,9 +14,10 @@ OURS = "[DINO Tile] "
 class Plot:
     """Makes the argument list of the plot script, as the WebUI describes it."""
 
-    def __init__(self, webui: WebUI) -> None:
+    def __init__(self, webui: WebUI, img2img: bool = True) -> None:
+        """img2img: of that tab, else of txt2img."""
         scripts = webui.get("sdapi/v1/script-info").json()
-        self._args = next(s["args"] for s in scripts if s["name"] == SCRIPT and s["is_img2img"])
+        self._args = next(s["args"] for s in scripts if s["name"] == SCRIPT and s["is_img2img"] == img2img)
 
     @property
     def axes(self) -> list[str]:
