@@ -92,7 +92,8 @@ class Expected:
             found = [residual[number : number + 1] for residual in added] if added else None
             if self.hint is not None:
                 tile = batch.tiles[number]
-                hint = of_hint(tile.of(self.hint), None, x.shape[-2:])
+                weight = tile.of(WEIGHT).mean() if webui.kind.chain else 1.0
+                hint = [residual * weight for residual in of_hint(tile.of(self.hint), None, x.shape[-2:])]
                 found = [a + b for a, b in zip(found, hint)] if found else hint
             control = {"middle": found[-1:], "output": found[:-1]} if found else None
             known = x.unsqueeze(2) if webui.kind.film else x
@@ -179,6 +180,8 @@ def asked(feature: str, webui: WebUI) -> dict[str, Any]:
     return wanted
 
 
+WEIGHT = torch.linspace(0.2, 1, CANVAS[0]).expand(1, 1, *CANVAS[::-1])
+"""Of the ControlNet in Forge's chain, over the canvas."""
 HINT = torch.rand(1, 3, CANVAS[1], CANVAS[0], generator=torch.Generator().manual_seed(4))
 
 
@@ -191,6 +194,7 @@ def controlled(webui: WebUI, p: Any) -> Iterator[list[Any]]:
         def before(p: Any, **_: Any) -> None:
             unet = p.sd_model.forge_objects.unet.clone()
             controls.append(Control(webui, HINT))
+            controls[-1].advanced_mask_weighting = WEIGHT
             unet.add_patched_controlnet(controls[-1])
             p.sd_model.forge_objects.unet = unet
 

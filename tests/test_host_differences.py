@@ -376,6 +376,8 @@ def test_a_job_taken_over_ends_in_pixels_and_its_conditionings_are_its_own(webui
     """Forge Neo keeps conditionings by the pixels of the last job, which they may refer to."""
     takeover = taken_over(webui, monkeypatch, tmp_path)
     settings = Settings(enabled=True, tile=64, overlap=16, scale=2, encoder="mini", guidance=0.0, guard="off")
+    counted: list[int] = []
+    webui.modules["modules.shared"].total_tqdm.update = lambda: counted.append(1)
     sources, hashes = [random_image(40, 30), random_image(40, 30, 1), random_image(40, 30)], []
     for source in sources:
         p = webui.job()
@@ -387,10 +389,15 @@ def test_a_job_taken_over_ends_in_pixels_and_its_conditionings_are_its_own(webui
             takeover.Takeover(p, settings).apply()
             p.init(["a cat"], [1], [1])
             p.setup_conds()
+            state = webui.modules["modules.shared"].state
+            assert state.job_count == 10_000
             hashes.append(p.init_latent.float().sum().item())
             conds = Multicond((1,), p.c.batch)
             (found,) = p.sample(conds, p.uc, [1], [1], 0.0, ["a cat"])
             takeover.undo(p)
+            assert state.job_no == len(counted) == 9_999  # the WebUI counts the last one itself
+            state.processing_has_refined_job_count, state.job_no, state.job_count = False, 0, 1
+            counted.clear()
         assert found.shape == (3, 60, 80) and ((found + 1) * 127.5).byte().float().mean() > 50
     assert hashes[0] == hashes[2] != hashes[1]
     assert webui.model.__dict__.get("ini_latent") is None and not webui.args.ref_latents

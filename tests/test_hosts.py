@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import pytest
 import torch
@@ -27,6 +28,7 @@ from tests.host_contract import (
     SIZE,
     TILES,
     Expected,
+    Script,
     asked,
     batch_of,
     close,
@@ -36,7 +38,7 @@ from tests.host_contract import (
     sampled,
 )
 from tests.test_tiling import random_image
-from tests.webui_stand_in import FLUX, FORGE, KINDS, NEGATIVE, NEO, UNETS, Kind, WebUI
+from tests.webui_stand_in import FLUX, FORGE, KINDS, NEGATIVE, NEO, UNETS, Kind, Scripts, WebUI
 from tests.webui_stand_in import webui as stand_in
 
 some = pytest.mark.parametrize
@@ -116,7 +118,7 @@ def test_a_batch_of_tiles_is_what_the_tiles_are_one_by_one(webui, feature, denoi
             for number in range(3)
         ]  # fmt: skip
     close(found, torch.cat(expected))
-    assert not webui.logged
+    assert not webui.logged and p.sampler.seen[-1][0] == SIZE
 
 
 @some("feature", FEATURES)
@@ -188,6 +190,69 @@ def test_where_the_mask_is_black_nothing_changes(webui):
     assert torch.equal(found[..., 0], latents[..., 0])
     assert (found[..., 1:] - latents[..., 1:]).abs().mean() > 0.05
     assert not torch.allclose(plain[..., 0], latents[..., 0], atol=0.05)
+
+
+@some("fill", [2, 3])
+def test_what_fills_the_masked_area(webui, fill):
+    """At full denoising nothing of the picture is left to begin with; here some is, so it must be noise, or nothing."""
+    host = webui.host(p := webui.job(denoise=0.3))
+    p.inpainting_fill = fill
+    with webui.running():
+        latents = latents_of(host)
+        mask = torch.zeros(3, 1, *latents.shape[-2:])
+        mask[..., 2:] = 1.0
+        noise = places(host)
+        start, content = noise.next(), noise.next()
+        begun: list[Tensor] = []
+        inner = p.sampler.sample_img2img
+        p.sampler.sample_img2img = lambda p, x, noise, *args, **more: (
+            begun.extend([x, noise]) or inner(p, x, noise, *args, **more)
+        )
+        sampled(host, batch_of(range(3)), latents, mask=mask)
+    begin, used = (host._picture(each) for each in begun)
+    filled = content if fill == 2 else torch.zeros_like(latents)
+    assert torch.equal(used, start) and torch.equal(begin, torch.where(mask > 0, filled, latents))
+
+
+@with_unet
+def test_a_checkpoint_that_looks_at_the_picture(webui):
+    """It is shown the tiles' own pixels, without what the mask hides."""
+    host = webui.host(p := webui.job())
+    p.sees = True
+    with webui.running():
+        latents = latents_of(host)
+        mask = torch.ones(3, 1, 8, 8)
+        mask[..., :4] = 0
+        sampled(host, batch_of(range(3)), latents, mask=mask)
+        (_, seen) = p.sampler.seen[-1]
+        assert torch.equal(seen[:, :1], mask)
+        grey = host._encode(torch.full((1, 3, 8, 8), 0.5)) / (webui.vae.SCALE)
+        assert (seen[:, 1:, :, 4:] - grey).abs().max() < 0.1 < (seen[:, 1:, :, :4] - grey).abs().max()
+        plan = TilePlan(*CANVAS, SIZE[0], 16, 8, "fused")
+        size = BatchSize(2, lambda: None, lambda line: None)
+        tiled = MultiDiffusion(plan, plan.tiles, 8, lambda tiles: batch_of([0, 1][: len(tiles)]), size, Team())
+        with pytest.raises(DinotileError, match="inpainting"):
+            host.sample(latents_of(host, 1, CANVAS[0]), tiled, places(host, [Rect(0, 0, *CANVAS)]), CANVAS)
+
+
+def test_scripts_see_what_is_sampled_and_may_change_its_noise(webui):
+    host, seen = webui.host(p := webui.job()), []
+    p.initial_noise_multiplier = 1.5
+
+    def before(p: Any, x: Tensor, noise: Tensor, c: Any, uc: Any) -> None:
+        seen.append((x, noise, len(c.batch), len(uc), webui.levels.shift))
+        p.modified_noise = noise * 2 if webui.kind.chain else None
+
+    p.scripts = Scripts(Script("other", process_before_every_sampling=before))
+    with webui.running():
+        latents = latents_of(host)
+        found = sampled(host, batch_of(range(3)), latents)
+        p.scripts, p.initial_noise_multiplier = None, 3.0 if webui.kind.chain else 1.5
+        close(sampled(host, batch_of(range(3)), latents), found)
+    ((x, noise, *counts, shift),) = seen
+    assert torch.equal(host._picture(x), latents) and torch.equal(host._picture(noise), places(host).next() * 1.5)
+    assert counts == [3, 3] and p.modified_noise is None and shift == (2.5 if webui.kind.flow else None)
+    assert webui.merged == ([webui.model] * 2 if webui.kind.chain else [])
 
 
 @some("kind", SDXL, ids=str)

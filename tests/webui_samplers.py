@@ -184,6 +184,8 @@ class Sampler:
         else:
             self.model_wrap_cfg.mask_before_denoising = self.name == "DDIM"
         self.last_latent: Tensor | None = None
+        self.seen: list[Any] = []
+        """(p.width, p.height) and conditionings by the image of each sampling."""
         self.sampler_extra_args: dict[str, Any] = {}
 
     def create_noise_sampler(self, x: Tensor, sigmas: Tensor, p: Any) -> Any:
@@ -207,6 +209,8 @@ class Sampler:
         steps, last = webui.modules["modules.sd_samplers_common"].setup_img2img_steps(p, steps)
         x = x.to(noise)
         self.last_latent = x
+        assert p.batch_size == len(p.all_seeds) == len(x) and p.iteration == 0
+        self.seen.append(((p.width, p.height), image_conditioning))
         denoiser = self.model_wrap_cfg
         denoiser.step, denoiser.total_steps = 0, last + 1
         self.sampler_extra_args = {
@@ -228,6 +232,7 @@ class Sampler:
 
     def _run(self, x: Tensor, noise: Tensor, sigmas: Tensor, draw: Callable[[], Tensor]) -> Tensor:
         def model(x: Tensor, sigma: Tensor) -> Tensor:
+            self.webui.modules["modules.shared"].total_tqdm.update()
             return self.model_wrap_cfg(x, sigma.expand(len(x)), **self.sampler_extra_args)
 
         if self.name == "DDIM":  # its noise levels are timesteps, and its x is scaled down

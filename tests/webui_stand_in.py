@@ -110,6 +110,8 @@ class Job:
         self.modified_noise: Tensor | None = None
         self.init_latent: Tensor | None = torch.zeros(1, 3, 8, 8)
         self.sampler = Sampler(webui, self)
+        self.sees = False
+        """Whether the checkpoint looks at the picture."""
 
     def setup_conds(self) -> None:
         size = (self.width, self.height) if self._webui.kind.base == "sdxl" else None
@@ -122,8 +124,12 @@ class Job:
         self.uc = [[At(self.steps, models.words(text, size))] for text in self.negative_prompts]
 
     def img2img_image_conditioning(self, pixels: Tensor, latents: Tensor, mask: Tensor | None = None) -> Tensor:
-        assert self.sd_model.cond_stage_key != "edit"
-        return latents.new_zeros(len(latents), 5, 1, 1)
+        if not self.sees:
+            return latents.new_zeros(len(latents), 5, 1, 1)
+        # As of an inpainting checkpoint, which looks at the mask and what it leaves of the picture.
+        mask = torch.ones_like(pixels[:, :1]) if mask is None else mask
+        latent = self._webui.vae.encode(pixels * (1 - mask.round()))
+        return torch.cat([F.interpolate(mask, size=latents.shape[-2:]), latent], 1)
 
     def get_token_merging_ratio(self) -> float:
         return 0.0
@@ -149,6 +155,9 @@ class WebUI:
         self.kind, self.dtype = kind, torch.bfloat16 if half else torch.float32
         self.files: set[str] = set()
         """Of preview decoders, as far as they are on the disk."""
+        self.jobs: list[Job] = []
+        self.merged: list[Any] = []
+        """Models whose tokens were merged."""
         self.downloads: list[str] = []
         self.logged: list[Exception] = []
         """What callbacks raised."""
@@ -181,7 +190,8 @@ class WebUI:
         return found
 
     def job(self, sampler: str = "Euler", denoise: float = 0.6) -> Job:
-        return Job(self, sampler, denoise)
+        self.jobs.append(Job(self, sampler, denoise))  # a host does not keep it alive
+        return self.jobs[-1]
 
     def host(self, p: Job) -> Any:
         """The host for a job, which has the main prompt's conditionings."""
@@ -318,7 +328,7 @@ class WebUI:
         self.module("modules.sd_samplers_timesteps", **prepare)
         self.module(
             "modules.processing", opt_f=16 if self.kind.packed else 8, decode_latent_batch=self._decode_batch,
-            apply_token_merging=lambda model, ratio: None,
+            apply_token_merging=lambda model, ratio: self.merged.append(model),
         )  # fmt: skip
         webui_previews.install(self)
         if self.kind.family in ("forge", "neo"):
