@@ -21,7 +21,9 @@ from tests.webui_stand_in import NEGATIVE, Scripts, WebUI
 
 CANVAS, SIZE = (112, 64), (64, 64)
 TILES = [Rect(0, 0, *SIZE), Rect(32, 0, *SIZE), Rect(48, 0, *SIZE)]
-PROMPTS = [None, "a red fox in the snow", "moss :0.7 AND old wet stones :2"]
+PROMPTS = [None, "a red fox in the snow", "moss"]
+"""The first and the last of one length, which the model sees together."""
+PARTS = ["moss :0.7 AND old wet stones :2", None, "a fox :1.5 AND snow"]
 
 
 class Condition:
@@ -147,6 +149,7 @@ class Expected:
 FEATURES = {
     "nothing": {},
     "prompts": {"prompts": PROMPTS},
+    "parts of prompts": {"prompts": PARTS, "residuals": True},
     "residuals": {"residuals": True},
     "guidance": {"guided": True},
     "all": {"prompts": PROMPTS, "residuals": True, "guided": True},

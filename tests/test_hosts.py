@@ -100,8 +100,7 @@ def test_a_vae_that_breaks_is_nan_and_not_an_error(webui):
 # Sampling ------------------------------------------------------------------------------------------------------------
 
 
-@some("feature", FEATURES)
-@some("denoise", [None, 0.9])
+@some("feature, denoise", [*((name, None) for name in FEATURES), ("all", 0.9)])
 def test_a_batch_of_tiles_is_what_the_tiles_are_one_by_one(webui, feature, denoise):
     p = webui.job()
     host, wanted = webui.host(p), asked(feature, webui)

@@ -117,6 +117,7 @@ class Denoiser(nn.Module):
         early = noise and not webui.kind.chain  # A1111's callback gets the noise, too
         params = types.SimpleNamespace(x=(x - denoised) / level if early else denoised)
         call("after", params)
+        assert params.x.shape == x.shape
         self.step += 1
         return (x - params.x) / level if noise and not early else params.x
 
