@@ -60,15 +60,33 @@ def stand_in(package: str) -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def anew() -> Iterator[None]:
+    """Within, what is for the WebUIs is imported anew; what was imported before is back afterwards."""
+
+    def ours() -> list[str]:
+        return [name for name in sys.modules if name.startswith(OURS)]
+
+    def forget(names: list[str]) -> None:
+        for name in names:
+            del sys.modules[name]
+            package, _, last = name.rpartition(".")
+            if package in sys.modules:
+                vars(sys.modules[package]).pop(last, None)
+
+    before = {name: sys.modules[name] for name in ours()}
+    forget(list(before))
+    try:
+        yield
+    finally:
+        forget(ours())
+        sys.modules.update(before)
+        for name, module in before.items():
+            package, _, last = name.rpartition(".")
+            setattr(sys.modules[package], last, module)
+
+
+@contextlib.contextmanager
 def webui() -> Iterator[None]:
     """Within, what is for the WebUIs can be imported, anew and without one; what they have is a stand-in's."""
-    known = set(sys.modules)
-    with stand_in("modules"):
-        try:
-            yield
-        finally:
-            for name in [name for name in sys.modules if name.startswith(OURS) and name not in known]:
-                del sys.modules[name]
-                package, _, last = name.rpartition(".")
-                if package in sys.modules:
-                    vars(sys.modules[package]).pop(last, None)
+    with anew(), stand_in("modules"):
+        yield

@@ -21,7 +21,7 @@ from lib_dinotile.engine.report import Report
 from lib_dinotile.engine.team import Team
 from lib_dinotile.settings import Settings
 from lib_dinotile.tiling.plan import Rect
-from tests.stand_in import stand_in, webui
+from tests.stand_in import webui
 from tests.test_engine import StubHost
 from tests.test_tiling import random_image
 
@@ -127,37 +127,26 @@ def test_processes_that_share_the_work_let_go_of_what_failed(mine):
 def test_the_unet_that_forge_remembers_knows_nothing_of_a_job(modules):
     """It keeps the one that it has loaded last, with its ControlNets, until it loads another."""
 
-    class ControlBase:
-        previous_controlnet = None
+    forge = modules("lib_dinotile.hosts.forge")
+    host, p = forge.ForgeHost.__new__(forge.ForgeHost), Job()
+    p.sampler = types.SimpleNamespace(model_wrap_cfg=types.SimpleNamespace(step=1, total_steps=4))
+    host._job, host.device, host._hints, host._shown = weakref.ref(p), torch.device("cpu"), [], (None, [])
+    control = forge.ResidualControl(host)
 
-        def __init__(self, device: Any) -> None:
-            self.device = device
+    class Condition:
+        def residuals(self, sigma: float, progress: float) -> list[torch.Tensor]:
+            return [torch.full((2, 1, 1, 1), sigma * progress)]
 
-        def control_merge(self, before: Any, own: Any, previous: Any, dtype: Any) -> Any:
-            return own
-
-    with stand_in("backend"):
-        modules("backend.patcher.controlnet").ControlBase = ControlBase
-        forge = modules("lib_dinotile.hosts.forge")
-        host, p = forge.ForgeHost.__new__(forge.ForgeHost), Job()
-        p.sampler = types.SimpleNamespace(model_wrap_cfg=types.SimpleNamespace(step=1, total_steps=4))
-        host._job, host.device, host._hints, host._shown = weakref.ref(p), torch.device("cpu"), [], (None, [])
-        control = forge.ResidualControl(host)
-
-        class Condition:
-            def residuals(self, sigma: float, progress: float) -> list[torch.Tensor]:
-                return [torch.full((2, 1, 1, 1), sigma * progress)]
-
-        batch = Batch([Rect(0, 0, 64, 64)] * 2, [None] * 2, Condition())
-        left = [weakref.ref(each) for each in (host, p, batch)]
-        with host.conditioned(batch, [1], 1):
-            (own,) = control.get_control(torch.zeros(2, 4, 8, 8), torch.ones(2), None, 2)
-        assert own.flatten().tolist() == [0.25, 0.25]
-        host._shown = None, []  # as after sampling
-        del batch
-        assert left[2]() is None
-        del host, p
-        assert control and [each() for each in left] == [None] * 3
+    batch = Batch([Rect(0, 0, 64, 64)] * 2, [None] * 2, Condition())
+    left = [weakref.ref(each) for each in (host, p, batch)]
+    with host.conditioned(batch, [1], 1):
+        (own,) = control.get_control(torch.zeros(2, 4, 8, 8), torch.ones(2), None, 2)["middle"]
+    assert own.flatten().tolist() == [0.25, 0.25]
+    host._shown = None, []  # as after sampling
+    del batch
+    assert left[2]() is None
+    del host, p
+    assert control and [each() for each in left] == [None] * 3
 
 
 # A job of the WebUI --------------------------------------------------------------------------------------------------
