@@ -23,7 +23,7 @@ CANVAS, SIZE = (112, 64), (64, 64)
 TILES = [Rect(0, 0, *SIZE), Rect(32, 0, *SIZE), Rect(48, 0, *SIZE)]
 PROMPTS = [None, "a red fox in the snow", "moss"]
 """The first and the last of one length, which the model sees together."""
-PARTS = ["moss :0.7 AND old wet stones :2", None, "a fox :1.5 AND snow"]
+PARTS = ["moss :0.7 AND old wet stones :2", None, "a fox :0.7 AND snow :2"]
 
 
 class Condition:

@@ -263,7 +263,8 @@ class WebUI:
         return latents
 
     def _decode(self, latents: Tensor) -> Tensor:
-        pixels = self.vae.decode(models.Vae.process_out(self.vae, latents).to(self._vae_dtype)).float()
+        dtype = self._vae_dtype if self.kind.chain else self.vae.dtype
+        pixels = self.vae.decode(models.Vae.process_out(self.vae, latents).to(dtype)).float()
         return pixels.movedim(2, 1) if self.kind.film else pixels
 
     def apply(self, x: Tensor, sigma: Tensor, context: Tensor, control: Any = None) -> Tensor:
