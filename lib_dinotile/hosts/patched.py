@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 
 @contextlib.contextmanager
@@ -38,12 +38,15 @@ def in_float32(modules: Sequence[nn.Module], quantized: bool = True) -> Iterator
         (weight, weight.dtype)
         for module in modules
         for weight in (*module.parameters(), *module.buffers())
-        if type(weight) in (Tensor, nn.Parameter) and weight.dtype.is_floating_point and weight.element_size() >= least
+        if nn.Parameter not in type(weight).__mro__[1:]
+        and weight.dtype.is_floating_point
+        and weight.element_size() >= least
     ]
     try:
         for weight, dtype in before:
-            if dtype != torch.float32:
-                weight.data = weight.data.float()
+            full = weight.data.float() if dtype != torch.float32 else weight.data
+            if type(full) is type(weight.data):  # else it was more than a number each
+                weight.data = full
         yield
     finally:
         for weight, dtype in before:
