@@ -88,6 +88,7 @@ def txt2img(takeover, modules, monkeypatch) -> Any:  # noqa: F811
 
 def generate(module: Any, p: Job, settings: Txt2Img = OPTIONS, count: int = 1) -> Any:
     """What the WebUI does, as far as it is of interest."""
+    p.negative_prompts = [""] * count
     module.takeover(p, settings).apply()
     p.init([""] * count, [1] * count, [1] * count)
     return p.sample(

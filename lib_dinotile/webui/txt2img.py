@@ -203,9 +203,9 @@ class Txt2ImgTakeover(Takeover):
     ) -> Any:
         p = self._p
         self._sources, self._kept = to_images(generated), []
-        if p.save_samples() and shared.opts.save_images_before_highres_fix:
-            self._keep_sources(seeds, prompts)
         try:
+            if p.save_samples() and shared.opts.save_images_before_highres_fix:
+                self._keep_sources(seeds, prompts)
             if len(self._sources) != len(seeds):
                 raise DinotileError("DINO Tile upscales images, not videos: switch it off")
             self._set_area(self._sources[0].size)
