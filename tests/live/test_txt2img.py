@@ -30,7 +30,8 @@ HIRES: dict[str, Any] = {
     "hr_cfg": 7,
 }
 LATENT, PIXELS = HIRES, {**HIRES, "hr_upscaler": "Lanczos", "hr_second_pass_steps": 3}
-BEFORE = {"save_images_before_highres_fix": True}
+TOLD_HIRES = {"hr_sampler_name": "Euler", "hr_scheduler": "Automatic", "hr_additional_modules": []}
+"""With PNG info in a request the WebUIs take what these are by default for names."""
 SAVING = {"save_images": True, "do_not_save_grid": True}
 
 
@@ -110,14 +111,14 @@ def test_tiles_have_the_main_prompt_and_sampler(webui: WebUI):
 def test_png_info_gives_the_image_again(webui: WebUI, more: dict[str, Any]):
     options = {**TILES, "denoise": 0.45, "steps": 6, "guard": "report", "guidance": 0.5}
     first = webui.txt2img(options, **more)
-    again = webui.txt2img(infotext=first.infotexts[0], **more)
+    again = webui.txt2img(infotext=first.infotexts[0], **{**TOLD_HIRES, **more})
     assert difference(first.image, again.image) == 0 and first.infotexts == again.infotexts
     assert webui.txt2img().image.size == (64, 64), "it stays on"
 
 
 def test_png_info_of_img2img_leaves_it_off(webui: WebUI, small: Image.Image):
     info = webui.img2img(small, TILES).infotexts[0]
-    assert webui.txt2img(infotext=info).image.size == (64, 64)
+    assert webui.txt2img(infotext=info, **TOLD_HIRES).image.size == (64, 64)
     assert webui.img2img(small, infotext=webui.txt2img(TILES).infotexts[0]).image.size == small.size
 
 
@@ -152,13 +153,14 @@ def test_other_extensions_see_the_large_image(webui: WebUI):
 @pytest.mark.parametrize("hires", [{}, LATENT], ids=["alone", "hires"])
 def test_both_images_are_saved(webui: WebUI, folder: Path, hires: dict[str, Any]):
     before = webui.txt2img(**hires).image
-    large = webui.txt2img(TILES, **hires, **SAVING, override_settings=BEFORE)
+    option = "save_images_before_highres_fix"
+    large = webui.txt2img(TILES, **hires, **SAVING, override_settings={option: True})
     found = saved(folder)
     assert sorted(found) == sorted(["", "before-dinotile", *(["before-highres-fix"] if hires else [])])
     assert difference(found["before-dinotile"], before) == 0 and difference(found[""], large.image) == 0
     told = fields(found["before-dinotile"].info["parameters"])
     assert told["Size"] == "64x64" and told["DINO Tile scale"] == "1.5"
-    webui.txt2img(TILES, **hires, **SAVING)
+    webui.txt2img(TILES, **hires, **SAVING, override_settings={option: False})
     assert list(saved(folder)) == [""], "only where the WebUI is set to save what is before hires fix"
 
 
