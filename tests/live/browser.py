@@ -1,4 +1,4 @@
-"""A running WebUI as its user sees it: the img2img tab in headless Chromium."""
+"""A running WebUI as its user sees it: its img2img and txt2img tabs in headless Chromium."""
 
 from __future__ import annotations
 
@@ -31,15 +31,17 @@ def open_browser() -> Iterator[Browser]:
 
 
 @contextmanager
-def open_tab(browser: Browser, url: str, theme: str = "light", window: tuple[int, int] = WIDE) -> Iterator[Tab]:
-    """The img2img tab in a window of its own."""
+def open_tab(
+    browser: Browser, url: str, theme: str = "light", window: tuple[int, int] = WIDE, name: str = "img2img"
+) -> Iterator[Tab]:
+    """The tab of that name in a window of its own."""
     page = browser.new_page(viewport={"width": window[0], "height": window[1]})
     page.set_default_timeout(PATIENCE)
     errors: list[str] = []
     page.on("pageerror", lambda error: errors.append(str(error)))
     try:
         page.goto(f"{url}/?__theme={theme}", wait_until="domcontentloaded")
-        yield Tab(page, errors)
+        yield Tab(page, errors, name)
     finally:
         page.close()
 
@@ -47,17 +49,22 @@ def open_tab(browser: Browser, url: str, theme: str = "light", window: tuple[int
 class Tab:
     """What a user does there."""
 
-    def __init__(self, page: Page, errors: list[str]) -> None:
-        self.page, self.errors = page, errors
-        page.locator("#tabs > .tab-nav button", has_text="img2img").click()
-        self.accordion = page.locator("#dinotile_enabled").first
+    def __init__(self, page: Page, errors: list[str], name: str = "img2img") -> None:
+        self.page, self.errors, self._name = page, errors, name
+        self._own = "#dinotile_" if name == "img2img" else f"#{name}_dinotile_"
+        self.show()
+        self.accordion = page.locator(f"{self._own}enabled").first
         self.accordion.scroll_into_view_if_needed()
         # The switch in the header is laid there by the WebUI's own script, once the page stands.
         self.switch = page.locator(
-            "#dinotile_enabled input.input-accordion-checkbox, #dinotile_enabled-visible-checkbox"
+            f"{self._own}enabled input.input-accordion-checkbox, {self._own}enabled-visible-checkbox"
         )
         self.switch.first.wait_for()
         page.wait_for_timeout(3000)
+
+    def show(self) -> None:
+        """Comes back to the tab."""
+        self.page.locator("#tabs > .tab-nav button", has_text=self._name).first.click()
 
     def enable(self) -> None:
         """Opens the accordion, which turns its switch on."""
@@ -68,7 +75,7 @@ class Tab:
         assert self.switch.first.is_checked()
 
     def control(self, name: str) -> Locator:
-        return self.page.locator(f"#dinotile_{name}")
+        return self.page.locator(f"{self._own}{name}")
 
     def shows(self, name: str) -> bool:
         return self.control(name).first.is_visible()
@@ -136,11 +143,11 @@ class Tab:
         return answer.inner_text().strip()
 
     def read_png_info(self, image: Image.Image) -> None:
-        """Through the PNG Info tab, and its button that sends everything to img2img."""
+        """Through the PNG Info tab, and its button that sends everything to this tab."""
         self.page.locator("#tabs > .tab-nav button", has_text="PNG Info").click()
         self.drop(image, "#pnginfo_image")
         self.page.locator("#tab_pnginfo").get_by_text("DINO Tile scale").first.wait_for()
-        self.page.locator("#tab_pnginfo #img2img_tab").click()
+        self.page.locator(f"#tab_pnginfo #{self._name}_tab").click()
         self.page.wait_for_timeout(4000)
 
     def apply_defaults(self) -> None:
@@ -157,7 +164,7 @@ class Tab:
 
     def generate(self) -> None:
         """Does not wait for the image."""
-        self.page.locator("#img2img_generate").click()
+        self.page.locator(f"#{self._name}_generate").click()
 
     def done(self) -> None:
         """Waits for the end of a generation."""
@@ -168,12 +175,12 @@ class Tab:
     @property
     def told(self) -> str:
         """What stands below the images."""
-        places = ("#html_info_img2img", "#html_log_img2img")
+        places = (f"#html_info_{self._name}", f"#html_log_{self._name}")
         return "\n".join(self.page.locator(place).first.inner_text() for place in places)
 
     def image(self) -> Image.Image:
         """The first of the gallery, as the file that it is, PNG info and all."""
-        source = self.page.locator("#img2img_gallery img").first.get_attribute("src")
+        source = self.page.locator(f"#{self._name}_gallery img").first.get_attribute("src")
         answer = self.page.request.get(urllib.parse.urljoin(self.page.url, source))
         return Image.open(io.BytesIO(answer.body()))
 

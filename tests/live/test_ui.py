@@ -1,4 +1,4 @@
-"""The img2img tab in a browser, as a user goes through it."""
+"""The img2img and txt2img tabs in a browser, as a user goes through them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import requests
 from client import WebUI, difference, fields
 from PIL import Image
 
-from lib_dinotile.settings import Settings
+from lib_dinotile.settings import Settings, Txt2Img
 from lib_dinotile.tiling.plan import TilePlan
 
 pytest.importorskip("playwright", reason="the page is tested with playwright: pip install '.[live]'")
@@ -249,3 +249,56 @@ def test_a_refusal_is_told_where_the_user_looks(tab: Tab):
     tab.slide("overlap", 32)
     tab.fold("Upscaler, colour")
     tab.slide("tile", 128)
+
+
+def test_txt2img_generates_and_upscales_and_its_png_info_gives_the_image_again(browser: Browser, url: str, shots: Path):
+    with open_tab(browser, url, name="txt2img") as tab:
+        assert not tab.switch.first.is_checked()
+        tab.enable()
+        seen = [option.name for option in Txt2Img.table() if option.name != "enabled" and tab.shows(option.name)]
+        assert sorted(seen) == sorted(["target", "scale", "denoise", "steps", "tile", "guidance", "guard"])
+        assert tab.page.locator("#txt2img_dinotile_preview").count() == 0
+        tab.choose("target", "longest side")
+        tab.page.wait_for_timeout(2000)
+        assert tab.shows("longest") and not tab.shows("scale")
+        tab.choose("target", "scale")
+        tab.page.wait_for_timeout(2000)
+        tab.number("#txt2img_steps", 4)
+        tab.number("#txt2img_width", 128)
+        tab.number("#txt2img_height", 64)
+        tab.number("#txt2img_seed", 7)
+        tab.slide("scale", 1.5)
+        tab.slide("tile", 128)
+        tab.slide("denoise", 0.45)
+        tab.slide("steps", 6)
+        tab.choose("guard", "report")
+        tab.shot(shots / "txt2img-accordion.png")
+        tab.generate()
+        tab.done()
+        first = tab.image()
+        assert first.size == (192, 96)
+        told = fields(first.info["parameters"])
+        assert (told["Size"], told["DINO Tile denoise"], told["DINO Tile steps"]) == ("128x64", "0.45", "6")
+        assert "guidance decoder: " in tab.told
+        tab.shot(shots / "txt2img-generated.png", whole=True)
+        assert not [error for error in tab.errors if "dinotile" in error.lower()]
+    with open_tab(browser, url, name="txt2img") as other:
+        other.read_png_info(first)
+        assert other.switch.first.is_checked()
+        assert (other.slid("denoise"), other.slid("steps"), other.slid("scale")) == (0.45, 6, 1.5)
+        assert other.chosen("guard") == "report"
+        other.generate()
+        other.done()
+        assert difference(first, other.image()) == 0
+        other.page.locator("#txt2img_send_to_img2img").click()
+        other.page.wait_for_timeout(4000)
+        # Its options go with it, but it is upscaled already.
+        assert float(other.page.locator("#dinotile_scale input[type=number]").input_value()) == 1.5
+        assert other.page.locator("#dinotile_guard input").first.input_value() == "report"
+        img2img = "#dinotile_enabled input.input-accordion-checkbox, #dinotile_enabled-visible-checkbox"
+        assert not other.page.locator(img2img).first.is_checked()
+        other.shot(shots / "txt2img-sent.png", whole=True)
+        assert not [error for error in other.errors if "dinotile" in error.lower()]
+    with open_tab(browser, url) as other:
+        other.read_png_info(first)
+        assert not other.switch.first.is_checked()
