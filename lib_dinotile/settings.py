@@ -429,7 +429,7 @@ class Settings(Options):
 
     @classmethod
     def option(cls, name: str) -> Option:
-        only = {row.name: row.label for row in Txt2Img.table()}.keys() - {row.name for row in Settings.table()}
+        only = {row.name for row in Txt2Img.table()} - {row.name for row in Settings.table()}
         if cls is Settings and name in only:
             raise DinotileError(
                 f"{name}: only txt2img has this option, what img2img itself is set to counts: leave it out"

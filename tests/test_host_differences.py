@@ -234,11 +234,12 @@ def test_automatic_takes_what_is_there_and_never_downloads(webui):
     before = taesd.download_model, common.download_model
     small = webui.kind in UNETS
     for files, wanted in (
-        (set(), LINEAR),
-        ({"approx"}, APPROXIMATE if small else LINEAR),
-        ({"approx", "tiny" if neo else "taesd"}, TAESD),
+        ((), LINEAR),
+        (("approx",), APPROXIMATE if small else LINEAR),
+        (("tiny" if neo else "taesd",), TAESD),
     ):
-        webui.files = files
+        for name in files:
+            (webui.models / name).touch()
         with webui.running():
             assert host.guidance_decoder(AUTOMATIC)[0] == wanted
     assert webui.downloads == [] and (taesd.download_model, common.download_model) == before
@@ -248,7 +249,8 @@ def test_automatic_takes_what_is_there_and_never_downloads(webui):
 def test_a_latent_format_without_a_tiny_decoder_or_without_factors(webui):
     host, form = webui.host(webui.job()), webui.model.model_config.latent_format
     form.taesd_decoder_name = None
-    webui.files = {"taesd", "tiny"}
+    for name in ("taesd", "tiny"):
+        (webui.models / name).touch()
     with webui.running():
         assert host.guidance_decoder(AUTOMATIC)[0] == LINEAR
         with pytest.raises(DinotileError, match="the WebUI has no TAESD for this checkpoint; choose full VAE"):
@@ -272,7 +274,7 @@ def test_the_linear_decoder_is_the_webuis_own(webui):
     with webui.running():
         latents = torch.randn(3, host.channels, 4, 5)
         _, decode = host.guidance_decoder(LINEAR)
-        own = torch.cat([cheap(host._film(latent[None])) for latent in latents])
+        own = torch.cat([cheap(host._with_frame(latent[None])) for latent in latents])
         assert own.shape == ((3, 3, 8, 10) if webui.kind.packed else (3, 3, 4, 5))
         size = 4 * host.factor, 5 * host.factor
         assert torch.allclose(decode(latents), (F.interpolate(own, size=size, mode="bilinear") + 1) / 2, atol=1e-5)

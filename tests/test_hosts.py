@@ -208,7 +208,7 @@ def test_what_fills_the_masked_area(webui, fill):
             begun.extend([x, noise]) or inner(p, x, noise, *args, **more)
         )
         sampled(host, batch_of(range(3)), latents, mask=mask)
-    begin, used = (host._picture(each) for each in begun)
+    begin, used = (host._without_frame(each) for each in begun)
     filled = content if fill == 2 else torch.zeros_like(latents)
     assert torch.equal(used, start) and torch.equal(begin, torch.where(mask > 0, filled, latents))
 
@@ -249,7 +249,9 @@ def test_scripts_see_what_is_sampled_and_may_change_its_noise(webui):
         p.scripts, p.initial_noise_multiplier = None, 3.0 if webui.kind.chain else 1.5
         close(sampled(host, batch_of(range(3)), latents), found)
     ((x, noise, *counts, shift),) = seen
-    assert torch.equal(host._picture(x), latents) and torch.equal(host._picture(noise), places(host).next() * 1.5)
+    assert torch.equal(host._without_frame(x), latents) and torch.equal(
+        host._without_frame(noise), places(host).next() * 1.5
+    )
     assert counts == [3, 3] and p.modified_noise is None and shift == (2.5 if webui.kind.flow else None)
     assert webui.merged == ([webui.model] * 2 if webui.kind.chain else [])
 

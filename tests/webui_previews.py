@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import types
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,9 +20,9 @@ def install(webui: Any) -> None:
     kind, neo = webui.kind, webui.kind.family == "neo"
 
     def download_model(path: str, url: str) -> None:
-        if path not in webui.files:
+        if not Path(path).exists():
             webui.downloads.append(path)
-            webui.files.add(path)
+            Path(path).touch()
 
     # TAESD --------------------------------------------------------------------------------------------------------
     form = {True: models.locked(models.Film), False: models.Packed if kind.packed else models.Decoder}[kind.film]
@@ -34,8 +35,8 @@ def install(webui: Any) -> None:
             if name is None:
                 return None
         if name not in loaded:
-            webui.modules["modules.sd_vae_taesd"].download_model(name, "https://")
-            if name not in webui.files:
+            webui.modules["modules.sd_vae_taesd"].download_model(str(webui.models / name), "https://")
+            if not (webui.models / name).exists():
                 if neo:
                     return None
                 raise FileNotFoundError("TAESD model not found")
@@ -49,9 +50,9 @@ def install(webui: Any) -> None:
         if kind.family in ("forge", "neo") and not webui.model.is_webui_legacy_model():
             return None
         if "approx" not in loaded:
-            webui.modules["modules.sd_vae_approx"].download_model("approx", "https://")
-            if "approx" not in webui.files:
-                raise FileNotFoundError("approx")
+            webui.modules["modules.sd_vae_approx"].download_model(str(webui.models / "approx"), "https://")
+            if not (webui.models / "approx").exists():  # A1111 reads it all the same, and finds it damaged
+                raise TypeError("expected state_dict to be dict-like, got NoneType")
             loaded["approx"] = webui.vae.tiny(models.Decoder, -1.0, 2).to(webui.dtype)
         return loaded["approx"]
 

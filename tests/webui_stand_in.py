@@ -8,9 +8,11 @@ from __future__ import annotations
 import contextlib
 import copy
 import sys
+import tempfile
 import types
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -153,8 +155,9 @@ class WebUI:
     def __init__(self, kind: Kind, half: bool = False) -> None:
         """half: weights, and all that is computed, in bfloat16."""
         self.kind, self.dtype = kind, torch.bfloat16 if half else torch.float32
-        self.files: set[str] = set()
-        """Of preview decoders, as far as they are on the disk."""
+        self._folder = tempfile.TemporaryDirectory()
+        self.models = Path(self._folder.name)
+        """The folder of preview decoders' files; empty ones, it is only asked whether they are there."""
         self.jobs: list[Job] = []
         self.merged: list[Any] = []
         """Models whose tokens were merged."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -56,7 +57,12 @@ def guidance_decoder(
 
 def _own(module: Any, model: Callable[[], Any], download: bool) -> Any:
     """The decoder that the WebUI has for the loaded checkpoint; None or FileNotFoundError if it has none."""
-    with patched(module, **({} if download else {"download_model": lambda *_: None})):
+
+    def find(path: str, url: str) -> None:
+        if not Path(path).is_file():  # before it is read: A1111 would take it for a damaged one
+            raise FileNotFoundError(path)
+
+    with patched(module, **({} if download else {"download_model": find})):
         return model()
 
 

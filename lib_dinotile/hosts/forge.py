@@ -108,7 +108,7 @@ class ForgeHost(WebUIHost):
         if getattr(_dynamic_args(), "pid", False):
             raise DinotileError("PiD paints pixels, not latents, and knows no tiles: choose another checkpoint")
         if getattr(_dynamic_args(), "wan", False) and p.batch_size > 1:
-            raise DinotileError("Wan takes a batch for the frames of a film: set the batch size to 1")
+            raise DinotileError("Wan takes a batch for the frames of a video: set the batch size to 1")
         for script in p.scripts.alwayson_scripts if p.scripts else ():
             if script.title().lower() == "controlnet":
                 units = (getattr(script, "current_params", None) or {}).values()
@@ -123,7 +123,7 @@ class ForgeHost(WebUIHost):
         return self._p.sampler.model_wrap_cfg
 
     @contextlib.contextmanager
-    def remembering_nothing(self) -> Iterator[None]:
+    def references_kept(self) -> Iterator[None]:
         # Editing models take what was encoded last for a picture that the next prompt refers to.
         before: list[Any] = [
             (place, name, value, list(value) if isinstance(value, list) else None)
@@ -147,7 +147,9 @@ class ForgeHost(WebUIHost):
 
         def decode(latents: Tensor) -> Tensor:
             with devices.without_autocast():
-                return self._picture(vae.decode(to_vae(self._film(latents)).to(objects.vae.vae_dtype))).float()
+                return self._without_frame(
+                    vae.decode(to_vae(self._with_frame(latents)).to(objects.vae.vae_dtype))
+                ).float()
 
         return decode
 

@@ -72,7 +72,7 @@ class WebUIHost(Host):
 
     channels: int
     frames = False
-    """Whether the model's latents are those of a film, (k, C, 1, h, w) for pictures."""
+    """Whether the model is one for videos, whose latents are (k, C, 1, h, w) for images."""
     unet: torch.nn.Module | None
     """The UNet, if it is one of the ldm kind."""
     shape: UNetShape | None
@@ -157,19 +157,19 @@ class WebUIHost(Host):
     def _encode(self, tile: Tensor) -> Tensor:
         """One at a time, as the WebUI does. It draws from the VAE's distribution with whatever state torch's generator
         happens to have; here every tile gets the same draw, so that a tile always has the same latent."""
-        with seeded(self.device), devices.autocast(), self.remembering_nothing():
+        with seeded(self.device), devices.autocast(), self.references_kept():
             latent = sd_samplers_common.images_tensor_to_samples(fast(tile), model=self._p.sd_model)
-        return self._picture(latent)
+        return self._without_frame(latent)
 
-    def remembering_nothing(self) -> contextlib.AbstractContextManager[None]:
-        """While open, what is encoded leaves no trace in the model."""
+    def references_kept(self) -> contextlib.AbstractContextManager[None]:
+        """While open, what is encoded does not become a reference image of the next prompt."""
         return contextlib.nullcontext()
 
-    def _film(self, latents: Tensor) -> Tensor:
+    def _with_frame(self, latents: Tensor) -> Tensor:
         """Latents (k, C, h, w) as the model knows them."""
         return latents.unsqueeze(2) if self.frames else latents
 
-    def _picture(self, latents: Tensor) -> Tensor:
+    def _without_frame(self, latents: Tensor) -> Tensor:
         """The other way round."""
         return latents.squeeze(2) if self.frames else latents
 
@@ -184,7 +184,7 @@ class WebUIHost(Host):
         with devices.without_autocast():
             try:
                 decoded = processing.decode_latent_batch(
-                    self._p.sd_model, self._film(fast(latent)), target_device=self.device, check_for_nans=True
+                    self._p.sd_model, self._with_frame(fast(latent)), target_device=self.device, check_for_nans=True
                 )
             except getattr(devices, "NansException", ()):
                 return broken
@@ -199,7 +199,7 @@ class WebUIHost(Host):
         denoise: float | None = None,
         mask: Tensor | None = None,
     ) -> Tensor:
-        p, count, rng = self._p, len(latents), SamplerNoise(noise, self._film)
+        p, count, rng = self._p, len(latents), SamplerNoise(noise, self._with_frame)
         start = rng.next() * p.initial_noise_multiplier
         free = None if mask is None else mask.to(latents)
         # The sampler reads these off p; Brownian noise would be seeded per image, so that overlaps would not agree.
@@ -221,10 +221,10 @@ class WebUIHost(Host):
         image_conditioning = self._image_conditioning(latents, tiled, mask)
         denoiser = p.sampler.model_wrap_cfg
         forward = self._tiled_forward(denoiser, tiled, latents, free)
-        begin = self._film(latents)
+        begin = self._with_frame(latents)
         if free is not None and denoise is None and p.inpainting_fill in (LATENT_NOISE, LATENT_NOTHING):
             content = rng.next().to(begin) if p.inpainting_fill == LATENT_NOISE else torch.zeros_like(begin)
-            begin = torch.lerp(begin, content, self._film(free))
+            begin = torch.lerp(begin, content, self._with_frame(free))
         with (
             patched(p, **values),
             patched(p.sampler, create_noise_sampler=noise_sampler),
@@ -237,7 +237,7 @@ class WebUIHost(Host):
             width, height = tiled.tile_size  # some schedules depend on it
             with patched(p, width=width, height=height):
                 samples = p.sampler.sample_img2img(p, begin, start, cond, uncond, image_conditioning=image_conditioning)
-            samples = self._picture(samples)
+            samples = self._without_frame(samples)
         if shared.state.interrupted or shared.state.skipped:
             raise Interrupted
         return samples if free is None else torch.lerp(latents.to(samples), samples, free.to(samples))
@@ -252,7 +252,7 @@ class WebUIHost(Host):
         inner = denoiser.forward
 
         def forward(x: Tensor, sigma: Tensor, **extra: Any) -> Tensor:
-            x = self._picture(x)
+            x = self._without_frame(x)
             if denoiser.need_last_noise_uncond and not tiled.is_batch:
                 raise DinotileError(
                     f"order: the sampler {self._p.sampler_name} cannot be fused; choose another, or chess"
@@ -276,12 +276,14 @@ class WebUIHost(Host):
                         self.conditioned(batch, chosen, len(cond.batch[0])),
                         self._steered(batch, chosen, denoiser, noisy, sigma),
                     ):
-                        outputs.append(inner(self._film(noisy), sigma[:1].expand(len(chosen)), **{**extra, **own}))
+                        outputs.append(
+                            inner(self._with_frame(noisy), sigma[:1].expand(len(chosen)), **{**extra, **own})
+                        )
                     noises.append(denoiser.last_noise_uncond)
                 back = torch.tensor([number for chosen in alike.values() for number in chosen]).argsort()
                 if denoiser.need_last_noise_uncond:
                     denoiser.last_noise_uncond = torch.cat(noises)[back]
-                return self._picture(torch.cat(outputs)[back])
+                return self._without_frame(torch.cat(outputs)[back])
 
             def known() -> Tensor:
                 return self._output_for(denoiser, x, sigma, latents)
@@ -289,7 +291,7 @@ class WebUIHost(Host):
             output = tiled(x, model, known)
             if not tiled.is_batch:
                 self._preview(denoiser, output)
-            return self._film(output if free is None else torch.lerp(known().to(output), output, free.to(output)))
+            return self._with_frame(output if free is None else torch.lerp(known().to(output), output, free.to(output)))
 
         return forward
 
@@ -306,10 +308,10 @@ class WebUIHost(Host):
 
         def after(params: script_callbacks.AfterCFGCallbackParams) -> None:
             try:
-                x0 = self._x0(denoiser, x, self._picture(params.x), sigma)
+                x0 = self._x0(denoiser, x, self._without_frame(params.x), sigma)
                 moved = guide(x0, denoiser.step, denoiser.total_steps, chosen)
                 if moved is not None:
-                    params.x = self._film(self._prediction(denoiser, x, moved, sigma)).to(params.x)
+                    params.x = self._with_frame(self._prediction(denoiser, x, moved, sigma)).to(params.x)
             except Exception as error:  # the WebUI would only log it
                 failed.append(error)
 
@@ -409,5 +411,5 @@ class WebUIHost(Host):
             step = max(1, -(-max(output.shape[-2:]) * self.factor // PREVIEW_SIDE))
             cheap = 2 if opts.show_progress_type == "Full" else None
             state.assign_current_image(
-                sd_samplers_common.sample_to_image(self._film(output[..., ::step, ::step]), approximation=cheap)
+                sd_samplers_common.sample_to_image(self._with_frame(output[..., ::step, ::step]), approximation=cheap)
             )

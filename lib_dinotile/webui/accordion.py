@@ -178,12 +178,10 @@ def infotext_fields(components: Mapping[str, Any], tab: str) -> list[tuple[Any, 
 
     def reader(option: Option) -> Callable[[Mapping[str, Any]], Any]:
         def read(params: Mapping[str, Any]) -> Any:
+            if not ours(params):
+                return None
             value = params.get(str(option.infotext), option.default)
-            return (
-                (value if option.choices is None or value in option.choices else option.default)
-                if ours(params)
-                else None
-            )
+            return value if option.choices is None or value in option.choices else option.default
 
         return read
 

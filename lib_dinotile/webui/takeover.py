@@ -259,8 +259,9 @@ class Takeover:
                     existing_info=image.info,
                 )
         self._sources = [images.flatten(image, opts.img2img_background_color) for image in p.init_images]
-        # Forge Neo keeps conditionings by it.
-        p.init_latent = torch.stack([torch.from_numpy(np.array(source)) for source in self._sources])
+        # Forge Neo keeps conditionings by a hash of it, made anew for every prompt.
+        digest = hashlib.sha256(b"".join(source.tobytes() for source in self._sources)).digest()
+        p.init_latent = torch.tensor(list(digest), dtype=torch.uint8).reshape(1, 1, 4, 8)
         if opts.img2img_color_correction and p.color_corrections is None:
             corrections = [processing.setup_color_correction(source) for source in self._sources]
             p.color_corrections = corrections * (p.batch_size // len(corrections))

@@ -163,6 +163,9 @@ def test_an_effective_region_is_cut_too(
     first = next(script["args"] for script in scripts if script["name"] == "controlnet")[0]["value"]
     name = "mask_image" if "mask_image" in (first or {}) else "effective_region_mask"
     masked = {**unit, "image": encode(specks), name: encode(mask)}
+    plain = [controlled(webui, large, each, None, **NO_NOISE) for each in (masked, {**unit, "image": encode(specks)})]
+    if difference(*plain) == 0:
+        pytest.skip("this WebUI takes a region and does nothing with it")
     options = {**FOUR, "batch": 4, "order": order}
     image = controlled(webui, large, masked, options, **NO_NOISE)
     without = webui.img2img(large, options, **NO_NOISE).image
