@@ -9,24 +9,18 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import inspect
 from collections.abc import Iterator
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
 
 from lib_dinotile import DinotileError, one_line
 from lib_dinotile.dino.architecture import Architecture
+from lib_dinotile.dino.checkpoint import Checkpoint
 from lib_dinotile.dino.dinov3 import DINOv3
-
-if TYPE_CHECKING:
-    from lib_dinotile.dino.checkpoint import Checkpoint
-
-Family = type[Architecture] | type[DINOv3]
-
-NAMES = ("auto", "transformers", "timm")
+from lib_dinotile.dino.libraries import NAMES, check_library, timm_block, transformers_classes
 
 
 def load_blocks(checkpoint: Checkpoint, backend: str) -> tuple[str, nn.ModuleList]:
@@ -38,20 +32,6 @@ def load_blocks(checkpoint: Checkpoint, backend: str) -> tuple[str, nn.ModuleLis
         raise ValueError(f"backend {backend!r} is none of {', '.join(NAMES)}")
     name = check_library(type(checkpoint.architecture), backend)
     return name, (_transformers if name == "transformers" else _timm)(checkpoint)
-
-
-def check_library(family: Family, backend: str = "auto") -> str:
-    """Name of the library that runs DINOv2 or DINOv3; DinotileError with one line if there is none."""
-    lacks = []
-    for name, find in (("transformers", _transformers_classes), ("timm", _timm_block)):
-        if backend not in ("auto", name):
-            continue
-        try:
-            find(family)
-            return name
-        except _LibraryMissing as error:
-            lacks.append(str(error))
-    raise DinotileError(f"{family.family} needs {family.needs}: {'; '.join(lacks)}")
 
 
 def run(block: nn.Module, tokens: torch.Tensor, rotation: torch.Tensor | None) -> torch.Tensor:
@@ -78,39 +58,9 @@ def keys(block: nn.Module, tokens: torch.Tensor) -> torch.Tensor:
     return attention.attention.key(seen)  # transformers' DINOv2, up to 4
 
 
-class _LibraryMissing(Exception):
-    """The library is not installed, too old or does not import; the message says which."""
-
-
-def _transformers_classes(family: Family) -> tuple[Any, Any, Any]:
-    """(transformers, class of the model, class of its configuration)."""
-    try:
-        import transformers
-
-        return transformers, *(getattr(transformers, f"{family.model}{kind}") for kind in ("Model", "Config"))
-    # transformers 4 turns an ImportError inside into a RuntimeError
-    except (ImportError, RuntimeError, AttributeError) as error:
-        raise _LibraryMissing(f"no {family.model}Model from transformers ({one_line(error)})") from error
-
-
-def _timm_block(family: Family) -> Any:
-    """Class of timm's blocks."""
-    try:
-        if family is Architecture:
-            from timm.models.vision_transformer import Block
-
-            return Block
-        from timm.models.eva import EvaBlock
-    except Exception as error:  # also what comes of a torchvision that does not fit torch
-        raise _LibraryMissing(f"timm does not import ({one_line(error)})") from error
-    if "rotate_half" not in inspect.signature(EvaBlock).parameters:
-        raise _LibraryMissing("this timm has no DINOv3")
-    return EvaBlock
-
-
 def _transformers(checkpoint: Checkpoint) -> nn.ModuleList:
     a = checkpoint.architecture
-    transformers, model_class, config_class = _transformers_classes(type(a))
+    transformers, model_class, config_class = transformers_classes(type(a))
     # A DINOv2 with registers differs before its blocks only: the plain one, which older versions have too, will do.
     numbers = {k: v for k, v in dataclasses.asdict(a).items() if k != "num_register_tokens"}
     try:
@@ -147,7 +97,7 @@ def _quiet(logging: Any) -> Iterator[None]:
 
 def _timm(checkpoint: Checkpoint) -> nn.ModuleList:
     a = checkpoint.architecture
-    made_of = _timm_block(type(a))
+    made_of = timm_block(type(a))
     gated = a.use_gated_mlp if isinstance(a, DINOv3) else a.use_swiglu_ffn
     if (gated and isinstance(a, Architecture)) or a.hidden_act != ("silu" if gated else "gelu"):
         what = "the giant model's SwiGLU layers" if gated else f"the activation {a.hidden_act!r}"

@@ -20,8 +20,8 @@ import torch
 from lib_dinotile import DinotileError, one_line
 from lib_dinotile.dino import hub
 from lib_dinotile.dino.architecture import MEAN, STD, Architecture
-from lib_dinotile.dino.backends import check_library
 from lib_dinotile.dino.dinov3 import TIMM_MODELS, DINOv3, TimmDINOv3
+from lib_dinotile.dino.libraries import check_library
 from lib_dinotile.dino.locks import Progress, models_folder, silent
 from lib_dinotile.weights import DAMAGED, open_tensors
 

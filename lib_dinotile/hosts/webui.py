@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from modules import devices, processing, prompt_parser, script_callbacks, sd_samplers_common, shared
+from modules import devices, processing, script_callbacks, sd_samplers_common, shared
 from PIL import Image
 from torch import Tensor
 
@@ -21,6 +21,7 @@ from lib_dinotile.engine.prediction import coefficients, from_x0
 from lib_dinotile.engine.progress import Progress
 from lib_dinotile.hosts import decoders, upscalers
 from lib_dinotile.hosts.bars import Bars
+from lib_dinotile.hosts.conditionings import form, stacked
 from lib_dinotile.hosts.interrogators import interrogators
 from lib_dinotile.hosts.memory_format import fast, fast_input
 from lib_dinotile.hosts.patched import patched, seeded
@@ -37,23 +38,6 @@ def base_of(model: Any) -> str:
     """The family of the WebUI's model; see `Host.base`."""
     marks = {"is_sdxl": "sdxl", "is_sd2": "sd2", "is_sd1": "sd15"}
     return next((base for mark, base in marks.items() if getattr(model, mark, False)), type(model).__name__.lower())
-
-
-def _stacked(entries: Sequence[tuple[Any, Any]]) -> tuple[Any, Any]:
-    """Conditionings of tiles as the sampler takes them, from entries (cond, uncond) of the batches."""
-    batch = [cond for cond, _ in entries]
-    uncond = None if entries[0][1] is None else [uncond for _, uncond in entries]
-    return prompt_parser.MulticondLearnedConditioning(shape=(len(batch),), batch=batch), uncond
-
-
-def _form(cond: Any) -> Any:
-    """Equal for conditionings that the WebUI stacks as they are: it pads short ones to the length of long
-    ones, which changes what they say, and Forge weighs the parts of all prompts alike."""
-
-    def length(entry: Any) -> int:
-        return (entry["crossattn"] if isinstance(entry, dict) else entry).shape[0]
-
-    return tuple((part.weight, tuple((at.end_at_step, length(at.cond)) for at in part.schedules)) for part in cond)
 
 
 class SamplerNoise:
@@ -217,7 +201,7 @@ class WebUIHost(Host):
 
         for prompt in tiled.prompts:  # all now: a text encoder that is loaded amid sampling may push out the UNet
             self._conditioning(prompt, tiled.tile_size)
-        cond, uncond = _stacked([self._conditioning(None, tiled.tile_size)] * count)
+        cond, uncond = stacked([self._conditioning(None, tiled.tile_size)] * count)
         image_conditioning = self._image_conditioning(latents, tiled, mask)
         denoiser = p.sampler.model_wrap_cfg
         forward = self._tiled_forward(denoiser, tiled, latents, free)
@@ -264,11 +248,11 @@ class WebUIHost(Host):
                 entries = [self._conditioning(prompt, tiled.tile_size) for prompt in batch.prompts]
                 alike: dict[Any, list[int]] = {}
                 for number, (cond, _) in enumerate(entries):
-                    alike.setdefault(_form(cond), []).append(number)
+                    alike.setdefault(form(cond), []).append(number)
                 outputs, noises = [], []
                 for chosen in alike.values():
                     denoiser.step = step  # it counts its calls
-                    noisy, (cond, uncond) = tiles[chosen], _stacked([entries[number] for number in chosen])
+                    noisy, (cond, uncond) = tiles[chosen], stacked([entries[number] for number in chosen])
                     image = extra["image_cond"]
                     image = image[chosen] if tiled.is_batch else noisy.new_zeros(len(chosen), *image.shape[1:])
                     own = {"cond": cond, "uncond": uncond, "image_cond": image}
