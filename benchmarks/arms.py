@@ -166,5 +166,4 @@ def _drawn_means(values: Values, draws: int) -> np.ndarray:
 
 
 def _percentiles(drawn: np.ndarray) -> tuple[float, float]:
-    low, high = np.percentile(drawn, (2.5, 97.5))
-    return float(low), float(high)
+    return float(np.percentile(drawn, 2.5)), float(np.percentile(drawn, 97.5))

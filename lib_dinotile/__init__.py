@@ -1,5 +1,10 @@
 """dinotile: a tiled upscaler that keeps every tile true to the picture with DINOv2 features."""
 
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import TracebackType
+
 __version__ = "0.1.0"
 
 LONGEST = 2000
@@ -26,6 +31,24 @@ class DinotileError(Exception):
         # The WebUIs' API reads these two off any exception and answers with them.
         self.status_code = status_code
         self.detail = message
+
+
+class Handling:
+    """`with Handling(handle):` gives an error of the block to `handle`, which raises another, or returns whether the
+    error is dealt with.
+
+    A class, since with a generator of contextlib's the new error is part of a reference cycle from Python 3.12 on, and
+    all that the block's frames hold stays alive until the garbage collector comes.
+    """
+
+    def __init__(self, handle: Callable[[Exception], bool]) -> None:
+        self._handle = handle
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: object, error: BaseException | None, traceback: TracebackType | None) -> bool:
+        return isinstance(error, Exception) and self._handle(error)
 
 
 def printable(text: str) -> str:

@@ -13,7 +13,7 @@ from typing import BinaryIO
 import numpy as np
 from PIL import ExifTags, Image, ImageCms, PngImagePlugin, UnidentifiedImageError
 
-from lib_dinotile import DinotileError, one_line
+from lib_dinotile import DinotileError, Handling, one_line
 from lib_dinotile.settings import MAX_SIDE
 
 LARGEST = {
@@ -68,7 +68,8 @@ def read_image(
     name: what messages call it, if not by its path; limit: of pixels; tell: is given a line if there are more frames.
     DinotileError if it is no whole image of a kind in FORMATS.
     """
-    with _opened(file, name or str(file), limit, tell) as image:
+    name = name or str(file)
+    with _told(name, limit), _opened(file, name, limit, tell) as image:
         profile = image.info.get("icc_profile")
         image = _on(image, "white")
         return (_in_srgb(image, profile) if profile else image).convert("RGB")
@@ -76,7 +77,8 @@ def read_image(
 
 def read_mask(file: Path | BinaryIO, name: str = "", limit: int = MAX_PIXELS) -> Image.Image:
     """The same as shades of grey (L); what is transparent is black."""
-    with _opened(file, name or str(file), limit) as image:
+    name = name or str(file)
+    with _told(name, limit), _opened(file, name, limit) as image:
         return _on(image, "black").convert("L")
 
 
@@ -85,7 +87,7 @@ def read_size(file: BinaryIO, name: str, limit: int = MAX_PIXELS) -> tuple[int, 
 
     DinotileError as there, but for that.
     """
-    with _found(file, name, limit) as image:
+    with _told(name, limit), _found(file, name, limit) as image:
         _check_depth(image, name)
         if image.format == "TIFF":  # newer versions of Pillow have exchanged the sides already
             size, orientation = (image.tag_v2[256], image.tag_v2[257]), image.tag_v2.get(ExifTags.Base.Orientation)
@@ -93,7 +95,7 @@ def read_size(file: BinaryIO, name: str, limit: int = MAX_PIXELS) -> tuple[int, 
             if image.format == "PNG" and _has_texts_behind(file):
                 image.load()
             size, orientation = image.size, _orientation(image)
-        return size[::-1] if orientation in TURNS and orientation >= 5 else size
+    return size[::-1] if orientation in TURNS and orientation >= 5 else size
 
 
 def _has_texts_behind(png: BinaryIO) -> bool:
@@ -113,7 +115,7 @@ def _has_texts_behind(png: BinaryIO) -> bool:
 def _opened(
     file: Path | BinaryIO, name: str, limit: int, tell: Callable[[str], None] = lambda line: None
 ) -> Iterator[Image.Image]:
-    """The first frame, upright; DinotileError for whatever is raised with it."""
+    """The first frame, upright."""
     with _found(file, name, limit) as found:
         if not enough_memory(2 * 4 * found.width * found.height):
             raise MemoryError
@@ -125,30 +127,36 @@ def _opened(
 
 @contextlib.contextmanager
 def _found(file: Path | BinaryIO, name: str, limit: int) -> Iterator[Image.Image]:
-    """The image as its header tells of it, not decoded yet; DinotileError for whatever is raised with it."""
+    """The image as its header tells of it, not decoded yet."""
     if isinstance(file, Path) and not os.path.isfile(file):  # a pipe would be waited for
         raise DinotileError(f"{name} is no file" if os.path.lexists(file) else f"{name} is not there")
     Image.init()
-    try:
-        with contextlib.ExitStack() as stack:
-            # Not by its path: Pillow would map a TIFF into memory then, and scrambles those that lie on their side.
-            stream = stack.enter_context(file.open("rb")) if isinstance(file, Path) else file
-            opened = Image.open(stream, formats=[kind for kind in FORMATS if kind in Image.OPEN])
-            if opened.width * opened.height > limit:
-                raise Image.DecompressionBombError
-            yield opened
-    except DinotileError:
-        raise
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        most = min(limit, Image.MAX_IMAGE_PIXELS or limit)
-        raise DinotileError(f"{name} has too many pixels: at most {most:,} are read") from error
-    except MemoryError as error:
-        raise DinotileError(f"{name} needs more memory than there is: make it smaller") from error
-    except UnidentifiedImageError as error:
-        kinds = ", ".join(FORMATS)
-        raise DinotileError(f"{name} cannot be read as an image: it is damaged, or none of {kinds}") from error
-    except Exception as error:  # decoders of damaged files raise whatever they like
-        raise DinotileError(f"{name} cannot be read as an image: {one_line(error)}") from error
+    with contextlib.ExitStack() as stack:
+        # Not by its path: Pillow would map a TIFF into memory then, and scrambles those that lie on their side.
+        stream = stack.enter_context(file.open("rb")) if isinstance(file, Path) else file
+        opened = Image.open(stream, formats=[kind for kind in FORMATS if kind in Image.OPEN])
+        if opened.width * opened.height > limit:
+            raise Image.DecompressionBombError
+        yield opened
+
+
+def _told(name: str, limit: int) -> Handling:
+    """DinotileError for whatever is raised in it."""
+
+    def tell(error: Exception) -> bool:
+        if isinstance(error, DinotileError):
+            return False
+        if isinstance(error, (Image.DecompressionBombError, Image.DecompressionBombWarning)):
+            line = f"has too many pixels: at most {min(limit, Image.MAX_IMAGE_PIXELS or limit):,} are read"
+        elif isinstance(error, MemoryError):
+            line = "needs more memory than there is: make it smaller"
+        elif isinstance(error, UnidentifiedImageError):
+            line = f"cannot be read as an image: it is damaged, or none of {', '.join(FORMATS)}"
+        else:  # decoders of damaged files raise whatever they like
+            line = f"cannot be read as an image: {one_line(error)}"
+        raise DinotileError(f"{name} {line}") from error
+
+    return Handling(tell)
 
 
 def _has_more(image: Image.Image) -> bool:

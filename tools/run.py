@@ -4,10 +4,10 @@
 
 ENVIRONMENT is one of
     cli, train, test    .venv, with current packages and that one of pyproject.toml's optional dependencies;
-    a1111, forge        .venv-a1111, .venv-forge, with the packages that this WebUI pins (tests/pins) and those of test.
+    a1111, forge, neo   .venv-a1111, ..., with the packages that this WebUI pins (tests/pins) and those of test.
 
-Needs Python 3.10 to 3.14 and nothing else; for what the WebUIs pin 3.10, or 3.11 where there is none. On Linux without
-an NVIDIA GPU the .venv gets a CPU build of torch, never one for CUDA.
+Needs Python 3.10 to 3.14 and nothing else; for what a WebUI pins the Python that its file names, or 3.11 where there is
+none. On Linux without an NVIDIA GPU the .venv gets a CPU build of torch, never one for CUDA.
 """
 
 import hashlib
@@ -44,7 +44,7 @@ class Environment:
 
     def prepare(self) -> None:
         """The packages, unless they are up to date. SystemExit with one line if they cannot be had."""
-        base = webui_python() if self.pins else sys.executable
+        base = webui_python(self.pins) if self.pins else sys.executable
         version = subprocess.check_output([base, "-VV"], text=True)
         recipe = [ROOT / "pyproject.toml", Path(__file__), NO_DEPS, *([self.pins] if self.pins else [])]
         digest = hashlib.sha256(b"\0".join([version.encode(), *(path.read_bytes() for path in recipe)])).hexdigest()
@@ -59,8 +59,11 @@ class Environment:
             known.write_text(version)
             self._pip("--upgrade", "pip")  # that of an old Python takes twice as long
         self._install_torch()
-        extra = ["-e", f".[{'test' if self.pins else self.name}]"]
-        if not self._pip(*extra, *(["-r", str(self.pins)] if self.pins else []), quiet=False):
+        # As the WebUIs do: gradio first, whatever then takes the place of what it wants.
+        pinned = pinned_lines(self.pins) if self.pins else []
+        first = [line for line in pinned if line.startswith("gradio")]
+        extra = ["-e", f".[{'test' if self.pins else self.name}]", *(line for line in pinned if line not in first)]
+        if (first and not self._pip(*first, quiet=False)) or not self._pip(*extra, quiet=False):
             fail(f"pip could not install the {self.name} packages, see above")
         if (self.pins or self.name == "test") and not self._pip("--no-deps", "-r", str(NO_DEPS), quiet=False):
             fail("pip could not install what the tests need, see above")
@@ -76,7 +79,7 @@ class Environment:
         """torch, and torchvision if it is pinned, unless torch is there; SystemExit if no fitting build can be had."""
         if subprocess.run([self.python, "-c", "import torch"], cwd=ROOT, capture_output=True).returncode == 0:
             return
-        lines = self.pins.read_text().splitlines() if self.pins else ["torch"]
+        lines = pinned_lines(self.pins) if self.pins else ["torch"]
         wanted = [line for line in lines if line.startswith("torch")]
         if sys.platform == "linux" and not shutil.which("nvidia-smi"):
             # A wheel in one of pip's own --find-links folders, else PyTorch's index of CPU builds.
@@ -92,17 +95,25 @@ class Environment:
             fail("pip could not install torch, see above")
 
 
-def webui_python() -> str:
-    """A Python for what the WebUIs pin: theirs, 3.10, from the PATH or pyenv, else this one if it is 3.11."""
+def pinned_lines(pins: Path) -> list[str]:
+    """The requirements in a file of pins, without its comments."""
+    return [line for line in pins.read_text(encoding="utf-8").splitlines() if line and not line.startswith("#")]
+
+
+def webui_python(pins: Path) -> str:
+    """A Python for what a WebUI pins: its own, which its file names first, from the PATH or pyenv, else this one if it
+    is 3.11."""
+    version = pins.read_text(encoding="utf-8").split()[2]
     pyenv = Path(os.environ.get("PYENV_ROOT", Path.home() / ".pyenv"))
-    installed = map(str, sorted(pyenv.glob("versions/3.10.*/bin/python3.10")))
-    found = [sys.executable, shutil.which("python3.10"), *installed]
+    installed = map(str, sorted(pyenv.glob(f"versions/{version}.*/bin/python{version}")))
+    found = [sys.executable, shutil.which(f"python{version}"), *installed]
     for python in filter(None, found):
-        told = subprocess.run([python, "-c", "import ensurepip, sys; print(sys.version_info[:2])"], capture_output=True)
-        if told.stdout.strip() == b"(3, 10)":
+        code = "import ensurepip, sys; print('%s.%s' % sys.version_info[:2])"
+        told = subprocess.run([python, "-c", code], capture_output=True, text=True)
+        if told.stdout.strip() == version:
             return python
     if sys.version_info[:2] != (3, 11):
-        fail("what the WebUIs pin needs Python 3.10 or 3.11: install one of them")
+        fail(f"what {pins.stem} pins needs Python {version} or 3.11: install one of them")
     return sys.executable
 
 

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from PIL import Image
 
-from lib_dinotile import DinotileError, one_line
+from lib_dinotile import DinotileError, Handling, one_line
 from lib_dinotile.condition.conditioner import Conditioner, Conditions
 from lib_dinotile.engine.host import Host, Interrupted, check_name
 from lib_dinotile.engine.journal import Journal
@@ -137,17 +136,17 @@ def upscale(
         return _result(run, maps)
 
 
-@contextlib.contextmanager
-def _before_the_first_tile(size: tuple[int, int]) -> Iterator[None]:
+def _before_the_first_tile(size: tuple[int, int]) -> Handling:
     """Whatever fails in it is told in one line; size: (width, height) of the result."""
-    try:
-        yield
-    except DinotileError:
-        raise
-    except Exception as error:
+
+    def tell(error: Exception) -> bool:
+        if isinstance(error, DinotileError):
+            return False
         if is_out_of_memory(error):
             raise _too_large(size) from error
         raise DinotileError(f"stopped before the first tile: {one_line(error)}", 500) from error
+
+    return Handling(tell)
 
 
 def _maps(settings: Settings, conditions: Conditions, run: Run, plan: TilePlan) -> Mapping[str, Image.Image]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import TypeVar
@@ -10,7 +9,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from lib_dinotile import DinotileError
+from lib_dinotile import DinotileError, Handling
 from lib_dinotile.engine.host import Host
 from lib_dinotile.tiling.plan import Grid, Rect, Size, fewest
 
@@ -50,19 +49,20 @@ class BatchSize:
                 self._free()
             yield tiles[len(done) : len(done) + self.limit]
 
-    @contextlib.contextmanager
-    def halved(self, count: int) -> Iterator[None]:
+    def halved(self, count: int) -> Handling:
         """If the memory does not hold so many tiles, fewer of them are tried next."""
-        try:
-            yield
-        except Exception as error:
+
+        def halve(error: Exception) -> bool:
             if not is_out_of_memory(error):
-                raise
+                return False
             if count == 1:
                 message = "out of memory with a single tile: give a smaller tile size"
                 raise OutOfMemoryError(message, 500) from error
             self.limit, self._ran_out = count // 2, True
             self._note(f"out of memory with {count} tiles at once, went on with {self.limit}")
+            return True
+
+        return Handling(halve)
 
 
 class PieceSize:
