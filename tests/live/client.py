@@ -175,6 +175,11 @@ class WebUI:
         """Names of a kind in the WebUI, as `samplers` or `upscalers`."""
         return [entry["name"] for entry in self.get(f"sdapi/v1/{kind}").json()]
 
+    @functools.cached_property
+    def hires_upscalers(self) -> frozenset[str]:
+        """Names of what hires fix can upscale with; in Forge Neo there is little."""
+        return frozenset(self.names("upscalers") + self.names("latent-upscale-modes"))
+
     def body(self, source: Image.Image, options: Options | None, **request: Any) -> dict[str, Any]:
         """A request for img2img; `options` are DINO Tile's, None where it is not to be spoken of."""
         body: dict[str, Any] = {
@@ -242,6 +247,8 @@ class WebUI:
         del body["init_images"]
         if "denoising_strength" not in request:
             del body["denoising_strength"]
+        if body.get("hr_upscaler") not in (None, *self.hires_upscalers):
+            body["hr_upscaler"] = "None"
         return body
 
     def txt2img(self, options: Options | None = None, **request: Any) -> Reply:

@@ -88,11 +88,8 @@ def test_count_and_size_of_the_batch_together(webui: WebUI, small: Image.Image):
 
 def test_hires_fix_goes_its_own_way(webui: WebUI, small: Image.Image):
     def run() -> Image.Image:
-        # txt2img has no DINO Tile; a denoising strength is for its second pass
-        body = webui.body(small, None, enable_hr=True, hr_scale=2, hr_upscaler="Latent", width=64, height=64)
-        body["hr_additional_modules"] = []  # Forge wants to be told
-        del body["init_images"]
-        return webui.reply(webui.post("txt2img", body)).image
+        hires = {"enable_hr": True, "hr_scale": 2, "hr_upscaler": "Latent", "denoising_strength": 0.4}
+        return webui.txt2img(**hires, hr_additional_modules=[]).image  # Forge wants to be told of modules
 
     before = run()
     webui.img2img(small, TILES)

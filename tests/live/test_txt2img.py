@@ -122,10 +122,10 @@ def test_png_info_gives_the_image_again(webui: WebUI, more: dict[str, Any]):
     assert webui.txt2img().image.size == (64, 64), "it stays on"
 
 
-def test_png_info_of_img2img_leaves_it_off(webui: WebUI, small: Image.Image):
+def test_png_info_of_img2img_leaves_it_off(webui: WebUI, small: Image.Image, plain: Image.Image):
     info = webui.img2img(small, TILES).infotexts[0]
     assert webui.txt2img(infotext=info, **EXPLICIT).image.size == (64, 64)
-    assert webui.img2img(small, infotext=webui.txt2img(TILES).infotexts[0]).image.size == small.size
+    assert webui.img2img(small, infotext=webui.txt2img(TILES).infotexts[0]).image.size == plain.size
 
 
 def test_switched_off_it_has_no_part_in_the_image(webui: WebUI):
