@@ -1,13 +1,16 @@
 """What all tests share."""
 
 import gc
+import importlib
 import os
 import platform
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 from hypothesis import HealthCheck, settings
+from packaging.requirements import Requirement
 
 # One thread: models this small are slower on several, and sums of floats depend on their number.
 os.environ["OMP_NUM_THREADS"] = "1"
@@ -28,7 +31,15 @@ def pins() -> dict[str, str]:
     """Versions by package, as the WebUI pins them whose environment this is; none in any other."""
     file = os.environ.get("DINOTILE_PINS")
     lines = Path(file).read_text(encoding="utf-8").splitlines() if file else ()
-    return dict(line.split("==") for line in lines if line and not line.startswith("#"))
+    found = [Requirement(line) for line in lines if line and not line.startswith("#")]
+    return {each.name: str(each.specifier)[2:] for each in found if not each.marker or each.marker.evaluate()}
+
+
+def import_of_webuis(module: str) -> ModuleType:
+    """A module that the WebUIs have: the test is skipped without it, but not beside what they pin."""
+    if pins():
+        return importlib.import_module(module)
+    return pytest.importorskip(module, reason=f"no {module} here, beside the WebUIs' packages there is one")
 
 
 def _found(package: str) -> str:

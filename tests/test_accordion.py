@@ -12,11 +12,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from lib_dinotile.settings import AUTOMATIC, CALIBRATED, NONE, Settings, Txt2Img
+from tests.conftest import import_of_webuis
 from tests.stand_in import webui
 
-gr = pytest.importorskip("gradio", reason="no gradio here, beside the WebUIs' packages there is one")
+gr = import_of_webuis("gradio")
 
 FIELD = re.compile(r'\s*(\w[\w \-/]+):\s*("(?:\\.|[^\\"])+"|[^,]*)(?:,|$)')
 """The WebUI's own, of PNG info."""
@@ -44,6 +46,7 @@ def accordion(tmp_path: Path) -> Iterator[types.ModuleType]:
         }
         ui_common.create_refresh_button = lambda *_: gr.Button("refresh")
         ui_components.InputAccordion = input_accordion
+        importlib.import_module("modules.call_queue").queue_lock = contextlib.nullcontext()
         yield importlib.import_module("lib_dinotile.webui.accordion")
 
 
@@ -119,6 +122,15 @@ def test_captions_are_those_of_the_last_image_of_the_own_page(accordion, tab: st
     assert copy(of_images("1: a dog", None)) == ""
     for nothing in (None, "", "{}"):
         assert copy(nothing) == gr.update()
+
+
+def test_the_folder_of_a_preview_is_made(accordion, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    folder, picture = tmp_path / "temporary", Image.new("RGB", (8, 8))
+    preview = importlib.import_module("lib_dinotile.webui.preview")
+    monkeypatch.setattr(preview.ui_tempdir, "on_tmpdir_changed", folder.mkdir, raising=False)
+    monkeypatch.setattr(preview, "show", lambda *_: ("a line", picture))
+    line, shown = preview.answer({}, 0, 0, {}, {})
+    assert line["value"] == "<p>a line</p>" and shown["value"] is picture and folder.is_dir()
 
 
 def test_any_number_of_pages_shows_how_far_it_is(accordion):

@@ -13,11 +13,12 @@ import pytest
 from PIL import Image
 
 from lib_dinotile import DinotileError
+from tests.conftest import import_of_webuis
 from tests.stand_in import webui
 from tests.strategies import encoded
 
-pytest.importorskip("fastapi", reason="no FastAPI here, beside the WebUIs' packages there is one")
-pytest.importorskip("gradio", reason="no gradio here, beside the WebUIs' packages there is one")
+import_of_webuis("fastapi")
+import_of_webuis("gradio")
 
 
 @pytest.fixture

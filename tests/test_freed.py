@@ -21,6 +21,7 @@ from lib_dinotile.engine.report import Report
 from lib_dinotile.engine.team import Team
 from lib_dinotile.settings import Settings
 from lib_dinotile.tiling.plan import Rect
+from tests.conftest import import_of_webuis
 from tests.stand_in import webui
 from tests.test_engine import StubHost
 from tests.test_tiling import random_image
@@ -185,8 +186,8 @@ class Job:
 
 @pytest.fixture
 def takeover(modules, monkeypatch, tmp_path) -> Any:
-    pytest.importorskip("gradio", reason="no gradio here, beside the WebUIs' packages there is one")
-    pytest.importorskip("cv2", reason="no OpenCV here, beside the WebUIs' packages there is one")
+    import_of_webuis("gradio")
+    import_of_webuis("cv2")
     shared, processing, devices, paths = (
         modules(f"modules.{name}") for name in ("shared", "processing", "devices", "paths")
     )

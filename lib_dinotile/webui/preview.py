@@ -12,7 +12,18 @@ from typing import Any
 
 import gradio as gr
 import torch
-from modules import call_queue, devices, errors, images, infotext_utils, processing, scripts, sd_models, shared
+from modules import (
+    call_queue,
+    devices,
+    errors,
+    images,
+    infotext_utils,
+    processing,
+    scripts,
+    sd_models,
+    shared,
+    ui_tempdir,
+)
 from PIL import Image, ImageOps
 
 from lib_dinotile import DinotileError
@@ -280,6 +291,7 @@ def answer(
     try:
         with call_queue.queue_lock:  # after what is being generated
             line, picture = show(sources, chosen, sizing, img2img, options)
+        ui_tempdir.on_tmpdir_changed()  # Forge Neo puts pictures into a folder that it makes only when that is set
         return gr.update(value=f"<p>{html.escape(line)}</p>"), gr.update(value=picture, visible=True)
     except DinotileError as error:
         line = str(error)
