@@ -96,8 +96,8 @@ def test_hires_fix_goes_its_own_way(webui: WebUI, small: Image.Image):
     assert difference(run(), before) == 0 and before.size == (128, 128)
 
 
-RIVALS = {
-    "sd upscale": ["", 16, "None", 2],
+RIVALS: dict[str, list[Any] | None] = {
+    "sd upscale": None,
     "ultimate sd upscale": ["", 64, 64, 8, 16, 64, 0.35, 16, 0, True, 0, False, 8, 0, 2, 128, 96, 2.0],
     "outpainting mk2": ["", 32, 4, ["left"], 1.0, 0.05],
 }
@@ -105,10 +105,12 @@ RIVALS = {
 
 @pytest.mark.parametrize("script, args", RIVALS.items(), ids=RIVALS.keys())
 def test_scripts_that_take_the_image_apart_are_refused(webui: WebUI, small: Image.Image, script: str, args):
-    known = {entry["name"] for entry in webui.get("sdapi/v1/script-info").json() if entry["is_img2img"]}
+    known = {entry["name"]: entry for entry in webui.get("sdapi/v1/script-info").json() if entry["is_img2img"]}
     if script not in known:
         pytest.skip(f"this WebUI has no script {script!r}")
-    line = webui.refusal(small, TILES, script_name=script, script_args=args)
+    if args is None:
+        args = [argument["value"] for argument in known[script]["args"]]
+    line = webui.refusal(small, TILES, script_name=script, script_args=args, width=128, height=128)
     assert line.lower().startswith(f"{script} and dino tile both take img2img over: "), line
 
 

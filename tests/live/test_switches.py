@@ -53,7 +53,10 @@ def test_what_takes_tiles_for_images_is_refused(webui: WebUI, small: Image.Image
 @pytest.mark.parametrize("title", ACT)
 def test_what_changes_the_model_acts_on_every_tile(webui: WebUI, small: Image.Image, scripts, title: str):
     more = switched_on(scripts, title, ACT[title])
-    if difference(*(webui.img2img(small, None, **STRONG, **given).image for given in ({}, more))) < 3:
+    plain, switched = (webui.post("img2img", webui.body(small, None, **STRONG, **given)) for given in ({}, more))
+    if switched.status_code == 500:
+        pytest.skip("with this checkpoint the WebUI itself fails")
+    if difference(webui.reply(plain).image, webui.reply(switched).image) < 3:
         pytest.skip("with this checkpoint it shows nowhere")
     without, with_it = (webui.img2img(small, OPTIONS, **STRONG, **given).image for given in ({}, more))
     half = with_it.width // 2
