@@ -104,6 +104,14 @@ def test_heads_are_made_once_and_then_read(photos, encoder, tmp_path):
     assert state_of("tiny", tmp_path / "encoders", store).calibrated == [2.0]
 
 
+def test_the_hosts_autocast_changes_nothing(photos, encoder):
+    pictures = calibrated.Pictures(photos)
+    plain = calibrate(encoder, pictures, 2.0, [-1]).heads[-1].state_dict()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = calibrate(encoder, pictures, 2.0, [-1]).heads[-1].state_dict()
+    assert all(torch.equal(found[name], value) for name, value in plain.items())
+
+
 def test_one_more_layer_leaves_the_others_in_the_file(photos, encoder, tmp_path):
     store = Store(tmp_path / "heads")
     store.heads(encoder, 2.0, [-2])

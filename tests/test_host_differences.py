@@ -315,6 +315,11 @@ def test_what_tiles_cannot_follow_is_refused_in_one_line(webui):
         with pytest.raises(DinotileError, match=r"^ControlNet-LLLite [^\n]*: choose another ControlNet$"):
             host.check()
     p.scripts = None
+    if webui.kind.chain:
+        host.channels, host.factor, kept = 32, 8, (host.channels, host.factor)
+        with pytest.raises(DinotileError, match=r"^Mugen's VAE [^\n]*: choose another checkpoint$"):
+            host.check()
+        host.channels, host.factor = kept
     if webui.kind.family != "neo":
         return
     webui.args.wan = True
@@ -325,6 +330,12 @@ def test_what_tiles_cannot_follow_is_refused_in_one_line(webui):
     webui.args.pid = True
     with pytest.raises(DinotileError, match=r"^PiD [^\n]*: choose another checkpoint$"):
         host.check()
+
+
+def test_a_unet_in_float8_has_companions_in_float16(webui):
+    """reForge calls the UNet's dtype the device's."""
+    webui.modules["modules.devices"].dtype = torch.float8_e4m3fn
+    assert webui.host(webui.job()).dtype == torch.float16
 
 
 @only(A1111)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import types
 import weakref
 from collections.abc import Iterator
 from typing import Any
@@ -15,7 +16,7 @@ from lib_dinotile.dino.encoder import load_encoder
 from lib_dinotile.engine.host import Batch, Interrupted
 from lib_dinotile.tiling.plan import Rect
 from tests.host_contract import TILES, Expected, Guide, Script, batch_of, close, latents_of, places, sampled
-from tests.webui_stand_in import KINDS, Scripts, WebUI
+from tests.webui_stand_in import FORGE, KINDS, Scripts, WebUI
 from tests.webui_stand_in import webui as stand_in
 
 some = pytest.mark.parametrize
@@ -56,6 +57,56 @@ def same(one: dict[str, Any], other: dict[str, Any]) -> None:
     for name, value in one.items():
         now = other[name]
         assert now is value or (not isinstance(value, Tensor) and now == value), name
+
+
+def test_full_precision_ends_for_weights_that_the_webui_has_put_in_the_places_of_others():
+    """As Forge does to move a model, and all of them to take a LoRA out."""
+    with stand_in(FORGE, half=True) as webui, webui.running():
+        host = webui.host(webui.job())
+        with host.full_precision():
+            out = webui.unet.out
+            out._parameters["weight"] = torch.nn.Parameter(out.weight.detach().clone(), requires_grad=False)
+        assert {weight.dtype for weight in webui.unet.parameters()} == {torch.bfloat16}
+
+
+def test_the_samplers_module_keeps_none_of_the_noise(webui):
+    """A hijacked one has `p.rng` until the next sampling."""
+    p, kept = webui.job(), []
+    host, inner = webui.host(p), p.sampler.sample_img2img
+    p.sampler.sample_img2img = lambda p, *args, **more: kept.append(p.rng) or inner(p, *args, **more)
+    with webui.running():
+        sampled(host, batch_of(range(3)), latents_of(host))
+    made = weakref.ref(host)
+    del host
+    gc.collect()
+    assert made() is None and kept[0]._noise is None
+
+
+def test_noise_levels_of_a_job_that_failed_are_taken_back():
+    with stand_in(FORGE) as webui:
+        levels: Any = types.SimpleNamespace(sigmas=torch.rand(9))
+        levels.set_sigmas = lambda sigmas: setattr(levels, "sigmas", sigmas.float())
+        webui.model.forge_objects.unet.model.predictor = levels
+        host, before = webui.host(webui.job()), levels.sigmas.clone()
+        host.restore_levels()
+        levels.set_sigmas(before * 2)
+        host.restore_levels()
+        assert torch.equal(levels.sigmas, before)
+
+
+def test_a_stopped_run_is_decoded_like_any_other(webui, monkeypatch):
+    """The WebUIs have an option to take the preview's decoder for it."""
+    host, seen = webui.host(webui.job()), []
+    processing, state = webui.modules["modules.processing"], webui.modules["modules.shared"].state
+    inner = processing.decode_latent_batch
+    monkeypatch.setattr(
+        processing, "decode_latent_batch", lambda *args, **more: seen.append(state.interrupted) or inner(*args, **more)
+    )
+    with webui.running():
+        latents = latents_of(host, 1)
+        state.interrupted = True
+        host.decode(latents)
+    assert seen == [False] and state.interrupted
 
 
 @some("fault", ["none", "the user", "guidance", "the model", "a script"])

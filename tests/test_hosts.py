@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lib_dinotile import DinotileError
 from lib_dinotile.condition.conditioner import Conditioner
-from lib_dinotile.engine.denoisers import MultiDiffusion
+from lib_dinotile.engine.denoisers import MultiDiffusion, TileBatch
 from lib_dinotile.engine.flow import upscale
 from lib_dinotile.engine.host import Batch
 from lib_dinotile.engine.memory import BatchSize
@@ -171,11 +171,24 @@ def test_samplers_of_all_kinds(webui, sampler):
 def test_a_sampler_that_looks_at_the_negative_picture_cannot_be_fused():
     with stand_in(FORGE) as webui, webui.running():
         host = webui.host(webui.job("Euler CFG++"))
+        with pytest.raises(DinotileError, match="Euler CFG\\+\\+ cannot be fused"):
+            host.check_fused()
         plan = TilePlan(*CANVAS, SIZE[0], 16, 8, "fused")
         size = BatchSize(2, lambda: None, lambda line: None)
         tiled = MultiDiffusion(plan, plan.tiles, 8, lambda tiles: batch_of([0, 1][: len(tiles)]), size, Team())
         with pytest.raises(DinotileError, match="Euler CFG\\+\\+ cannot be fused"):
             host.sample(latents_of(host, 1, CANVAS[0]), tiled, places(host, [Rect(0, 0, *CANVAS)]), CANVAS)
+
+
+def test_a_sampler_that_wants_the_negative_picture_of_all_tiles_at_once_gets_it_or_nothing():
+    with stand_in(FORGE) as webui, webui.running():
+        host = webui.host(p := webui.job())
+        latents, denoiser = latents_of(host), p.sampler.model_wrap_cfg
+        tiled = TileBatch(batch_of(range(3), PROMPTS), lambda: torch.zeros(3, 3, 64, 64))
+        forward = host._tiled_forward(denoiser, tiled, latents, None)
+        looks = {"sampler_post_cfg_function": [lambda args: args["denoised"]]}
+        with pytest.raises(DinotileError, match=r"Euler cannot paint .* lengths together: set the batch of tiles to 1"):
+            forward(latents, torch.ones(3), image_cond=torch.zeros(3, 5, 1, 1), model_options=looks)
 
 
 def test_where_the_mask_is_black_nothing_changes(webui):
@@ -230,6 +243,8 @@ def test_a_checkpoint_that_looks_at_the_picture(webui):
         plan = TilePlan(*CANVAS, SIZE[0], 16, 8, "fused")
         size = BatchSize(2, lambda: None, lambda line: None)
         tiled = MultiDiffusion(plan, plan.tiles, 8, lambda tiles: batch_of([0, 1][: len(tiles)]), size, Team())
+        with pytest.raises(DinotileError, match="inpainting"):
+            host.check_fused()
         with pytest.raises(DinotileError, match="inpainting"):
             host.sample(latents_of(host, 1, CANVAS[0]), tiled, places(host, [Rect(0, 0, *CANVAS)]), CANVAS)
 

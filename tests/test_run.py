@@ -277,6 +277,17 @@ def test_a_tile_that_is_not_a_number_is_done_again_then_kept_from_the_source(ord
     assert not host.precise
 
 
+def test_a_tile_is_kept_from_the_source_if_the_memory_does_not_hold_full_precision():
+    class Small(StubHost):
+        def full_precision(self):
+            raise MemoryError
+
+    source = Image.new("RGB", (96, 32), "blue")
+    source.paste((255, 0, 0), (32, 0, 64, 32))
+    result = run(Small(model=lambda x: 1 - broken_at(x)), source, overlap=0)
+    assert result.complete and result.report.lines == ["tile 2 is kept from the source: the model returned NaN"]
+
+
 def test_a_later_tile_holds_on_to_what_is_painted_and_starts_from_the_source_elsewhere():
     """So that what two tiles share is denoised once: a model that adds to what it sees adds it once."""
     source = Image.new("RGB", (80, 60), (100, 100, 100))

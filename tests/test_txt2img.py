@@ -155,12 +155,52 @@ def test_an_error_keeps_the_image(txt2img, modules, monkeypatch, saving: bool, o
     modules("modules.shared").opts.save_images_before_highres_fix = option
     p = Txt2ImgJob()
     p.saving = saving
-    kept = ["out/64-before-dinotile.png"] if saving else []
+    kept = ["out/64-before-dinotile.png"]  # also where nothing else is saved: it would be lost
     with pytest.raises(DinotileError) as error:
         generate(txt2img, p)
     assert txt2img.saved == kept  # once
     assert str(error.value) == "broken" + "".join(f"; the image before it is kept in {name}" for name in kept)
     assert error.value.status_code == 500 and ours(p) == []
+    # Forge keeps the last error, and what that knows.
+    assert error.value.__cause__ is None and error.value.__context__ is None
+
+
+@pytest.mark.parametrize("stopped", [False, True])
+def test_the_users_own_prompts_of_tiles_stay_in_png_info(txt2img, modules, stopped: bool):  # noqa: F811
+    modules("modules.shared").state.interrupted = stopped
+    p, settings = Txt2ImgJob(), dataclasses.replace(OPTIONS, tile_prompts="1: whiskers")
+    generate(txt2img, p, settings)
+    assert p.extra_generation_params["DINO Tile tile prompts"] == settings.infotext["DINO Tile tile prompts"]
+
+
+def test_an_image_without_tiles_has_its_place_among_the_reports(txt2img, modules):  # noqa: F811
+    p, state = Txt2ImgJob(), modules("modules.shared").state
+    module = modules("lib_dinotile.webui.takeover")
+    state.skipped = True
+    generate(txt2img, p, count=2)
+    state.skipped = False
+    p.sample(
+        conditioning=types.SimpleNamespace(batch=[None]),
+        unconditional_conditioning=None,
+        seeds=[1],
+        subseeds=[1],
+        subseed_strength=0.0,
+        prompts=[""],
+    )
+    found = types.SimpleNamespace(
+        infotexts=["a", "b", "c"], index_of_first_image=0, images=[], extra_generation_params={}
+    )
+    module.Takeover.publish(p, found)
+    first, second, third = found.extra_generation_params["DINO Tile report"]
+    assert first is None and second is None and third["tiles"]
+
+
+def test_what_surely_does_not_fit_is_refused_before_anything_is_generated(txt2img, monkeypatch):
+    monkeypatch.setattr(flow, "enough_memory", lambda count: False)
+    p = Txt2ImgJob()
+    with pytest.raises(DinotileError, match="make the result smaller than 128x128"):
+        generate(txt2img, p)
+    assert p.seen == ["init"]
 
 
 def test_an_error_of_the_webui_itself_is_left_alone(txt2img):

@@ -20,7 +20,7 @@ from PIL import Image
 from torch import Tensor
 
 from lib_dinotile.dino.degradation import degrade
-from lib_dinotile.dino.encoder import Facet, PatchEncoder
+from lib_dinotile.dino.encoder import Facet, PatchEncoder, without_autocast
 from lib_dinotile.dino.field import FeatureField, feature_fields, patch_grid
 from lib_dinotile.dino.head import Floor, RestorationHead
 from lib_dinotile.dino.tile_features import TileFeatures
@@ -169,7 +169,7 @@ def calibrate(
     def step() -> None:
         progress(next(steps) / (len(pictures) + len(layers) + len(held_out)))
 
-    with torch.inference_mode(False), torch.no_grad():
+    with torch.inference_mode(False), torch.no_grad(), without_autocast(encoder.device):
         sums = [{layer: NormalEquations(encoder.width) for layer in layers} for _ in range(FOLDS)]
         for number in range(len(pictures)):
             step()

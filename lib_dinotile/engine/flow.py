@@ -112,7 +112,7 @@ def upscale(
     size = size or canvas_size(source.size, settings)
     plan = make_plan(host, size, settings)
     check_prompts(host, plan, settings)
-    _check_memory(source, size)
+    check_memory(source.size, size)
     with torch.no_grad():
         with _before_the_first_tile(size):
             canvas, conditions, stopped = _canvas(host, source, plan, settings, mask, fill), Conditions(), False
@@ -173,10 +173,10 @@ def draw_maps(
     return found
 
 
-def _check_memory(source: Image.Image, size: tuple[int, int]) -> None:
-    """DinotileError if a canvas of (width, height) surely does not fit."""
+def check_memory(source: tuple[int, int], size: tuple[int, int]) -> None:
+    """DinotileError if a canvas of (width, height) for a source of such a size surely does not fit."""
     # Of the canvas: the upscaled image as Pillow has it, the base and the change. Of the source: what the encoder sees.
-    if not enough_memory((4 + 3 + 6) * size[0] * size[1] + (3 + 12) * source.width * source.height):
+    if not enough_memory((4 + 3 + 6) * size[0] * size[1] + (3 + 12) * source[0] * source[1]):
         raise _too_large(size)
 
 
@@ -224,7 +224,7 @@ def analyze(
     itself enlarged by Lanczos."""
     settings = settings.for_base("sd15")
     plan = TilePlan(*size, settings.tile, settings.overlap)
-    _check_memory(source, size)
+    check_memory(source.size, size)
     with torch.no_grad():
         features = conditioner.features(source, size)
         canvas = Canvas(source.resize(size, Image.Resampling.LANCZOS), plan)

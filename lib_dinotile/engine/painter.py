@@ -14,7 +14,7 @@ from torch import Tensor
 from lib_dinotile.condition.conditioner import Conditions
 from lib_dinotile.engine.denoisers import TileBatch
 from lib_dinotile.engine.host import Batch, Host
-from lib_dinotile.engine.memory import BatchSize, is_out_of_memory
+from lib_dinotile.engine.memory import BatchSize, in_full_precision, is_out_of_memory
 from lib_dinotile.engine.neighbours import PaintedNeighbours
 from lib_dinotile.engine.prompts import TilePrompts
 from lib_dinotile.engine.report import Report
@@ -141,12 +141,11 @@ class TilePainter:
 
     def _again(self, tile: Rect, neighbours: PaintedNeighbours | None, attempt: Attempt) -> PaintedTile:
         """A tile painted in full precision, or as the source if that is of no use."""
-        with self._host.full_precision():
-            again = self.paint([tile], replace(attempt, precise=True))
-        if again.tiles:
+        again = in_full_precision(self._host, lambda: self.paint([tile], replace(attempt, precise=True)))
+        if again and again.tiles:
             self.tell_nan(tile, mended=True)
             return again.tiles[0]
-        if again.error and not isinstance(again.error, NotFiniteError) and not is_out_of_memory(again.error):
+        if again and again.error and not isinstance(again.error, NotFiniteError) and not is_out_of_memory(again.error):
             raise_first([again])
         self._host.free_memory()
         self.tell_nan(tile, mended=False)

@@ -100,6 +100,9 @@ class ForgeHost(WebUIHost):
         self.active: tuple[Batch, list[int]] | None = None
         """The tiles of a batch that the UNet is called for; None between its calls."""
         self._canvas = (0, 0)
+        model = objects.unet.model
+        predictor = getattr(model, "predictor", None) or model.model_sampling
+        self._levels = (predictor, predictor.sigmas) if hasattr(predictor, "set_sigmas") else None
         self._hints: list[tuple[Any, str, Tensor]] = []
         self._shown: tuple[Batch | None, list[int]] = (None, [])
 
@@ -109,6 +112,8 @@ class ForgeHost(WebUIHost):
             raise DinotileError("PiD paints pixels, not latents, and knows no tiles: choose another checkpoint")
         if getattr(_dynamic_args(), "wan", False) and p.batch_size > 1:
             raise DinotileError("Wan takes a batch for the frames of a video: set the batch size to 1")
+        if (self.channels, self.factor) == (32, 8):
+            raise DinotileError("Mugen's VAE takes latent cells two by two, tiles do not: choose another checkpoint")
         for script in p.scripts.alwayson_scripts if p.scripts else ():
             if script.title().lower() == "controlnet":
                 units = (getattr(script, "current_params", None) or {}).values()
@@ -116,6 +121,15 @@ class ForgeHost(WebUIHost):
                     raise DinotileError(
                         "ControlNet-LLLite takes the whole picture for a tile: choose another ControlNet"
                     )
+
+    def restore_levels(self) -> None:
+        """A job with zero terminal SNR has its own, which the WebUI takes back only at its good end."""
+        if self._levels is None:
+            return
+        predictor, before = self._levels
+        before = before.to(predictor.sigmas)
+        if predictor.sigmas.shape != before.shape or not torch.equal(predictor.sigmas, before):
+            predictor.set_sigmas(before)
 
     @property
     def denoiser(self) -> Any:
@@ -142,14 +156,13 @@ class ForgeHost(WebUIHost):
     def full_decoder(self) -> Callable[[Tensor], Tensor]:
         objects = self._p.sd_model.forge_objects
         # A copy: Forge moves its own to and fro while it makes room for the UNet.
-        vae = own_copy(objects.vae.first_stage_model, self.device, objects.vae.vae_dtype)
+        dtype = objects.vae.vae_dtype  # of the copy, which `full_precision` leaves alone
+        vae = own_copy(objects.vae.first_stage_model, self.device, dtype)
         to_vae = getattr(vae, "process_out", None) or objects.unet.model.model_config.latent_format.process_out
 
         def decode(latents: Tensor) -> Tensor:
             with devices.without_autocast():
-                return self._without_frame(
-                    vae.decode(to_vae(self._with_frame(latents)).to(objects.vae.vae_dtype))
-                ).float()
+                return self._without_frame(vae.decode(to_vae(self._with_frame(latents)).to(dtype))).float()
 
         return decode
 

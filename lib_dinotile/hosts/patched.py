@@ -34,23 +34,29 @@ def in_float32(modules: Sequence[nn.Module], quantized: bool = True) -> Iterator
     their own, as of a GGUF file, are left alone.
     """
     least = 1 if quantized else 2
+    # Places, not weights: the WebUIs put others there where they move a model, or take a LoRA out.
     before = [
-        (weight, weight.dtype)
+        (weights, name, weight.dtype)
         for module in modules
-        for weight in (*module.parameters(), *module.buffers())
-        if nn.Parameter not in type(weight).__mro__[1:]
+        for owner in module.modules()
+        for weights in (owner._parameters, owner._buffers)
+        for name, weight in weights.items()
+        if weight is not None
+        and nn.Parameter not in type(weight).__mro__[1:]
         and weight.dtype.is_floating_point
         and weight.element_size() >= least
     ]
     try:
-        for weight, dtype in before:
-            full = weight.data.float() if dtype != torch.float32 else weight.data
+        for weights, name, _ in before:
+            weight = weights[name]
+            full = weight.data.float() if weight.dtype != torch.float32 else weight.data
             if type(full) is type(weight.data):  # else it was more than a number each
                 weight.data = full
         yield
     finally:
-        for weight, dtype in before:
-            if weight.dtype != dtype:
+        for weights, name, dtype in before:
+            weight = weights.get(name)
+            if weight is not None and weight.dtype != dtype:
                 weight.data = weight.data.to(dtype)
 
 

@@ -40,15 +40,32 @@ def base_of(model: Any) -> str:
     return next((base for mark, base in marks.items() if getattr(model, mark, False)), type(model).__name__.lower())
 
 
+CELLS = 8
+"""Latent cells a side of a picture that only shows what a checkpoint makes of it."""
+
+
+def _stopped_or_not() -> contextlib.AbstractContextManager[None]:
+    """While open, tiles are decoded as ever, though the user has stopped the run: the WebUIs have an option to take the
+    live preview's decoder then."""
+    return patched(shared.state, interrupted=False) if shared.state.interrupted else contextlib.nullcontext()
+
+
 class SamplerNoise:
     """A batch's noise, as the samplers draw it: `next()` in place of `p.rng`, on the sampler's device."""
 
-    def __init__(self, noise: TileNoise, as_known: Callable[[Tensor], Tensor]) -> None:
-        """as_known: gives latents the shape that the model knows."""
-        self._noise, self._as_known = noise, as_known
+    def __init__(self, noise: TileNoise, frames: bool) -> None:
+        """frames: whether the model knows frames, of which this is one."""
+        self._noise: TileNoise | None = noise
+        self._frames = frames
 
     def next(self) -> Tensor:
-        return self._as_known(self._noise.next().to(devices.device))
+        assert self._noise is not None
+        noise = self._noise.next().to(devices.device)
+        return noise.unsqueeze(2) if self._frames else noise
+
+    def close(self) -> None:
+        """Lets the noise go: the samplers' module keeps this until the next sampling."""
+        self._noise = None
 
 
 class WebUIHost(Host):
@@ -67,7 +84,8 @@ class WebUIHost(Host):
         self.base = base_of(p.sd_model)
         self.factor = processing.opt_f  # some WebUIs set it for each checkpoint
         self.device = devices.device
-        self.dtype = devices.dtype
+        # reForge calls that what the UNet is stored in.
+        self.dtype = devices.dtype if devices.dtype.itemsize > 1 else torch.float16
         self.denoise = p.denoising_strength
         self._negative = ""
         self._main: tuple[Any, Any] = (None, None)
@@ -167,9 +185,10 @@ class WebUIHost(Host):
             return broken
         with devices.without_autocast():
             try:
-                decoded = processing.decode_latent_batch(
-                    self._p.sd_model, self._with_frame(fast(latent)), target_device=self.device, check_for_nans=True
-                )
+                with _stopped_or_not():
+                    decoded = processing.decode_latent_batch(
+                        self._p.sd_model, self._with_frame(fast(latent)), target_device=self.device, check_for_nans=True
+                    )
             except getattr(devices, "NansException", ()):
                 return broken
         return (torch.stack(list(decoded)).reshape(1, 3, *size).float() + 1) / 2
@@ -183,7 +202,7 @@ class WebUIHost(Host):
         denoise: float | None = None,
         mask: Tensor | None = None,
     ) -> Tensor:
-        p, count, rng = self._p, len(latents), SamplerNoise(noise, self._with_frame)
+        p, count, rng = self._p, len(latents), SamplerNoise(noise, self.frames)
         start = rng.next() * p.initial_noise_multiplier
         free = None if mask is None else mask.to(latents)
         # The sampler reads these off p; Brownian noise would be seeded per image, so that overlaps would not agree.
@@ -210,6 +229,7 @@ class WebUIHost(Host):
             content = rng.next().to(begin) if p.inpainting_fill == LATENT_NOISE else torch.zeros_like(begin)
             begin = torch.lerp(begin, content, self._with_frame(free))
         with (
+            contextlib.closing(rng),
             patched(p, **values),
             patched(p.sampler, create_noise_sampler=noise_sampler),
             patched(denoiser, forward=forward),
@@ -238,9 +258,7 @@ class WebUIHost(Host):
         def forward(x: Tensor, sigma: Tensor, **extra: Any) -> Tensor:
             x = self._without_frame(x)
             if denoiser.need_last_noise_uncond and not tiled.is_batch:
-                raise DinotileError(
-                    f"order: the sampler {self._p.sampler_name} cannot be fused; choose another, or chess"
-                )
+                raise self._sampler_cannot_be_fused()
             step = denoiser.step
             self.bars.advance(step / max(denoiser.total_steps, 1))
 
@@ -249,6 +267,11 @@ class WebUIHost(Host):
                 alike: dict[Any, list[int]] = {}
                 for number, (cond, _) in enumerate(entries):
                     alike.setdefault(form(cond), []).append(number)
+                if len(alike) > 1 and (extra.get("model_options") or {}).get("sampler_post_cfg_function"):
+                    raise DinotileError(  # it would be shown the last of them alone
+                        f"the sampler {self._p.sampler_name} cannot paint tiles with prompts of different lengths "
+                        "together: set the batch of tiles to 1"
+                    )
                 outputs, noises = [], []
                 for chosen in alike.values():
                     denoiser.step = step  # it counts its calls
@@ -348,14 +371,30 @@ class WebUIHost(Host):
                 pixels = tiled.pixels().to(self.device)
                 seen = None if mask is None else F.interpolate(mask.to(pixels), scale_factor=self.factor)
                 return p.img2img_image_conditioning(pixels * 2 - 1, latents, seen)
-            cells = 8
-            pixels = torch.zeros(1, 3, cells * self.factor, cells * self.factor, device=self.device)
-            conditioning = p.img2img_image_conditioning(pixels, latents[..., :cells, :cells])
+            return self._without_pixels(latents)
+
+    def _without_pixels(self, latents: Tensor) -> Tensor:
+        """`_image_conditioning` of no picture. DinotileError for a checkpoint that looks at one."""
+        pixels = torch.zeros(1, 3, CELLS * self.factor, CELLS * self.factor, device=self.device)
+        conditioning = self._p.img2img_image_conditioning(pixels, latents[..., :CELLS, :CELLS])
         if conditioning.shape[-1] > 1:
             raise DinotileError(
                 "order: a checkpoint that looks at the picture (inpainting) cannot be fused; choose chess"
             )
         return conditioning
+
+    def _sampler_cannot_be_fused(self) -> DinotileError:
+        return DinotileError(f"order: the sampler {self._p.sampler_name} cannot be fused; choose another, or chess")
+
+    def check_fused(self) -> None:
+        """DinotileError for a sampler or a checkpoint whose tiles cannot be fused."""
+        if "cfg++" in self._p.sampler_name.lower():
+            raise self._sampler_cannot_be_fused()
+        with seeded(self.device):
+            self._without_pixels(self._with_frame(torch.zeros(1, self.channels, CELLS, CELLS, device=self.device)))
+
+    def restore_levels(self) -> None:
+        """The model's noise levels as they were when the job began, where the WebUI does not see to that."""
 
     @contextlib.contextmanager
     def sampling(self, tiled: TiledDenoiser, canvas: tuple[int, int]) -> Iterator[None]:

@@ -120,7 +120,7 @@ class Canvas:
             return
         there = torch.empty(change.shape, dtype=change.dtype, pin_memory=True).copy_(change, non_blocking=True)
         arrived = torch.cuda.Event()
-        arrived.record()
+        arrived.record(torch.cuda.current_stream(change.device))
         self._coming.append((tile, there, arrived))
 
     def _settle(self) -> None:

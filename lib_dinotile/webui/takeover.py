@@ -40,7 +40,7 @@ T = TypeVar("T")
 UNDO = "_dinotile_undo"
 """Where what a processing object had of its own waits on it: (attributes, names of all that are replaced)."""
 FOUND = "_dinotile_found"
-"""Where reports and maps wait on it for the gallery: (report, maps) of each image."""
+"""Where reports and maps wait on it for the gallery: (report, maps) of each image, None without tiles."""
 
 
 RIVALS = (
@@ -55,6 +55,7 @@ SWITCHES = {
     "multidiffusion integrated": "cuts the image into tiles, too",
     "tiled diffusion": "cuts the image into tiles, too",
     "stylealign integrated": "takes tiles for images that are to look alike",
+    "pid integrated": "decodes latents, and is given pixels",
 }
 """Always-on scripts that do not go together with tiles, and why."""
 
@@ -88,6 +89,11 @@ def _selected(p: Any) -> str:
     return p.scripts.selectable_scripts[chosen - 1].title() if chosen else ""
 
 
+def _first(error: BaseException) -> BaseException:
+    """What an error comes of in the end."""
+    return error if error.__cause__ is None else _first(error.__cause__)
+
+
 def _in_one_line(work: Callable[..., T]) -> Callable[..., T]:
     """The WebUI shows, and its API answers, what an error says: let it be one line, whatever it is. The processing
     object is given back then: the WebUI lets no hook know of an error."""
@@ -98,9 +104,14 @@ def _in_one_line(work: Callable[..., T]) -> Callable[..., T]:
             return work(takeover, *args, **more)
         except BaseException as error:
             undo(takeover._p)
-            if isinstance(error, DinotileError) or not isinstance(error, Exception):
+            takeover._let_go()
+            if not isinstance(error, Exception):
                 raise
-            raise DinotileError(one_line(error), 500) from error
+            if not isinstance(_first(error), DinotileError):
+                errors.report("DINO Tile: stopped by an error", exc_info=True)
+            line, code = one_line(error), getattr(error, "status_code", 500)
+        # Not the error itself: its frames know all that the run had, and Forge keeps what was raised last.
+        raise DinotileError(line, code)
 
     return wrapper
 
@@ -210,6 +221,14 @@ class Takeover:
         """The processing object: it has us, so we do not keep it alive."""
         return self._job()
 
+    def _let_go(self) -> None:
+        """After an error: a ControlNet extension may keep our `sample`, and with it all that it holds, until the next
+        job; and Forge puts the model's noise levels back only after a good one."""
+        if self._host is not None:
+            self._host.restore_levels()
+        self._host = self._conditioner = None
+        self._sources = ()
+
     def apply(self) -> None:
         """Replace `init` and `sample` of the processing object."""
         p = self._p
@@ -231,7 +250,7 @@ class Takeover:
                 processed.images.append(picture)
                 processed.infotexts.append(f"{texts[min(number, len(texts) - 1)]}, DINO Tile map: {name}")
         # Behind the images' own texts, which are made by now.
-        reports = {"DINO Tile report": [report.json() for report, _ in found]}
+        reports = {"DINO Tile report": [report and report.json() for report, _ in found]}
         processed.extra_generation_params = {**processed.extra_generation_params, **reports}
 
     @_in_one_line
@@ -291,6 +310,8 @@ class Takeover:
         p.extra_generation_params.update(resolved.infotext)
         if self._settings.adapter != NONE:
             self._host.check_residuals()
+        if self._settings.order == "fused":
+            self._host.check_fused()
         plan = flow.make_plan(self._host, self._area.canvas, self._settings)
         check_name("upscaler", self._settings.upscaler, self._host.upscalers())
         check_prompts(self._host, plan, self._settings)

@@ -103,7 +103,8 @@ class Txt2ImgTakeover(Takeover):
 
                 def as_second_pass(job: Any, **more: Any) -> None:
                     # To other extensions it is like hires fix: ControlNet has a larger hint, or is off there.
-                    with patched(job, enable_hr=True, is_hr_pass=True):
+                    cfg = {"hr_cfg": job.cfg_scale} if hasattr(job, "hr_cfg") else {}
+                    with patched(job, enable_hr=True, is_hr_pass=True, **cfg):
                         let_in(job, **more)
 
                 stack.enter_context(patched(p.scripts, process_before_every_sampling=as_second_pass))
@@ -143,6 +144,7 @@ class Txt2ImgTakeover(Takeover):
         with self._as_img2img():
             self._prepare()
         assert self._host is not None
+        flow.check_memory(self._generated(), self._area.canvas)
         plan = flow.make_plan(self._host, self._area.canvas, self._settings)
         self._tiles = flow.workload(plan, self._settings)[0]
 
@@ -160,8 +162,10 @@ class Txt2ImgTakeover(Takeover):
         If the user stops it before the first tile, it gives what was generated until then.
         """
         p, state = self._p, shared.state
+        ours = self._settings.infotext
         for key in NOTES:  # of the last batch
             p.extra_generation_params.pop(key, None)
+            p.extra_generation_params.update({key: ours[key]} if key in ours else {})
         state.textinfo = None
         passes = 1 + bool(p.enable_hr)
         steps = p.steps + bool(p.enable_hr) * (getattr(p, "hr_second_pass_steps", 0) or p.steps)
@@ -178,6 +182,7 @@ class Txt2ImgTakeover(Takeover):
                 generated = self._own("sample")(**arguments)
             if state.interrupted or state.skipped or state.stopping_generation:
                 p.extra_generation_params["DINO Tile painted"] = [f"0 of {self._tiles}"] * len(seeds)
+                getattr(p, FOUND).extend([(None, {})] * len(seeds))
                 return generated
             if not getattr(generated, "already_decoded", False):
                 decoded = processing.decode_latent_batch(
@@ -187,6 +192,7 @@ class Txt2ImgTakeover(Takeover):
                 generated.extend(decoded)
         except BaseException:
             undo(p)  # the error is the WebUI's own
+            self._let_go()
             raise
         return self._upscaled(generated, **arguments)
 
@@ -210,7 +216,7 @@ class Txt2ImgTakeover(Takeover):
                 raise DinotileError("DINO Tile upscales images, not videos: switch it off")
             self._set_area(self._sources[0].size)
             if p.enable_hr and not p.disable_extra_networks:  # hires fix has prompts of its own
-                with devices.autocast():
+                with devices.autocast(), patched(p, is_hr_pass=True):  # else it forgets the hashes of theirs
                     extra_networks.activate(p, p.extra_network_data)
             same = self._settings.steps in (0, p.steps)
             with self._as_img2img():
@@ -254,7 +260,7 @@ class Txt2ImgTakeover(Takeover):
     def _where(self, seeds: list[int], prompts: list[str]) -> str:
         """Words for where what was generated is kept, when it could not be upscaled."""
         try:
-            if not self._kept and self._p.save_samples():
+            if not self._kept:
                 self._keep_sources(seeds, prompts)
         except Exception as error:  # for want of space, say
             return f"; the image before it cannot be kept: {one_line(error)}"

@@ -79,8 +79,8 @@ def saved(folder: Path) -> dict[str, Image.Image]:
 def test_it_is_what_img2img_makes_of_the_image(webui: WebUI, hires: dict[str, Any]):
     before = webui.txt2img(**hires).image
     large = webui.txt2img(TILES, **hires)
-    sizes = before.size, large.image.size
-    assert sizes == (((96, 96), (144, 144)) if hires else ((64, 64), (96, 96)))
+    assert before.size in ([(96, 96), (128, 128)] if hires else [(64, 64)])  # Forge Neo rounds it up
+    assert large.image.size == (before.width * 3 // 2, before.height * 3 // 2)
     assert difference(large.image, webui.img2img(before, TILES, denoising_strength=DENOISE).image) == 0
     assert large.fields["Size"] == "64x64" and large.fields["DINO Tile denoise"] == str(DENOISE)
     assert large.fields.get("Denoising strength") == ("0.6" if hires else None)
