@@ -257,6 +257,8 @@ class WebUIHost(Host):
 
         def forward(x: Tensor, sigma: Tensor, **extra: Any) -> Tensor:
             x = self._without_frame(x)
+            if x.shape != latents.shape:  # as SMEA samplers do
+                raise DinotileError(f"the sampler {self._p.sampler_name} paints tiles in other sizes: choose another")
             if denoiser.need_last_noise_uncond and not tiled.is_batch:
                 raise self._sampler_cannot_be_fused()
             step = denoiser.step
