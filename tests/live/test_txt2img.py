@@ -152,8 +152,9 @@ def test_other_extensions_see_the_large_image(webui: WebUI):
     """As ADetailer does; of the job they see what the user has set."""
     if webui.get("dinotile-faults/seen").status_code != 200:
         pytest.skip("this WebUI has no dinotile-faults, see README.md")
+    size = [side * 3 // 2 for side in webui.txt2img(**LATENT).image.size]
     webui.txt2img(TILES, **LATENT, batch_size=2)
-    assert webui.get("dinotile-faults/seen").json() == [{"size": [144, 144], "job": [64, 64], "denoise": 0.6}] * 2
+    assert webui.get("dinotile-faults/seen").json() == [{"size": size, "job": [64, 64], "denoise": 0.6}] * 2
 
 
 @pytest.mark.parametrize("hires", [{}, LATENT], ids=["alone", "hires"])
