@@ -104,13 +104,13 @@ RIVALS: dict[str, list[Any] | None] = {
 
 
 @pytest.mark.parametrize("script, args", RIVALS.items(), ids=RIVALS.keys())
-def test_scripts_that_take_the_image_apart_are_refused(webui: WebUI, small: Image.Image, script: str, args):
+def test_scripts_that_take_the_image_apart_are_refused(webui: WebUI, photo: Image.Image, script: str, args):
     known = {entry["name"]: entry for entry in webui.get("sdapi/v1/script-info").json() if entry["is_img2img"]}
     if script not in known:
         pytest.skip(f"this WebUI has no script {script!r}")
     if args is None:
         args = [argument["value"] for argument in known[script]["args"]]
-    line = webui.refusal(small, TILES, script_name=script, script_args=args, width=96, height=96)
+    line = webui.refusal(photo, TILES, script_name=script, script_args=args, width=128, height=128)
     assert line.lower().startswith(f"{script} and dino tile both take img2img over: "), line
 
 
