@@ -218,27 +218,6 @@ def test_an_interrupted_image_keeps_what_is_painted(tab: Tab, shots: Path):
     tab.choose("guard", "retry")
 
 
-def test_the_users_defaults_survive_a_reload(browser: Browser, url: str, webui: WebUI):
-    def apply(scale: float) -> None:
-        before = webui.get(STARTED).text
-        with open_tab(browser, url) as tab:
-            tab.enable()
-            tab.slide("scale", scale)
-            tab.switch.first.uncheck()
-            tab.page.wait_for_timeout(1000)
-            tab.apply_defaults()
-            tab.reload_ui()
-        assert up(webui, before)
-
-    try:
-        apply(3.5)
-        with open_tab(browser, url) as tab:
-            tab.enable()
-            assert tab.slid("scale") == 3.5
-    finally:
-        apply(2.0)
-
-
 def test_a_refusal_is_told_where_the_user_looks(tab: Tab):
     tab.slide("tile", 64)
     tab.fold("Upscaler, colour")
@@ -302,3 +281,26 @@ def test_txt2img_generates_and_upscales_and_its_png_info_gives_the_image_again(b
     with open_tab(browser, url) as other:
         other.read_png_info(first)
         assert not other.switch.first.is_checked()
+
+
+def test_the_users_defaults_survive_a_reload(browser: Browser, url: str, webui: WebUI):
+    """The last test: pages that are open are of no use then."""
+
+    def apply(scale: float) -> None:
+        before = webui.get(STARTED).text
+        with open_tab(browser, url) as tab:
+            tab.enable()
+            tab.slide("scale", scale)
+            tab.switch.first.uncheck()
+            tab.page.wait_for_timeout(1000)
+            tab.apply_defaults()
+            tab.reload_ui()
+        assert up(webui, before)
+
+    try:
+        apply(3.5)
+        with open_tab(browser, url) as tab:
+            tab.enable()
+            assert tab.slid("scale") == 3.5
+    finally:
+        apply(2.0)
