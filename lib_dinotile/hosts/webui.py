@@ -272,7 +272,7 @@ class WebUIHost(Host):
                 if len(alike) > 1 and (extra.get("model_options") or {}).get("sampler_post_cfg_function"):
                     raise DinotileError(  # it would be shown the last of them alone
                         f"the sampler {self._p.sampler_name} cannot paint tiles with prompts of different lengths "
-                        "together: set the batch of tiles to 1"
+                        "together: set Tile batch to 1"
                     )
                 outputs, noises = [], []
                 for chosen in alike.values():
