@@ -126,6 +126,11 @@ def plain(webui: WebUI, small: Image.Image, settings: None) -> Image.Image:
 
 @pytest.fixture(autouse=True)
 def undisturbed(webui: WebUI, small: Image.Image, plain: Image.Image) -> Iterator[None]:
-    """Whatever a test did: a plain generation after it is, bit for bit, what it was before the first."""
+    """Whatever a test did: a plain generation after it is, bit for bit, what it was before the first.
+
+    In Forge Neo the first image after one of another batch size may be a level off, also without the extension.
+    """
     yield
-    assert difference(webui.img2img(small).image, plain) == 0, "a plain generation is no longer what it was"
+    off = difference(webui.img2img(small).image, plain)
+    assert off <= 1, "a plain generation is no longer what it was"
+    assert not off or difference(webui.img2img(small).image, plain) == 0, "plain generations stay a level off"
