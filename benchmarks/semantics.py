@@ -10,8 +10,7 @@ by the program's own code and without labels. Arms and controls: benchmarks/arms
 
 python benchmarks/semantics.py --adapter [--json] [--plot FILE] [--pictures FILE]
 
-Also with trained adapters (benchmarks/world/weights/adapters), each by itself and on average, with controls and bounds.
-With --quick only one of them.
+Also with the trained adapters of benchmarks/world, each by itself and on average, with controls and bounds; --quick: one.
 
 python benchmarks/semantics.py --model FILE|FOLDER|ID --dino ID --eye ID [--adapter --adapters FILE] PHOTOS
 
@@ -58,6 +57,7 @@ def closed_world(arguments: argparse.Namespace) -> dict[str, Any]:
     if quick:
         adapters = dict(itertools.islice(evidence.trainings(adapters).items(), 1))
     world = World(QUICK if quick else GENERATION, arguments.encoder)
+    world.upscaler.host.cell = arguments.cell  # type: ignore[attr-defined]  # the world's own
     figures = gates.cheap_gates(world, 6 if quick else 40, REPORT_SEED)
     gates.check({**figures, "told_rate": gates.told_rate(world, 1 if quick else 8, REPORT_SEED)})
     auc = gates.guard_auc(world.encoder, world.heads[CALIBRATED], 4 if quick else 40, REPORT_SEED)
@@ -110,7 +110,7 @@ def photos(arguments: argparse.Namespace) -> dict[str, Any]:
     settings = Settings(scale=arguments.scale, tile=arguments.tile, overlap=min(64, arguments.tile // 2))
     heads = {CALIBRATED: heads_for(settings, encoder, {}, None, Store())}
     upscaler = arms.Upscaler(host, encoder, settings, heads)
-    adapters = ("", arms.TRAINED) if reader else ("",)
+    adapters = ("", arms.TRAINED if reader else "")
     chosen = {name: arm for name, arm in arms.ARMS.items() if arm.heads in heads and arm.adapter in adapters}
     sources, truths = [], []
     for file in files:
@@ -147,10 +147,9 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="one last line of JSON")
     parser.add_argument("--images", type=int, help="how many images")
     parser.add_argument("--adapter", action="store_true", help="measure the trained adapters; with --quick one of them")
-    parser.add_argument(
-        "--adapters", type=Path, default=evidence.ADAPTERS, help="with --adapter: their folder; with --model a file"
-    )
+    parser.add_argument("--adapters", type=Path, default=evidence.ADAPTERS, help="their folder; with --model a file")
     parser.add_argument("--encoder", default=LABELLED, help="its folder in benchmarks/world/weights")
+    parser.add_argument("--cell", type=int, default=1, help="guidance sees a colour per square of so many pixels")
     parser.add_argument("--plot", type=Path, help="file for a plot of the rates")
     parser.add_argument("--pictures", type=Path, help="file for a picture, upscaled in several ways")
     parser.add_argument("--model", help="a checkpoint to measure on photos, as for dinotile's command line")

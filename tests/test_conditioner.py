@@ -199,6 +199,15 @@ def test_what_automatic_stood_for_is_told_and_gives_the_same_again(adapters):
     assert used(adapter="restored", head="None").head == "None"
 
 
+def test_a_coarse_decoder_is_told():
+    def told(decoder):
+        asked = settings(adapter="None", guidance=0.5, decoder=decoder)
+        return Conditioner.load(asked, HOST, {}).notes
+
+    assert "guidance decoder: TAESD" in told("TAESD")
+    assert [note for note in told("linear") if "guidance decoder: linear (a colour per latent cell" in note]
+
+
 def test_without_a_head_guidance_is_off_and_the_notes_say_so(adapters):
     def notes(**values):
         conditioner = Conditioner.load(settings(guidance=1.0, **values), HOST, adapters)

@@ -56,6 +56,11 @@ class WorldHost(DiffusersHost):
         super().__init__(unet, DDIMScheduler.from_pretrained(WEIGHTS / "scheduler"), PixelCodec(), "world", generation)
         self.unet = _ClassInput(unet)
         self.class_map = class_map
+        self.cell = 1  # pixels: guidance sees a colour per square, as a linear decoder shows a latent cell
+
+    def guidance_decoder(self, choice: str) -> tuple[str, Callable[[Tensor], Tensor]]:
+        (name, decode), cell = super().guidance_decoder(choice), self.cell
+        return name, lambda x: F.interpolate(F.avg_pool2d(decode(x), cell), scale_factor=cell, mode="bilinear")
 
     def sample(self, latents: Tensor, tiled: TiledDenoiser, *more: Any) -> Tensor:
         def conditioned(x: Tensor, model: Denoise, known: Callable[[], Tensor]) -> Tensor:

@@ -30,7 +30,7 @@ from lib_dinotile.dino.field import FeatureField
 from lib_dinotile.dino.head import Floor, RestorationHead, forget_heads, heads_in
 from lib_dinotile.dino.locks import Progress
 from lib_dinotile.dino.tile_features import TileFeatures
-from lib_dinotile.settings import AUTOMATIC, BOTH, DECODERS, NONE, SELF_SIMILARITY, SEMANTIC, Settings
+from lib_dinotile.settings import AUTOMATIC, BOTH, DECODERS, LINEAR, NONE, SELF_SIMILARITY, SEMANTIC, Settings
 from lib_dinotile.tiling.canvas import Canvas
 from lib_dinotile.tiling.plan import Rect, TilePlan
 from lib_dinotile.weights import Stamp, stamp
@@ -220,7 +220,9 @@ class Conditioner:
                 f"{AUTOMATIC}"
             )
         elif self._decoder:
-            notes.append(f"guidance decoder: {self._decoder[0]}")
+            name = self._decoder[0]
+            coarse = " (a colour per latent cell, too coarse for most textures: prefer TAESD)"
+            notes.append(f"guidance decoder: {name}{coarse if name == LINEAR else ''}")
         return notes
 
     @property
