@@ -10,7 +10,7 @@ by the program's own code and without labels. Arms and controls: benchmarks/arms
 
 python benchmarks/semantics.py --adapter [--json] [--plot FILE] [--pictures FILE]
 
-Also with the trained adapters of benchmarks/world, each by itself and on average, with controls and bounds; --quick: one.
+Also with the trained adapters of benchmarks/world, each by itself and on average, controls and bounds; --quick: one.
 
 python benchmarks/semantics.py --model FILE|FOLDER|ID --dino ID --eye ID [--adapter --adapters FILE] PHOTOS
 

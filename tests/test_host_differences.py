@@ -245,6 +245,17 @@ def test_automatic_takes_what_is_there_and_never_downloads(webui):
     assert webui.downloads == [] and (taesd.download_model, common.download_model) == before
 
 
+def test_automatic_passes_over_a_damaged_file(webui):
+    host = webui.host(webui.job())
+    for name in ("taesd", "tiny"):
+        (webui.models / name).write_bytes(b"damaged")
+    with webui.running():
+        assert host.guidance_decoder(AUTOMATIC)[0] == LINEAR
+        assert webui.log == ["DINO Tile: TAESD cannot be read, another decoder takes its place"]
+        with pytest.raises(DinotileError, match="decoder: TAESD cannot be had: expected state_dict"):
+            host.guidance_decoder(TAESD)
+
+
 @only(NEO, FLUX, KLEIN, QWEN)
 def test_a_latent_format_without_a_tiny_decoder_or_without_factors(webui):
     host, form = webui.host(webui.job()), webui.model.model_config.latent_format

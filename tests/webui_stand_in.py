@@ -162,6 +162,7 @@ class WebUI:
         self.merged: list[Any] = []
         """Models whose tokens were merged."""
         self.downloads: list[str] = []
+        self.log: list[str] = []
         self.logged: list[Exception] = []
         """What callbacks raised."""
         self.seen: list[tuple[int, ...]] = []
@@ -324,6 +325,7 @@ class WebUI:
             booru.start = lambda: setattr(booru, "running", booru.running + 1)
             booru.stop = lambda: setattr(booru, "running", booru.running - 1)
             self.module("modules.deepbooru", model=booru).__spec__ = types.SimpleNamespace(name="modules.deepbooru")
+        self.module("modules.errors", report=lambda line, exc_info=False: self.log.append(line))
         self.module("modules.sd_unet", get_unet_option=lambda: None)
         self.module("modules.prompt_parser", MulticondLearnedConditioning=type(multicond([""])))
         self.module("modules.script_callbacks", **calls(self))

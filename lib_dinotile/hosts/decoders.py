@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from modules import sd_vae_approx, sd_vae_taesd
+from modules import errors, sd_vae_approx, sd_vae_taesd
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -40,6 +40,9 @@ def guidance_decoder(
             try:
                 decoder = load[name](False)
             except FileNotFoundError:
+                continue
+            except Exception:  # whatever a damaged file raises
+                errors.report(f"DINO Tile: {name} cannot be read, another decoder takes its place", exc_info=True)
                 continue
             if decoder is not None:
                 return name, decoder
