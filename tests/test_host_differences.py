@@ -256,6 +256,14 @@ def test_automatic_passes_over_a_damaged_file(webui):
             host.guidance_decoder(TAESD)
 
 
+def test_automatic_does_not_take_more_memory_where_there_is_none(webui):
+    host = webui.host(webui.job())
+    for name in ("taesd", "tiny"):
+        (webui.models / name).write_bytes(b"large")
+    with webui.running(), pytest.raises(MemoryError):
+        host.guidance_decoder(AUTOMATIC)
+
+
 @only(NEO, FLUX, KLEIN, QWEN)
 def test_a_latent_format_without_a_tiny_decoder_or_without_factors(webui):
     host, form = webui.host(webui.job()), webui.model.model_config.latent_format

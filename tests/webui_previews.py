@@ -40,6 +40,8 @@ def install(webui: Any) -> None:
                 if neo:
                     return None
                 raise FileNotFoundError("TAESD model not found")
+            if (webui.models / name).read_bytes() == b"large":
+                raise MemoryError
             if (webui.models / name).read_bytes() == b"damaged":
                 raise TypeError("expected state_dict to be dict-like, got NoneType")
             loaded[name] = webui.vae.tiny(form, 0.0).to(webui.dtype)

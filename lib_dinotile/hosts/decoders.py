@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lib_dinotile import DinotileError, one_line
+from lib_dinotile.engine.memory import is_out_of_memory
 from lib_dinotile.hosts.patched import patched
 from lib_dinotile.settings import APPROXIMATE, AUTOMATIC, FULL_VAE, LINEAR, TAESD
 
@@ -41,7 +42,9 @@ def guidance_decoder(
                 decoder = load[name](False)
             except FileNotFoundError:
                 continue
-            except Exception:  # whatever a damaged file raises
+            except Exception as error:  # whatever a damaged file raises
+                if is_out_of_memory(error):
+                    raise
                 errors.report(f"DINO Tile: {name} cannot be read, another decoder takes its place", exc_info=True)
                 continue
             if decoder is not None:

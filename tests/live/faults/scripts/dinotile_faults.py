@@ -52,7 +52,7 @@ STAGES: dict[str, tuple[Callable[[], Any], str]] = {
     "encoder": (_place("lib_dinotile.dino.encoder", "PatchEncoder"), "several"),
     "positions": (_place("lib_dinotile.dino.encoder", "PatchEncoder"), "_positions"),
     "guidance": (_place("lib_dinotile.condition.guidance", "Guide"), "__call__"),
-    "decoder": (_place("lib_dinotile.hosts.decoders"), "_own"),
+    "decoder": (_place("lib_dinotile.hosts.decoders"), "guidance_decoder"),
     "guard": (_place("lib_dinotile.condition.guard", "Guard"), "distances"),
     "adapter": (_place("lib_dinotile.condition.adapter", "Adapter"), "forward"),
     "maps": (_place("lib_dinotile.engine.flow"), "draw_maps"),
