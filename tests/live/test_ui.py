@@ -18,7 +18,8 @@ from lib_dinotile.tiling.plan import TilePlan
 
 pytest.importorskip("playwright", reason="the page is tested with playwright: pip install '.[live]'")
 
-from browser import LONG, NARROW, WIDE, Browser, Tab, open_browser, open_tab
+from browser import LONG, NARROW, PATIENCE, WIDE, Browser, Tab, open_browser, open_tab
+from playwright.sync_api import expect
 
 PHOTO = Path(__file__).parents[2] / "examples" / "photo.png"
 FOLDED = 6
@@ -263,16 +264,16 @@ def test_txt2img_generates_and_upscales_and_its_png_info_gives_the_image_again(b
         assert not [error for error in tab.errors if "dinotile" in error.lower()]
     with open_tab(browser, url, name="txt2img") as other:
         other.read_png_info(first)
-        assert other.switch.first.is_checked()
-        assert (other.slid("denoise"), other.slid("steps"), other.slid("scale")) == (0.45, 6, 1.5)
+        expect(other.switch.first).to_be_checked(timeout=PATIENCE)
+        for name, value in (("denoise", "0.45"), ("steps", "6"), ("scale", "1.5")):
+            expect(other.control(name).locator("input[type=number]")).to_have_value(value, timeout=PATIENCE)
         assert other.chosen("guard") == "report"
         other.generate()
         other.done()
         assert difference(first, other.image()) == 0
         other.page.locator("#txt2img_send_to_img2img").click()
-        other.page.wait_for_timeout(4000)
         # Its options go with it, but it is upscaled already.
-        assert float(other.page.locator("#dinotile_scale input[type=number]").input_value()) == 1.5
+        expect(other.page.locator("#dinotile_scale input[type=number]")).to_have_value("1.5", timeout=PATIENCE)
         assert other.page.locator("#dinotile_guard input").first.input_value() == "report"
         img2img = "#dinotile_enabled input.input-accordion-checkbox, #dinotile_enabled-visible-checkbox"
         assert not other.page.locator(img2img).first.is_checked()
