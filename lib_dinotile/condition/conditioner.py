@@ -221,7 +221,7 @@ class Conditioner:
             )
         elif self._decoder:
             name = self._decoder[0]
-            coarse = " (a colour per latent cell, too coarse for most textures: prefer TAESD)"
+            coarse = " (a colour per latent cell, too coarse for fine textures: TAESD is better where there is one)"
             notes.append(f"guidance decoder: {name}{coarse if name == LINEAR else ''}")
         return notes
 
