@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lib_dinotile import DinotileError
+from lib_dinotile.lines import LETTERS, parse_region_prompts, parse_tile_prompts
 from lib_dinotile.options import Option, Options, option
 from lib_dinotile.tiling.colour import CORRECTIONS
 from lib_dinotile.tiling.plan import ORDERS
@@ -50,23 +51,16 @@ DISTANCES = (PATCHES, SELF_SIMILARITY)
 attention, their cosines, as in DiffuseIT, arXiv 2209.15264), which a change of style leaves as it is."""
 SEMANTIC, CONSISTENCY, BOTH = "semantic", "consistency", "both"
 MAPS = ("none", SEMANTIC, CONSISTENCY, BOTH)
-
-
-def parse_lines(text: str) -> dict[int, str]:
-    """Number and text of each line of "3: whiskers"; DinotileError for any other line."""
-    found = {}
-    for line in filter(None, map(str.strip, text.splitlines())):
-        number, colon, words = line.partition(":")
-        if not colon or not number.strip().isdecimal() or len(number) > 9 or int(number) < 1:
-            raise DinotileError(f'tile_prompts: {line[:60]!r} is not a line like "3: whiskers"')
-        if int(number) in found:
-            raise DinotileError(f"tile_prompts: tile {int(number)} has two lines, give it one")
-        found[int(number)] = words.strip()
-    return found
+NO_REGIONS, AS_MANY_AS_SEEN = "0", "automatic"
+REGIONS = (NO_REGIONS, AS_MANY_AS_SEEN, *map(str, range(2, len(LETTERS) + 1)))
 
 
 def _adapted(settings: Settings) -> bool:
     return settings.adapter != NONE
+
+
+def _named(settings: Settings) -> bool:
+    return bool(settings.region_words)
 
 
 def _guided(settings: Settings) -> bool:
@@ -221,6 +215,34 @@ class Settings(Options):
         'One line a tile, as "3: whiskers"; tiles are counted from 1, row by row. Comes in place of a caption.',
         infotext="DINO Tile tile prompts",
         lines=3,
+    )
+    regions: str = option(
+        AS_MANY_AS_SEEN,
+        "Regions",
+        "Regions of the source in which DINO sees the like, lettered from the largest: as many as there seem to be, or "
+        "at most so many. 0: none.",
+        choices=REGIONS,
+        infotext="DINO Tile regions",
+        only_with=_named,
+    )
+    region_prompts: str = option(
+        "",
+        "Prompts by region",
+        'One line a region, as "A: tabby fur"; Preview shows which is which. Every tile is told what it shows, each place '
+        "by its own region; a tile's own line comes in place of that.",
+        infotext="DINO Tile region prompts",
+        only_with=_named,
+        lines=3,
+    )
+    region_share: float = option(
+        0.1,
+        "Least share of a region",
+        "A tile is told of regions that cover at least this share of it.",
+        minimum=0.0,
+        maximum=1.0,
+        step=0.01,
+        infotext="DINO Tile region share",
+        only_with=_named,
     )
     adapter: str = option(
         NONE,
@@ -443,17 +465,31 @@ class Settings(Options):
     @property
     def looks(self) -> bool:
         """Whether anything looks at the source with DINO."""
-        return bool(self.guidance) or self.adapter != NONE or self.guard != OFF or self.maps != "none"
+        shown = self.maps != "none" or bool(self.region_words)
+        return bool(self.guidance) or self.adapter != NONE or self.guard != OFF or shown
+
+    @property
+    def region_words(self) -> dict[str, str]:
+        """The prompts of regions by their letters; none if there are to be no regions."""
+        return {} if self.regions == NO_REGIONS else parse_region_prompts(self.region_prompts)
+
+    @property
+    def region_count(self) -> int | None:
+        """How many regions there are to be; None: as many as there seem to be, or none at all."""
+        return int(self.regions) or None if self.regions != AS_MANY_AS_SEEN else None
 
     @property
     def judges(self) -> bool:
         """Whether the result is compared with the source."""
         return self.guard != OFF or self.maps in (CONSISTENCY, BOTH)
 
+    def _lacks(self, letter: str) -> bool:
+        return self.region_count is not None and LETTERS.index(letter) >= self.region_count
+
     @property
     def prompts_by_tile(self) -> bool:
         """Whether tiles have prompts of their own."""
-        return bool(self.tile_prompt or self.tile_prompts) or self.captions != NONE
+        return bool(self.tile_prompt or self.tile_prompts or self.region_words) or self.captions != NONE
 
     @property
     def infotext(self) -> dict[str, Any]:
@@ -465,7 +501,10 @@ class Settings(Options):
         }
 
     def __post_init__(self) -> None:
-        parse_lines(self.tile_prompts)
+        parse_tile_prompts(self.tile_prompts)
+        beyond = [letter for letter in parse_region_prompts(self.region_prompts) if self._lacks(letter)]
+        if beyond:
+            raise DinotileError(f"region_prompts: there is no region {beyond[0]} where regions is {self.regions}")
         if self.tile and self.overlap > self.tile // 2:
             raise DinotileError(
                 f"overlap: {self.overlap} is not allowed with tile {self.tile}, give at most {self.tile // 2}"

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from lib_dinotile.engine.denoisers import TileBatch
-from lib_dinotile.engine.host import Batch
+from lib_dinotile.engine.host import Batch, Prompt
 from lib_dinotile.tiling.noise import NoiseField, TileNoise
 from lib_dinotile.tiling.plan import Rect
 from tests import webui_models as models
@@ -65,10 +65,17 @@ class Guide:
         return x0 * 0.9 + torch.tensor([0.3 + number for number in numbers]).view(-1, 1, 1, 1) / 4 + step / total
 
 
+def regions(side: int) -> list[Any]:
+    """Prompts of parts of the tiles, which fade into each other; side: of a tile, in latent cells."""
+    left = torch.linspace(0, 1, side).expand(side, side)
+    parted = [Prompt("moss :0.7 AND old wet stones :2", left), Prompt("sand :2 AND snow :0.7", 1 - left)]
+    return [parted, None, [Prompt("a red fox", left * left.T), Prompt(None, 1 - left * left.T)]]
+
+
 def batch_of(numbers: Sequence[int], prompts=(None,) * 3, residuals=False, guided=False) -> Batch:
     return Batch(
         [TILES[number] for number in numbers],
-        [prompts[number] for number in numbers],
+        [own if isinstance(own, list) else [Prompt(own)] for own in (prompts[number] for number in numbers)],
         Condition(numbers) if residuals else None,
         Guide(numbers) if guided else None,
     )
@@ -102,14 +109,11 @@ class Expected:
             out = webui.apply(known, sigma[None], context, control)
             return out.squeeze(2) if webui.kind.film else out
 
-        text = batch.prompts[number] or self.p.prompts[0]
-        negative = ask(NEGATIVE)
-        asked = [(ask(part), weight) for part, weight in parts(text)]
-        if webui.kind.chain:
-            positive = sum(out * weight for out, weight in asked) / sum(weight for _, weight in asked)
-            out = negative + scale * (positive - negative)
-        else:
-            out = negative + scale * sum(weight * (found - negative) for found, weight in asked)
+        negative = out = ask(NEGATIVE)
+        for prompt in batch.prompts[number]:
+            mask = 1.0 if prompt.mask is None else prompt.mask
+            for part, weight in parts(prompt.text or self.p.prompts[0]):
+                out = out + scale * weight * mask * (ask(part) - negative)
         moved = batch.guide and batch.guide(out, step, total, [number])
         return out if moved is None else moved, negative
 
@@ -150,6 +154,7 @@ FEATURES = {
     "nothing": {},
     "prompts": {"prompts": PROMPTS},
     "parts of prompts": {"prompts": PARTS, "residuals": True},
+    "regions": {"prompts": regions, "residuals": True, "guided": True},
     "residuals": {"residuals": True},
     "guidance": {"guided": True},
     "all": {"prompts": PROMPTS, "residuals": True, "guided": True},
@@ -178,6 +183,10 @@ def close(found: Tensor, wanted: Tensor) -> None:
 
 def asked(feature: str, webui: WebUI) -> dict[str, Any]:
     wanted = dict(FEATURES[feature])
+    if feature == "regions":
+        if webui.kind.film:
+            pytest.skip("there is no place for masks in this WebUI's models for videos")
+        wanted["prompts"] = regions(SIZE[0] // (16 if webui.kind.packed else 8))
     if webui.kind.flow and wanted.pop("residuals", False) and not wanted:
         pytest.skip("this model takes no residuals")
     return wanted

@@ -16,7 +16,7 @@ import torch
 from lib_dinotile import DinotileError
 from lib_dinotile.dino.encoder import load_encoder
 from lib_dinotile.engine import flow
-from lib_dinotile.engine.host import Batch
+from lib_dinotile.engine.host import Batch, Prompt
 from lib_dinotile.engine.report import Report
 from lib_dinotile.engine.team import Team
 from lib_dinotile.settings import Settings
@@ -64,7 +64,7 @@ def host(modules) -> Any:
 
         def step(self, guide: Any, fails: bool = False) -> None:
             x = torch.zeros(1, 4, 8, 8)
-            batch = Batch([Rect(0, 0, 64, 64)], [None], None, guide)
+            batch = Batch([Rect(0, 0, 64, 64)], [[Prompt()]], None, guide)
             denoiser = types.SimpleNamespace(step=0, total_steps=4)
             with self._steered(batch, [0], denoiser, x, torch.ones(1)):
                 for callback in list(callbacks):
@@ -138,7 +138,7 @@ def test_the_unet_that_forge_remembers_knows_nothing_of_a_job(modules):
         def residuals(self, sigma: float, progress: float) -> list[torch.Tensor]:
             return [torch.full((2, 1, 1, 1), sigma * progress)]
 
-    batch = Batch([Rect(0, 0, 64, 64)] * 2, [None] * 2, Condition())
+    batch = Batch([Rect(0, 0, 64, 64)] * 2, [[Prompt()]] * 2, Condition())
     left = [weakref.ref(each) for each in (host, p, batch)]
     with host.conditioned(batch, [1], 1):
         (own,) = control.get_control(torch.zeros(2, 4, 8, 8), torch.ones(2), None, 2)["middle"]

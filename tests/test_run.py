@@ -10,7 +10,7 @@ from PIL import Image, ImageDraw
 from lib_dinotile import DinotileError
 from lib_dinotile.engine.denoisers import MultiDiffusion
 from lib_dinotile.engine.flow import UnfinishedError, canvas_size, make_plan, upscale
-from lib_dinotile.engine.host import Batch
+from lib_dinotile.engine.host import Batch, Prompt
 from lib_dinotile.engine.memory import BatchSize
 from lib_dinotile.engine.team import Team
 from lib_dinotile.settings import Settings
@@ -194,7 +194,7 @@ def test_prompts_by_tile():
         host = StubHost(model=lambda x: x)
         report = run(host, batch=2, **more).report
         return {
-            f"{tile.x},{tile.y}": prompt for batch in host.batches for tile, prompt in zip(batch.tiles, batch.prompts)
+            f"{tile.x},{tile.y}": one.text for batch in host.batches for tile, (one,) in zip(batch.tiles, batch.prompts)
         }, report
 
     assert set(told()[0].values()) == {None}
@@ -306,7 +306,7 @@ def test_a_fused_tile_that_is_not_a_number_does_not_spread():
     plan = TilePlan(80, 32, tile=32, overlap=8, order="fused")  # three in a row
     tiles = plan.tiles
     fused = MultiDiffusion(
-        plan, tiles, 8, lambda some: Batch(some, [None] * len(some), None), BatchSize(2, None, None), Team()
+        plan, tiles, 8, lambda some: Batch(some, [[Prompt()]] * len(some), None), BatchSize(2, None, None), Team()
     )
 
     def model(x, batch):
@@ -326,7 +326,7 @@ def test_fused_outputs_are_blended_in_float32_and_come_in_the_models_dtype(dtype
     """Also where a host's sampler is in half precision, as those of the WebUIs are."""
     plan = TilePlan(80, 32, tile=32, overlap=8, order="fused")
     size = BatchSize(2, None, None)
-    fused = MultiDiffusion(plan, plan.tiles, 8, lambda some: Batch(some, [None] * len(some), None), size, Team())
+    fused = MultiDiffusion(plan, plan.tiles, 8, lambda some: Batch(some, [[Prompt()]] * len(some), None), size, Team())
     x = torch.randn(1, 4, 4, 10, generator=torch.Generator().manual_seed(0)).to(dtype)
     output = fused(x, lambda tiles, batch: tiles * 1, lambda: x)
     assert output.dtype == dtype

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lib_dinotile import DinotileError
-from lib_dinotile.settings import Generation, Settings
+from lib_dinotile.settings import REGIONS, Generation, Settings
 
 TILE = "0 (automatic) or a whole number from 64 to 2048, a multiple of 8"
 
@@ -53,6 +53,12 @@ def test_infotext_keys_are_unique_and_name_the_extension():
         ({"adapter": 3}, "adapter: 3 is not allowed, give text"),
         ({"enabled": 1}, "enabled: 1 is not allowed, give true or false"),
         ({"tile": 64, "overlap": 40}, "overlap: 40 is not allowed with tile 64, give at most 32"),
+        ({"regions": 13}, f"regions: 13 is not allowed, give one of {', '.join(REGIONS)}"),
+        ({"regions": True}, f"regions: True is not allowed, give one of {', '.join(REGIONS)}"),
+        ({"region_prompts": "fur"}, "region_prompts: 'fur' is not a line like \"A: tabby fur\""),
+        ({"region_prompts": "M: fur"}, "region_prompts: 'M: fur' is not a line like \"A: tabby fur\""),
+        ({"region_prompts": "A: fur\na: wall"}, "region_prompts: region A has two lines, give it one"),
+        ({"regions": 3, "region_prompts": "D: fur"}, "region_prompts: there is no region D where regions is 3"),
         ({"start": 0.5, "end": 0.25}, "start: 0.5 is not allowed with end 0.25, give at most 0.25"),
     ],
 )
@@ -61,6 +67,15 @@ def test_what_is_not_allowed_is_refused_with_one_line(values, line):
         Settings.parse(values)
     assert str(error.value) == line
     assert error.value.status_code == 422 and error.value.detail == line
+
+
+def test_regions_are_how_many_and_their_words_are_lines():
+    assert Settings().region_count is None and Settings.parse({"regions": 4}).region_count == 4
+    assert Settings.parse({"regions": 4.0}) == Settings.parse({"regions": "4"})
+    named = Settings(region_prompts="B: stone; a: b:c; soft\nC:\n")
+    assert named.region_words == {"B": "stone", "A": "b:c; soft"}
+    assert Settings.parse({"regions": 0, "region_prompts": "A: fur"}).region_words == {}
+    assert Settings(region_prompts="A: a; b: wall; it is").region_words == {"A": "a", "B": "wall; it is"}
 
 
 def test_a_whole_float_is_an_int():
@@ -88,7 +103,8 @@ def another(option):
     if option.type is bool:
         return not option.default
     if option.type is str:
-        return next((choice for choice in option.choices or () if choice != option.default), "1: a cat")
+        text = "A: fur" if option.name == "region_prompts" else "1: a cat"
+        return next((choice for choice in option.choices or () if choice != option.default), text)
     step = option.step or 1
     near = option.default + step, option.default - step
     return next(value for value in (*near, option.maximum) if option.minimum <= value <= option.maximum)
@@ -109,7 +125,13 @@ def test_png_info_names_the_options_that_had_a_part_in_the_image():
     assert "DINO Tile scale" in plain and "DINO Tile strength" not in plain
     assert adapted["DINO Tile strength"] == 1.0
     full = Settings(
-        adapter="fur", target="longest side", seams="bands", captions="CLIP", tile_prompt="fur", tile_prompts="1: ear"
+        adapter="fur",
+        target="longest side",
+        seams="bands",
+        captions="CLIP",
+        tile_prompt="fur",
+        tile_prompts="1: ear",
+        region_prompts="A: fur",
     )
     keys = {option.infotext for option in Settings.table() if option.infotext}
     assert set(adapted) < keys and set(full.infotext) == keys - {"DINO Tile scale"}

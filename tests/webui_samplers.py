@@ -147,11 +147,17 @@ class Denoiser(nn.Module):
     def _chain(self, x: Tensor, sigma: Tensor, cond: Any, uncond: Any, scale: float) -> tuple[Tensor, Tensor]:
         """Forge: whole copies of the tiles, for the negative prompts and for each part; the last comes first."""
         webui = self.webui
-        runs = [
-            (models.as_context(stacked([part.schedules[0].cond for part in column])), torch.tensor(
-                [part.weight for part in column]))
+        entries = [
+            {"cond": stacked([part.schedules[0].cond for part in column]), "strength": column[-1].weight}
             for column in zip(*cond.batch)
-        ]  # fmt: skip
+        ]
+        options = webui.model.forge_objects.unet.model_options
+        for modifier in options.get("conditioning_modifiers", ()):
+            _, x, sigma, uncond, entries, scale, options, _ = modifier(
+                webui.model, x, sigma, uncond, entries, scale, options, 7
+            )
+        edit = float(sum(entry["strength"] for entry in entries))
+        runs = [(models.as_context(entry["cond"]), entry["strength"] * _everywhere(entry, x)) for entry in entries]
         if uncond is not None and scale != 1:
             runs.append((models.as_context(stacked([entry[0].cond for entry in uncond])), None))
         found: list[Tensor] = [x] * len(runs)
@@ -166,11 +172,19 @@ class Denoiser(nn.Module):
             out = webui.apply(rows, levels, torch.cat([runs[number][0] for number in chosen]), control)
             for number, part in zip(chosen, out.chunk(len(chosen))):
                 found[number] = part
-        weights = [models.spread(weight, x) for _, weight in runs if weight is not None]
+        weights = [weight for _, weight in runs if weight is not None]
         positive = sum(weight * part for weight, part in zip(weights, found)) / sum(weights)
         if len(found) == len(weights):
             return positive, positive
-        return found[-1] + scale * (positive - found[-1]), found[-1]
+        return found[-1] + scale * edit * (positive - found[-1]), found[-1]
+
+
+def _everywhere(entry: dict[str, Any], x: Tensor) -> Tensor:
+    """How much a part of Forge's conditioning counts, of the shape of x: its mask, else one."""
+    if "mask" not in entry:
+        return torch.ones_like(x)
+    assert entry["mask"].shape == (len(x), *x.shape[2:])
+    return entry["mask"].unsqueeze(1).repeat(1, x.shape[1], 1, 1)
 
 
 class Sampler:

@@ -79,6 +79,9 @@ class Patcher:
         control.set_previous_controlnet(self.controlnet_linked_list)
         self.controlnet_linked_list = control
 
+    def add_conditioning_modifier(self, modifier: Any) -> None:
+        self.model_options["conditioning_modifiers"] = [*self.model_options.get("conditioning_modifiers", ()), modifier]
+
     def list_controlnets(self) -> list[Any]:
         found, one = [], self.controlnet_linked_list
         while one is not None:

@@ -29,6 +29,7 @@ from lib_dinotile.dino.encoder import BUILT_IN, KNOWN, Facet, PatchEncoder, enco
 from lib_dinotile.dino.field import FeatureField
 from lib_dinotile.dino.head import Floor, RestorationHead, forget_heads, heads_in
 from lib_dinotile.dino.locks import Progress
+from lib_dinotile.dino.regions import Regions, find_regions
 from lib_dinotile.dino.tile_features import TileFeatures
 from lib_dinotile.settings import AUTOMATIC, BOTH, DECODERS, LINEAR, NONE, SELF_SIMILARITY, SEMANTIC, Settings
 from lib_dinotile.tiling.canvas import Canvas
@@ -85,6 +86,7 @@ class Features:
     guard: FeatureField | None
     shown: FeatureField | None
     """For the semantic map: as the encoder sees the source, whatever the head says."""
+    regions: Regions | None = None
     heads: ByLayer = dataclasses.field(default_factory=dict)
     """Through which those for guidance and guard were seen."""
 
@@ -99,6 +101,7 @@ class Conditions:
     guard: Guard | None = None
     shown: FeatureField | None = None
     """For the semantic map."""
+    regions: Regions | None = None
     notes: Sequence[str] = ()
     """For the user."""
 
@@ -253,7 +256,13 @@ class Conditioner:
         if self._rests:
             fields["guidance"] = None
         fields["adapter"] = _through(self._adapter_head, fields["adapter"])
-        return Features(**fields, heads=heads)
+        return Features(**fields, regions=self.regions(source, size) if settings.region_words else None, heads=heads)
+
+    def regions(self, source: Image.Image, size: tuple[int, int]) -> Regions:
+        """The regions of a source (RGB), laid over a canvas of (width, height); as the encoder sees it, whatever the head
+        says."""
+        field = self._fields(source, size, [(-1, "tokens")], self._patches(size, compared=False))[0]
+        return find_regions(field, self._settings.region_count)
 
     def _fields(
         self, source: Image.Image, size: tuple[int, int], wanted: Sequence[tuple[int, Facet]], patches: int
@@ -305,7 +314,7 @@ class Conditioner:
             )
         if features.guard:
             guard = self._guard(source, features.guard, features.heads, canvas, plan)
-        return Conditions(adapted, guidance, guard, features.shown, self.notes)
+        return Conditions(adapted, guidance, guard, features.shown, features.regions, self.notes)
 
     def _guard(self, source: Image.Image, field: FeatureField, heads: ByLayer, canvas: Canvas, plan: TilePlan) -> Guard:
         size, layer = (plan.width, plan.height), self._guarded

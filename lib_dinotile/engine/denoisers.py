@@ -29,7 +29,7 @@ class TileBatch(TiledDenoiser):
         self.limit = len(batch.tiles)
         self.tile_size = batch.tiles[0].width, batch.tiles[0].height
         self.conditioned = batch.condition is not None
-        self.prompts = [prompt for prompt in batch.prompts if prompt is not None]
+        self.prompts = batch.prompts
 
     def __call__(self, x: Tensor, model: Denoise, known: Callable[[], Tensor]) -> Tensor:
         return model(x, self._batch)
@@ -67,7 +67,7 @@ class MultiDiffusion(TiledDenoiser):
         """Batches of fewer tiles, where the memory does not hold those; guidance goes on in them from step to step."""
         self.tile_size = plan.tile_size
         self.conditioned = any(batch.condition is not None for batch in self._batches)
-        self.prompts = [prompt for batch in self._batches for prompt in batch.prompts if prompt is not None]
+        self.prompts = [prompts for batch in self._batches for prompts in batch.prompts]
 
     def __call__(self, x: Tensor, model: Denoise, known: Callable[[], Tensor]) -> Tensor:
         output = torch.zeros(x.shape, device=x.device)

@@ -15,7 +15,7 @@ from lib_dinotile.engine.host import Host, Interrupted, check_name
 from lib_dinotile.engine.journal import Journal
 from lib_dinotile.engine.memory import OutOfMemoryError, is_out_of_memory
 from lib_dinotile.engine.passes import passes
-from lib_dinotile.engine.prompts import check_prompts
+from lib_dinotile.engine.prompts import check_letters, check_prompts
 from lib_dinotile.engine.report import Report
 from lib_dinotile.engine.run import Run
 from lib_dinotile.engine.team import Team
@@ -119,6 +119,7 @@ def upscale(
             try:
                 if conditioner:
                     conditions = conditioner.conditions(source, conditioner.features(source, size), canvas, plan)
+                    check_letters(conditions.regions, settings.region_words)
             except Interrupted:
                 stopped = True
             run = Run(host, settings, noise, canvas, plan, conditions, journal, team or Team())

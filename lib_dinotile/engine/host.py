@@ -47,13 +47,23 @@ class Steering(Protocol):
 
 
 @dataclass(frozen=True)
+class Prompt:
+    """What a tile shows, or a part of it."""
+
+    text: str | None = None
+    """None is the main prompt."""
+    mask: Tensor | None = None
+    """(h, w) over the tile's latent cells, float32 on the CPU, in [0, 1]: how much it counts there. None: everywhere."""
+
+
+@dataclass(frozen=True)
 class Batch:
     """Tiles that the model sees together."""
 
     tiles: Sequence[Rect]
     """Where they lie on the canvas, in pixels."""
-    prompts: Sequence[str | None]
-    """Their prompts; None is the main prompt."""
+    prompts: Sequence[Sequence[Prompt]]
+    """Of each tile: one without a mask, or several whose masks sum to one."""
     condition: Residuals | None
     guide: Steering | None = None
 
@@ -75,8 +85,8 @@ class TiledDenoiser(Protocol):
     """How many of them the model sees at once, at most."""
     conditioned: bool
     """Whether the batches have conditions."""
-    prompts: Sequence[str]
-    """All prompts of tiles besides the main prompt."""
+    prompts: Sequence[Sequence[Prompt]]
+    """Of each of its tiles; see `Batch`."""
 
     def __call__(self, x: Tensor, model: Denoise, known: Callable[[], Tensor]) -> Tensor:
         """The model's output for all of x, at one step.
@@ -108,6 +118,8 @@ class Host(Protocol):
     """The main prompt."""
     denoise: float
     """The generation's denoising strength."""
+    regional: bool
+    """Whether a tile may have several prompts, each where its mask says."""
 
     def check_prompt(self, prompt: str | None) -> None:
         """DinotileError if the model would not read all of a tile's prompt; None is the main prompt."""

@@ -1,11 +1,17 @@
-"""Prompts of single tiles."""
+"""Prompts of single tiles, and of the regions that they show."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
+from torch import Tensor
+
 from lib_dinotile import DinotileError
-from lib_dinotile.engine.host import Host, check_name
-from lib_dinotile.engine.report import UNMASKED, Report
-from lib_dinotile.settings import NONE, Settings, parse_lines
+from lib_dinotile.dino.regions import Regions
+from lib_dinotile.engine.host import Host, Prompt, check_name
+from lib_dinotile.engine.report import UNMASKED, RegionShare, Report
+from lib_dinotile.lines import parse_tile_prompts
+from lib_dinotile.settings import NONE, Settings
 from lib_dinotile.tiling.canvas import Canvas
 from lib_dinotile.tiling.plan import Rect, TilePlan
 
@@ -14,16 +20,28 @@ def check_prompts(host: Host, plan: TilePlan, settings: Settings) -> None:
     """DinotileError for lines that belong to no tile or cannot be read, and for interrogators that the host has not."""
     if settings.captions != NONE:
         check_name("captions", settings.captions, [NONE, *host.interrogators()])
-    lines = parse_lines(settings.tile_prompts)
+    lines = parse_tile_prompts(settings.tile_prompts)
     beyond = [number for number in lines if number > len(plan)]
     if beyond:
         raise DinotileError(f"tile_prompts: there is no tile {beyond[0]}, this image has {len(plan)}")
-    for line in [None, *lines.values()] if settings.prompts_by_tile else []:
+    words = settings.region_words.values()
+    for line in [None, *lines.values(), *words] if settings.prompts_by_tile else []:
         host.check_prompt(_told(host, settings, line))
 
 
+def check_letters(regions: Regions | None, words: Mapping[str, str]) -> None:
+    """DinotileError for words of a region that the image does not have."""
+    letters = regions.letters if regions else ""
+    beyond = [letter for letter in words if letter not in letters]
+    if beyond:
+        raise DinotileError(
+            f"region_prompts: there is no region {beyond[0]}, this image has {len(letters)} ({letters[0]} to "
+            f"{letters[-1]}): see Preview"
+        )
+
+
 def _told(host: Host, settings: Settings, own: str | None) -> str | None:
-    """The prompt of a tile with these words of its own; None for the main prompt."""
+    """The prompt of a tile, or a region, with these words of its own; None for the main prompt."""
     own = ", ".join(filter(None, (settings.tile_prompt, own)))
     if not own or settings.tile_prompt_mode == "replace":
         return own or None
@@ -31,27 +49,85 @@ def _told(host: Host, settings: Settings, own: str | None) -> str | None:
 
 
 class TilePrompts:
-    """The prompt of every tile: its own line, else its caption, else the tile prompt, behind the main one or alone."""
+    """The prompts of every tile: its own line, else the words of the regions that it shows, else its caption, else the
+    tile prompt; behind the main prompt or alone."""
 
-    def __init__(self, host: Host, canvas: Canvas, plan: TilePlan, settings: Settings, report: Report) -> None:
-        """Asks the interrogator, if it is wanted, for all tiles that have no line and are not outside the mask."""
-        self._host, self._settings, self._report = host, settings, report
+    def __init__(
+        self,
+        host: Host,
+        canvas: Canvas,
+        plan: TilePlan,
+        settings: Settings,
+        report: Report,
+        regions: Regions | None = None,
+    ) -> None:
+        """Asks the interrogator, if it is wanted, for all tiles that have no words and are not outside the mask."""
+        self._host, self._settings, self._report, self._regions = host, settings, report, regions
+        self._words = settings.region_words if regions else {}
         self._tiles = report.tiles if settings.prompts_by_tile else []
-        lines = parse_lines(settings.tile_prompts)
+        lines = parse_tile_prompts(settings.tile_prompts)
         for tile in self._tiles:
             tile.prompt = lines.get(tile.number)
+            if tile.prompt is None:
+                tile.regions = self._shown(tile.area)
         if settings.captions != NONE:
-            ask = [tile for tile in self._tiles if tile.prompt is None and tile.state != UNMASKED]
+            ask = [
+                tile
+                for tile in self._tiles
+                if tile.prompt is None and not _named(tile.regions) and tile.state != UNMASKED
+            ]
             captions = host.caption([canvas.picture(tile.area) for tile in ask], settings.captions)
             for tile, caption in zip(ask, captions):
                 tile.prompt = caption
 
-    def of(self, area: Rect) -> str | None:
-        """The prompt of a tile, or None for the main one; a tile of another plan has that of the nearest."""
+    def of(self, area: Rect) -> list[Prompt]:
+        """The prompts of a tile; one of another plan has the line or the caption of the nearest."""
         if not self._tiles:
-            return None
+            return [Prompt()]
         nearest = self._report.of(area) or min(self._tiles, key=lambda tile: _distance(tile.area, area))
-        return _told(self._host, self._settings, nearest.prompt)
+        named = _named(nearest.regions if nearest.area == area else self._shown(area))
+        if nearest.prompt is not None or not named:
+            return [Prompt(self._told(nearest.prompt))]
+        if not self._host.regional:
+            return [Prompt(self._told(", ".join(dict.fromkeys(each.words for each in named))))]
+        masks = self._masks(area, named)
+        if len(masks) == 1:
+            return [Prompt(text) for text in masks]
+        total = sum(masks.values())
+        return [Prompt(text, mask / total) for text, mask in masks.items()]
+
+    def _told(self, own: str | None) -> str | None:
+        return _told(self._host, self._settings, own)
+
+    def _shown(self, area: Rect) -> list[RegionShare]:
+        """The regions with a share of a tile that is large enough, the largest first."""
+        if not self._words or self._regions is None:
+            return []
+        shares = zip(self._regions.letters, self._regions.shares([area]).flatten().tolist())
+        shown = [(letter, share) for letter, share in shares if share >= self._settings.region_share and share > 0]
+        shown.sort(key=lambda each: -each[1])
+        return [RegionShare(letter, share, self._words.get(letter, "")) for letter, share in shown]
+
+    def _masks(self, area: Rect, named: list[RegionShare]) -> dict[str | None, Tensor]:
+        """Where each prompt counts in a tile, (h, w) each, by the prompt; where regions have no words it is the main one,
+        if they are large enough together. More than zero everywhere."""
+        assert self._regions is not None
+        factor, letters = self._host.factor, self._regions.letters
+        shares = self._regions.shares([area], (area.height // factor, area.width // factor))[0]
+        masks: dict[str | None, Tensor] = {}
+        for each in named:
+            text, mask = self._told(each.words), shares[letters.index(each.letter)]
+            masks[text] = masks.get(text, 0) + mask
+        rest = 1 - sum(masks.values())
+        if rest.mean() >= max(self._settings.region_share, 1e-6):
+            text = self._told(None)
+            masks[text] = masks.get(text, 0) + rest
+        # What is left out is filled by what there is, as much of it as there is in the tile.
+        return {text: mask.clamp(min=0) + 1e-4 * mask.mean() for text, mask in masks.items()}
+
+
+def _named(regions: list[RegionShare]) -> list[RegionShare]:
+    return [each for each in regions if each.words]
 
 
 def _distance(one: Rect, other: Rect) -> int:

@@ -13,6 +13,17 @@ PAINTED, WAITING = "painted", "not reached"
 UNMASKED, FLAT = "outside the mask", "flat"
 
 
+@dataclass(frozen=True)
+class RegionShare:
+    """A region that a tile shows."""
+
+    letter: str
+    share: float
+    """Of the tile."""
+    words: str
+    """What the tile is told of it; may be empty."""
+
+
 @dataclass
 class TileReport:
     """One tile of the plan."""
@@ -22,6 +33,8 @@ class TileReport:
     area: Rect
     prompt: str | None = None
     """Its own prompt: a caption or the user's words."""
+    regions: list[RegionShare] = field(default_factory=list)
+    """Those with a large share of it, the largest first, where regions have prompts and it has none of its own."""
     state: str = WAITING
     seconds: float | None = None
     """How long it took, a share of its batches' time; None if it was kept from an earlier run."""
@@ -88,7 +101,19 @@ class Report:
     def lines(self) -> list[str]:
         """All notes for the user."""
         flat = [f"tiles passed over as flat: {ranges(self.numbers(FLAT))}"] if self.numbers(FLAT) else []
-        return flat + self._guarded + self.notes
+        return flat + self._told + self._guarded + self.notes
+
+    @property
+    def _told(self) -> list[str]:
+        """The regions whose words each tile is told, in a line."""
+        found: dict[str, list[int]] = {}
+        for tile in self.tiles:
+            found.setdefault(", ".join(each.letter for each in tile.regions if each.words), []).append(tile.number)
+        none = found.pop("", [])
+        if not found:
+            return []
+        told = [f"{letters} in {_tiles(numbers)}" for letters, numbers in sorted(found.items())]
+        return ["regions told: " + "; ".join(told + [f"none in {_tiles(none)}"] * bool(none))]
 
     @property
     def _guarded(self) -> list[str]:
@@ -117,6 +142,7 @@ class Report:
                 "height": tile.area.height,
                 "state": tile.state,
                 **({"prompt": tile.prompt} if tile.prompt else {}),
+                **({"regions": [asdict(each) for each in tile.regions]} if tile.regions else {}),
                 **({} if tile.seconds is None else {"seconds": round(tile.seconds, 3)}),
                 **(asdict(tile.verdict) if tile.verdict else {}),
             }
@@ -126,6 +152,10 @@ class Report:
         if self.retried is not None:
             guard["retried"] = round(self.retried, 4)
         return {"tiles": tiles, "notes": self.lines, **guard}
+
+
+def _tiles(numbers: Sequence[int]) -> str:
+    return f"tile{'s' * (len(numbers) > 1)} {ranges(numbers)}"
 
 
 def ranges(numbers: Sequence[int]) -> str:

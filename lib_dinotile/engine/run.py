@@ -88,7 +88,8 @@ class Run:
 
     def paint(self) -> None:
         """All passes, one on top of the other."""
-        prompts = TilePrompts(self._host, self.canvas, self._plan, self._settings, self.report)
+        regions = self._conditions.regions
+        prompts = TilePrompts(self._host, self.canvas, self._plan, self._settings, self.report, regions)
         self._progress(0.0)
         for now in self._passes:
             if now.number:

@@ -30,6 +30,7 @@ class A1111Host(WebUIHost):
         self.unet = unet if hasattr(unet, "output_blocks") else None
         self.shape = UNetShape.of_ldm(self.unet) if self.unet is not None else None
         self.channels = getattr(model, "latent_channels", 4)
+        self.regional = getattr(model, "cond_stage_key", None) != "edit"  # InstructPix2Pix knows no AND
         self._canvas = (0, 0)
         self._whole: list[tuple[Any, str, Tensor]] = []
         self._cut: tuple[Batch | None, list[tuple[Any, str, Tensor]]] = (None, [])
@@ -63,8 +64,14 @@ class A1111Host(WebUIHost):
                 "there, or adapter None"
             )
 
+    def masked(self, part: Any, mask: Tensor, count: int) -> Any:
+        # It adds the parts up, each times its weight: one per latent cell does as well as one for all.
+        own = copy.copy(part)
+        own.weight = part.weight * mask.to(self.device, self.dtype)
+        return own
+
     @contextlib.contextmanager
-    def conditioned(self, batch: Batch, chosen: Sequence[int], parts: int) -> Iterator[None]:
+    def conditioned(self, batch: Batch, chosen: Sequence[int], parts: Sequence[int]) -> Iterator[None]:
         hints = self._hints(batch)
         if batch.condition is None and not hints:
             yield
@@ -79,7 +86,7 @@ class A1111Host(WebUIHost):
 
             def on_step(params: script_callbacks.CFGDenoiserParams) -> None:
                 denoiser = params.denoiser
-                rows = [chosen[row] for row in cfg_rows([parts] * len(chosen), len(params.x))]
+                rows = [chosen[row] for row in cfg_rows([len(parts)] * len(chosen), len(params.x))]
                 residuals.step(rows, denoiser.step / max(denoiser.total_steps, 1))
 
             script_callbacks.on_cfg_denoiser(on_step)

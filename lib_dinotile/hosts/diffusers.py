@@ -106,6 +106,7 @@ class DiffusersHost(Host):
         """Prediction type of the UNet: `epsilon`, `v_prediction` or `sample`."""
         self._guided = text is not None and generation.cfg > 1
         self._text = functools.lru_cache(maxsize=64)(text) if text else None
+        self.regional = text is not None
         self.prompt, self.denoise = generation.prompt, generation.denoise
         self._progress = Progress()
 
@@ -165,12 +166,22 @@ class DiffusersHost(Host):
 
     def _denoise_batch(self, tiles: Tensor, batch: Batch, timestep: Tensor, number: int, total: int) -> Tensor:
         """The guided prediction for a batch at the step `number` of `total`; see `engine.host.Denoise`."""
-        x, copies = self._scheduler.scale_model_input(tiles, timestep), 2 if self._guided else 1
-        words, residuals = self._conditions(batch, timestep, number / total)
-        prediction = self.predict(x.repeat(copies, 1, 1, 1), timestep, words, residuals)
+        owners = [number for number, prompts in enumerate(batch.prompts) for _ in prompts]
+        if self._text is None:
+            owners = list(range(len(tiles)))
+        rows = torch.tensor(owners + list(range(len(tiles))) * self._guided, device=tiles.device)
+        words, residuals = self._conditions(batch, rows, timestep, number / total)
+        x = self._scheduler.scale_model_input(tiles, timestep)
+        found = self.predict(x.index_select(0, rows), timestep, words, residuals)
+        prediction = found[: len(owners)]
+        if len(owners) > len(tiles):  # each where its mask says, as A1111 adds the parts of AND
+            masks = [prompt.mask for prompts in batch.prompts for prompt in prompts]
+            weights = torch.stack([torch.ones(x.shape[-2:]) if mask is None else mask for mask in masks])
+            weighted = prediction * weights[:, None].to(prediction)
+            prediction = torch.zeros_like(tiles).index_add_(0, rows[: len(owners)], weighted)
         if self._guided:
-            prompt, negative = prediction.chunk(2)
-            prediction = negative + self._generation.cfg * (prompt - negative)
+            negative = found[len(owners) :]
+            prediction = negative + self._generation.cfg * (prediction - negative)
         if batch.guide is None:
             return prediction
         alpha, sigma = coefficients(self.alphas, timestep)
@@ -178,18 +189,25 @@ class DiffusersHost(Host):
         return prediction if moved is None else from_x0(tiles, moved, alpha, sigma, self.prediction)
 
     def _conditions(
-        self, batch: Batch, timestep: Tensor, progress: float
+        self, batch: Batch, rows: Tensor, timestep: Tensor, progress: float
     ) -> tuple[Sequence[Tensor], Sequence[Tensor] | None]:
-        """(embeddings, residuals) for the UNet's rows: those of the prompts, then those of the negative one, if any."""
-        copies = 2 if self._guided else 1
+        """(embeddings, residuals) for the UNet's rows: those of all prompts, then a negative one of each tile, if any.
+
+        rows: the tile of each.
+        """
         words: list[Tensor] = []
         if self._text is not None:
-            texts = [self._text(self.prompt if prompt is None else prompt) for prompt in batch.prompts]
-            # One row a tile and copy, of each kind of embedding.
-            kinds = [torch.cat(rows) for rows in zip(*texts)]
-            words = [torch.cat(kinds[at : at + copies]) for at in range(0, len(kinds), 2)]
+            texts = [
+                [self._text(self.prompt if one.text is None else one.text) for one in own] for own in batch.prompts
+            ]
+            # Of each kind of embedding: those of the prompts, and of the negative one.
+            kinds = zip(*(text for own in texts for text in own)), zip(*(own[0] for own in texts))
+            positive, negative = ([torch.cat(kind) for kind in each] for each in kinds)
+            words = positive[::2]
+            if self._guided:
+                words = [torch.cat(pair) for pair in zip(words, negative[1::2])]
         residuals = batch.condition.residuals(self._sigmas[int(timestep)], progress) if batch.condition else None
-        return words, residuals and [residual.repeat(copies, 1, 1, 1) for residual in residuals]
+        return words, residuals and [residual.index_select(0, rows) for residual in residuals]
 
     def steps(self, denoise: float | None = None) -> int:
         steps, denoise = self._generation.steps, self._generation.denoise if denoise is None else denoise

@@ -6,6 +6,7 @@ They differ in whose code the model runs on (`backend`, `ldm_patched`), so that 
 from __future__ import annotations
 
 import contextlib
+import copy
 import functools
 import sys
 import weakref
@@ -88,6 +89,19 @@ class ResidualControl:
         return merged
 
 
+def _masking(host: ForgeHost) -> Callable[..., tuple[Any, ...]]:
+    """A modifier of conditionings that gives every part of a prompt its mask."""
+    known = weakref.ref(host)  # as above
+
+    def modify(model: Any, x: Tensor, timestep: Tensor, uncond: Any, cond: Any, *others: Any) -> tuple[Any, ...]:
+        host = known()
+        for part, mask in zip(cond, host.masks if host else ()):
+            part["mask"] = mask.to(x)
+        return model, x, timestep, uncond, cond, *others
+
+    return modify
+
+
 class ForgeHost(WebUIHost):
     def __init__(self, p: Any) -> None:
         super().__init__(p)
@@ -97,6 +111,9 @@ class ForgeHost(WebUIHost):
         self.shape = UNetShape.of_ldm(self.unet) if self.unet is not None else None
         self.channels = objects.vae.latent_channels
         self.frames = getattr(objects.vae, "latent_dim", 2) == 3
+        self.regional = not self.frames  # its masks have no place for frames
+        self.masks: list[Tensor] = []
+        """Of each part of the tiles' prompts, (k, h, w) for the k tiles that the UNet is called for."""
         self.active: tuple[Batch, list[int]] | None = None
         """The tiles of a batch that the UNet is called for; None between its calls."""
         self._canvas = (0, 0)
@@ -166,8 +183,14 @@ class ForgeHost(WebUIHost):
 
         return decode
 
+    def masked(self, part: Any, mask: Tensor, count: int) -> Any:
+        # The CFG scale is multiplied by the sum of all weights.
+        own = copy.copy(part)
+        own.weight = part.weight / count
+        return own
+
     @contextlib.contextmanager
-    def conditioned(self, batch: Batch, chosen: Sequence[int], parts: int) -> Iterator[None]:
+    def conditioned(self, batch: Batch, chosen: Sequence[int], parts: Sequence[int]) -> Iterator[None]:
         self.active = batch, list(chosen)
         if self._shown[0] is not batch or self._shown[1] != self.active[1]:
             tiles = [batch.tiles[number] for number in chosen]
@@ -175,10 +198,12 @@ class ForgeHost(WebUIHost):
                 setattr(control, name, crop_hint(hint, tiles, self._canvas))
                 control.cond_hint = None  # what it has made of the last one
             self._shown = self.active
+        if len(batch.prompts[chosen[0]]) > 1:
+            self.masks = [torch.stack([batch.prompts[number][part].mask for number in chosen]) for part in parts]
         try:
             yield
         finally:
-            self.active = None  # it knows the canvas
+            self.active, self.masks = None, []  # it knows the canvas
 
     @contextlib.contextmanager
     def sampling(self, tiled: TiledDenoiser, canvas: tuple[int, int]) -> Iterator[None]:
@@ -215,9 +240,13 @@ class ForgeHost(WebUIHost):
             for name in ("cond_hint_original", "advanced_mask_weighting")
             if is_spatial(getattr(control, name, None))
         ]
-        if tiled.conditioned:
+        regional = any(len(prompts) > 1 for prompts in tiled.prompts)
+        if tiled.conditioned or regional:
             unet = model.forge_objects.unet.clone()
-            unet.add_patched_controlnet(ResidualControl(self))
+            if tiled.conditioned:
+                unet.add_patched_controlnet(ResidualControl(self))
+            if regional:
+                unet.add_conditioning_modifier(_masking(self))
             model.forge_objects.unet = unet
         return start
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from lib_dinotile import DinotileError
 from lib_dinotile.condition.shape import UNetShape
-from lib_dinotile.engine.host import Batch, Host, Interrupted, TiledDenoiser
+from lib_dinotile.engine.host import Batch, Host, Interrupted, Prompt, TiledDenoiser
 from lib_dinotile.engine.prediction import coefficients, from_x0
 from lib_dinotile.engine.progress import Progress
 from lib_dinotile.hosts import decoders, upscalers
@@ -72,6 +72,7 @@ class WebUIHost(Host):
     """The loaded checkpoint, sampled as the processing object `p` says; see `Host`."""
 
     channels: int
+    regional = True
     frames = False
     """Whether the model is one for videos, whose latents are (k, C, 1, h, w) for images."""
     unet: torch.nn.Module | None
@@ -98,12 +99,18 @@ class WebUIHost(Host):
         return self._job()
 
     @abstractmethod
-    def conditioned(self, batch: Batch, chosen: Sequence[int], parts: int) -> contextlib.AbstractContextManager[None]:
+    def conditioned(
+        self, batch: Batch, chosen: Sequence[int], parts: Sequence[int]
+    ) -> contextlib.AbstractContextManager[None]:
         """While open, the UNet's rows of these tiles get their residuals, and ControlNets their hints.
 
-        chosen: the numbers, in the batch, of the tiles that the UNet is called for; parts: into how many parts AND cuts
-        the prompt of each of them.
+        chosen: the numbers, in the batch, of the tiles that the UNet is called for; parts: which of its prompts each of
+        the parts belongs to that AND cuts each tile's into.
         """
+
+    @abstractmethod
+    def masked(self, part: Any, mask: Tensor, count: int) -> Any:
+        """A part of a conditioning, as AND makes them, for one of so many prompts of a tile, which has this mask (h, w)."""
 
     @abstractmethod
     def full_precision(self) -> contextlib.AbstractContextManager[None]:
@@ -133,6 +140,16 @@ class WebUIHost(Host):
                 p.setup_conds()
                 self._others[key] = self.marked(p.c.batch[0], None if p.uc is None else p.uc[0])
         return self._others[key]
+
+    def _joined(self, prompts: Sequence[Prompt], entries: Sequence[tuple[Any, Any]]) -> tuple[Any, Any]:
+        """The conditionings of a tile as one, from those of its prompts: as parts of AND, each where its mask says."""
+        if len(prompts) == 1:
+            return entries[0]
+        parts = []
+        for prompt, (cond, _) in zip(prompts, entries):
+            assert prompt.mask is not None  # there are several
+            parts += [self.masked(part, prompt.mask, len(prompts)) for part in cond]
+        return parts, entries[0][1]
 
     def marked(self, cond: Any, uncond: Any) -> tuple[Any, Any]:
         """Conditionings as other extensions want them to be when they reach the sampler."""
@@ -218,8 +235,9 @@ class WebUIHost(Host):
         def noise_sampler(*_: Any) -> Any:
             return lambda sigma, sigma_next: rng.next()
 
-        for prompt in tiled.prompts:  # all now: a text encoder that is loaded amid sampling may push out the UNet
-            self._conditioning(prompt, tiled.tile_size)
+        # All now: a text encoder that is loaded amid sampling may push out the UNet.
+        for text in {prompt.text for prompts in tiled.prompts for prompt in prompts}:
+            self._conditioning(text, tiled.tile_size)
         cond, uncond = stacked([self._conditioning(None, tiled.tile_size)] * count)
         image_conditioning = self._image_conditioning(latents, tiled, mask)
         denoiser = p.sampler.model_wrap_cfg
@@ -265,24 +283,29 @@ class WebUIHost(Host):
             self.bars.advance(step / max(denoiser.total_steps, 1))
 
             def model(tiles: Tensor, batch: Batch) -> Tensor:
-                entries = [self._conditioning(prompt, tiled.tile_size) for prompt in batch.prompts]
+                entries = [
+                    [self._conditioning(prompt.text, tiled.tile_size) for prompt in prompts]
+                    for prompts in batch.prompts
+                ]
                 alike: dict[Any, list[int]] = {}
-                for number, (cond, _) in enumerate(entries):
-                    alike.setdefault(form(cond), []).append(number)
+                for number, conds in enumerate(entries):
+                    alike.setdefault(tuple(form(cond) for cond, _ in conds), []).append(number)
                 if len(alike) > 1 and (extra.get("model_options") or {}).get("sampler_post_cfg_function"):
                     raise DinotileError(  # it would be shown the last of them alone
-                        f"the sampler {self._p.sampler_name} cannot paint tiles with prompts of different lengths "
-                        "together: set Tile batch to 1"
+                        f"the sampler {self._p.sampler_name} cannot paint tiles with prompts of different lengths, "
+                        "or numbers of regions, together: set Tile batch to 1"
                     )
                 outputs, noises = [], []
                 for chosen in alike.values():
                     denoiser.step = step  # it counts its calls
-                    noisy, (cond, uncond) = tiles[chosen], stacked([entries[number] for number in chosen])
+                    joined = [self._joined(batch.prompts[number], entries[number]) for number in chosen]
+                    parts = [at for at, (one, _) in enumerate(entries[chosen[0]]) for _ in one]
+                    noisy, (cond, uncond) = tiles[chosen], stacked(joined)
                     image = extra["image_cond"]
                     image = image[chosen] if tiled.is_batch else noisy.new_zeros(len(chosen), *image.shape[1:])
                     own = {"cond": cond, "uncond": uncond, "image_cond": image}
                     with (
-                        self.conditioned(batch, chosen, len(cond.batch[0])),
+                        self.conditioned(batch, chosen, parts),
                         self._steered(batch, chosen, denoiser, noisy, sigma),
                     ):
                         outputs.append(
