@@ -25,6 +25,10 @@ TRAINED, FIRST, UNTRAINED, SHARP, ONE_HOT = "trained", "first", "untrained", "sh
 the sharp picture or the class of each cell."""
 
 
+NAMED, MISNAMED, WHOLE = "named", "misnamed", "whole"
+"""Names of regions: each its commonest class; that of another region; for all the commonest class of the picture."""
+
+
 @dataclass(frozen=True)
 class Arm:
     """The parts that are at work, and their input."""
@@ -41,11 +45,20 @@ class Arm:
     """The features are those of another image."""
     shuffled: bool = False
     """The patches are in disorder."""
+    words: str = ""
+    """How the regions are named: NAMED, MISNAMED, WHOLE, or not at all."""
+
+    @property
+    def control(self) -> bool:
+        """Whether the model is shown, or told, something else than there is."""
+        return self.other or self.words in (MISNAMED, WHOLE)
 
 
 PLAIN, GUIDANCE, GUARD, BOTH = "plain", "guidance", "guard", "guidance+guard"
 OTHER, SHUFFLED, ZERO, TRAINED_HEADS = "other_image", "shuffled", "strength_0", "trained_heads"
 ADAPTER, ALL = "adapter", "all"
+WORDS, WORDS_BOTH, WORDS_ADAPTER, WORDS_ALL = "words", "words+guid.+guard", "words+adapter", "words+all"
+WORDS_SHUFFLED, WORDS_WHOLE = "words_shuffled", "words_one_region"
 ADAPTER_OTHER, ADAPTER_SHUFFLED, ALL_OTHER = "adapter_other_image", "adapter_shuffled", "all_other_image"
 ARMS = {
     PLAIN: Arm(),
@@ -56,8 +69,14 @@ ARMS = {
     SHUFFLED: Arm(guidance=True, guard=True, shuffled=True),
     ZERO: Arm(zero=True),
     TRAINED_HEADS: Arm(guidance=True, guard=True, heads=TRAINED),
+    WORDS: Arm(words=NAMED),
+    WORDS_BOTH: Arm(words=NAMED, guidance=True, guard=True),
+    WORDS_SHUFFLED: Arm(words=MISNAMED),
+    WORDS_WHOLE: Arm(words=WHOLE),
     ADAPTER: Arm(adapter=TRAINED),
+    WORDS_ADAPTER: Arm(words=NAMED, adapter=TRAINED),
     ALL: Arm(guidance=True, guard=True, adapter=TRAINED),
+    WORDS_ALL: Arm(words=NAMED, guidance=True, guard=True, adapter=TRAINED),
     ADAPTER_OTHER: Arm(adapter=TRAINED, other=True),
     ALL_OTHER: Arm(guidance=True, guard=True, adapter=FIRST, other=True),  # all its tiles are painted again: slow
     ADAPTER_SHUFFLED: Arm(adapter=TRAINED, shuffled=True),
@@ -120,11 +139,19 @@ class Upscaler:
     """By the arms' names for them."""
 
     def upscale(
-        self, arm: Arm, source: Image.Image, seed: int, other: Image.Image, reader: Reader | None = None
+        self,
+        arm: Arm,
+        source: Image.Image,
+        seed: int,
+        other: Image.Image,
+        reader: Reader | None = None,
+        words: str = "",
     ) -> Result:
-        """The source (RGB) upscaled in that way; other: the image whose features some controls take."""
+        """The source (RGB) upscaled in that way; other: the image whose features some controls take; words: of its
+        regions."""
         guard = "report" if arm.zero else self.settings.guard if arm.guard else "off"
-        settings = replace(self.settings, guidance=self.settings.guidance if arm.guidance else 0.0, guard=guard)
+        guidance = self.settings.guidance if arm.guidance else 0.0
+        settings = replace(self.settings, guidance=guidance, guard=guard, region_prompts=words)
         conditioner = None
         if arm != Arm():
             conditioner = Mistaken(

@@ -47,9 +47,22 @@ TARGETS = {
     "share of that image's textures then, adapter": ("followed", arms.ADAPTER_OTHER, AT_LEAST, 0.5),
     "share of that image's textures then, all": ("followed", arms.ALL_OTHER, AT_LEAST, 0.5),
     "untrained equal to plain, bit for bit": ("equal_to_plain", arms.UNTRAINED, AT_LEAST, 1.0),
+    "words by region, of plain": ("of_plain", arms.WORDS, AT_MOST, 0.35),
+    "wrong words, of plain": ("of_plain", arms.WORDS_SHUFFLED, AT_LEAST, 1.0),
+    "share of the textures told then": ("followed", arms.WORDS_SHUFFLED, AT_LEAST, 0.5),
+    "words, guidance + guard, of the better alone": ("of_better", arms.WORDS_BOTH, AT_MOST, 1.0),
+    "words, adapter, of the better alone": ("of_better", arms.WORDS_ADAPTER, AT_MOST, 1.0),
+    "words, all, of the better alone": ("of_better", arms.WORDS_ALL, AT_MOST, 1.0),
+    "one word for all, of plain, where it is wrong": ("of_plain", arms.WORDS_WHOLE, AT_LEAST, 0.95),
 }
 """Name of a condition of the claim -> the figure of `summary`, the arm (empty: the figure has none), and on which side
 of what value it has to be."""
+TOGETHER = {
+    arms.WORDS_BOTH: (arms.WORDS, arms.BOTH),
+    arms.WORDS_ADAPTER: (arms.WORDS, arms.ADAPTER),
+    arms.WORDS_ALL: (arms.WORDS, arms.ALL),
+}
+"""Arms, and what they put together."""
 QUICK_LIMITS = {"guidance + guard, of plain": 0.65}
 """With few steps."""
 
@@ -134,13 +147,19 @@ def collect(
     for number, (made, other) in enumerate(evidence.pairs):
         for name, rows in judged.items():
             arm = arms.ARMS[name]
+            told = world.told(made, arm.words) if arm.words else None
             for reader, figures in zip(chosen[name], rows):
                 given = informed(world, arm, reader, made)
-                pixels = world.painted(arm, made, other, seed * 1000 + number, given)
+                pixels = world.painted(arm, made, other, seed * 1000 + number, given, told)
                 if figures is rows[0]:
                     evidence.results.setdefault(name, []).append(pixels)
                 same = arms.PLAIN in evidence.results and torch.equal(pixels, evidence.results[arms.PLAIN][number])
-                figures.append({**world.judged(pixels, made, other, arm.other), "same": float(same)})
+                figures.append(
+                    {
+                        **world.judged(pixels, made, told if told and arm.control else other, arm.control),
+                        "same": float(same),
+                    }
+                )
             if say:
                 rate = np.mean([figures[-1]["rate"] for figures in rows])
                 print(f"image {number + 1} of {count}: {name} {rate:.2f}", file=sys.stderr, flush=True)
@@ -163,6 +182,11 @@ def summary(evidence: Evidence) -> dict[str, Any]:
         "interval": {arm: _short(*arms.interval(values["rate"])) for arm, values in found.items()},
         "of_plain": {arm: _short(values["rate"].mean() / base.mean()) for arm, values in found.items()},
         "of_plain_interval": {arm: _short(*arms.ratio_interval(values["rate"], base)) for arm, values in found.items()},
+        "of_better": {
+            arm: _short(found[arm]["rate"].mean() / min(found[part]["rate"].mean() for part in parts))
+            for arm, parts in TOGETHER.items()
+            if arm in found
+        },
         "per_training": {
             arm: dict(zip(evidence.seeds, map(_short, values["rate"].mean(1))))
             for arm, values in found.items()
@@ -172,6 +196,7 @@ def summary(evidence: Evidence) -> dict[str, Any]:
         "garbage": means("garbage"),
         "blank": means("blank"),
         "followed": means("followed"),
+        "wrong_of_all": means("all"),
         "equal_to_plain": means("same"),
         "agreement": agreement(found),
         "images": len(evidence.pairs),

@@ -25,11 +25,21 @@ GROUPS: tuple[tuple[str, str, dict[str, str]], ...] = (
         BLUE,
         {arms.BOTH: "Guidance + guard", arms.GUIDANCE: "Guidance alone", arms.GUARD: "Guard alone"},
     ),
+    (
+        "With the regions' names: needs somebody who names them",
+        BLUE,
+        {arms.WORDS: "Words by region", arms.WORDS_BOTH: "Words + guidance + guard"},
+    ),
     ("With trained heads: needs a training for the encoder", VIOLET, {arms.TRAINED_HEADS: "Guidance + guard"}),
     (
         "With a trained adapter: needs a training for checkpoint and encoder",
         VIOLET,
-        {arms.ALL: "Adapter + guidance + guard", arms.ADAPTER: "Adapter alone"},
+        {
+            arms.ALL: "Adapter + guidance + guard",
+            arms.ADAPTER: "Adapter alone",
+            arms.WORDS_ADAPTER: "Adapter + words",
+            arms.WORDS_ALL: "Adapter + words + guidance + guard",
+        },
     ),
     (
         "Controls, which should not help",
@@ -40,6 +50,8 @@ GROUPS: tuple[tuple[str, str, dict[str, str]], ...] = (
             arms.ALL_OTHER: "All three, another image's features",
             arms.ADAPTER_OTHER: "Adapter alone, another image's features",
             arms.ADAPTER_SHUFFLED: "Adapter alone, patches in disorder",
+            arms.WORDS_SHUFFLED: "Words of other regions",
+            arms.WORDS_WHOLE: "One word for all, where it is wrong",
         },
     ),
     (
@@ -54,8 +66,8 @@ EQUALS = {arms.ZERO: "strength 0", arms.UNTRAINED: "an untrained adapter"}
 PANELS = {
     arms.PLAIN: "Plain tiles",
     arms.BOTH: "Guidance + guard",
+    arms.WORDS: "Words by region",
     arms.ALL: "Adapter, guidance, guard",
-    arms.OTHER: "Another image's features",
 }
 """The arms of which a picture is shown: default settings, calibrated heads."""
 STYLE = {"font.size": 10.5, "text.color": INK, "xtick.color": INK, "ytick.color": INK, "axes.labelcolor": "#5b636d"}

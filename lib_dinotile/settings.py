@@ -228,8 +228,8 @@ class Settings(Options):
     region_prompts: str = option(
         "",
         "Prompts by region",
-        'One line a region, as "A: tabby fur"; Preview shows which is which. Every tile is told what it shows, each place '
-        "by its own region; a tile's own line comes in place of that.",
+        'One line a region, as "A: tabby fur"; Preview shows which is which. Every tile is told what it shows, each '
+        "place by its own region; a tile's own line comes in place of that.",
         infotext="DINO Tile region prompts",
         only_with=_named,
         lines=3,

@@ -57,7 +57,7 @@ def host(modules) -> Any:
     module.script_callbacks.remove_callbacks_for_function = callbacks.remove
 
     class Host(module.WebUIHost):
-        conditioned = full_decoder = full_precision = None
+        conditioned = full_decoder = full_precision = masked = None
 
         def __init__(self) -> None:
             pass

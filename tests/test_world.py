@@ -98,18 +98,28 @@ def test_guidance_and_guard_and_a_trained_adapter_bring_the_true_textures_back(w
     assert max(rates[SHARP], rates[ONE_HOT]) < 0.4 * rates[PLAIN]
 
 
+def test_tiles_that_are_told_their_regions_names_show_them(world):
+    names = (PLAIN, arms.WORDS, arms.WORDS_SHUFFLED, arms.WORDS_WHOLE)
+    found = evidence.collect(world, names, 1, judging.TUNE_SEED).found
+    rates = {name: values["rate"].mean() for name, values in found.items()}
+    assert rates[arms.WORDS] < 0.35 * rates[PLAIN]
+    assert rates[arms.WORDS_SHUFFLED] >= rates[PLAIN] and found[arms.WORDS_SHUFFLED]["followed"].mean() > 0.5
+    assert rates[arms.WORDS_WHOLE] >= 0.95 * rates[PLAIN]
+
+
 @pytest.fixture
 def measured():
     """Figures that meet all targets, as if they had been measured."""
-    good = {BOTH: 0.3, arms.TRAINED_HEADS: 0.25, ADAPTER: 0.1, ALL: 0.05}
+    good = {BOTH: 0.3, arms.TRAINED_HEADS: 0.25, ADAPTER: 0.1, ALL: 0.05, arms.WORDS: 0.2}
+    good |= {arms.WORDS_BOTH: 0.1, arms.WORDS_ADAPTER: 0.1, arms.WORDS_ALL: 0.05}
     found = {}
     for name, arm in arms.ARMS.items():
         size = (3 if arm.adapter == arms.TRAINED else 1, 4)
         found[name] = {
             "rate": np.full(size, good.get(name, 0.9)),
             "spectral": np.full(size, good.get(name, 0.8)),
-            **dict.fromkeys(("garbage", "blank"), np.zeros(size)),
-            "followed": np.full(size, 0.8 if arm.other else 0.1),
+            **dict.fromkeys(("garbage", "blank", "all"), np.zeros(size)),
+            "followed": np.full(size, 0.8 if arm.control else 0.1),
             "same": np.full(size, name in (PLAIN, ZERO, UNTRAINED)),
         }
     return evidence.Evidence(["0", "1", "2"], [None] * 4, found)
@@ -142,6 +152,11 @@ def test_targets_are_told_from_the_figures(measured):
     measured.found[ADAPTER_OTHER]["rate"][:] = 0.7
     measured.found[UNTRAINED]["same"][0, 2] = False
     assert missed(quick=True) == [names[place] for place in (5, 7, 11)]
+    measured.found[arms.WORDS]["rate"][:] = 0.08
+    measured.found[arms.WORDS_SHUFFLED]["rate"][:] = 0.8
+    assert missed(quick=True) == [names[place] for place in (5, 7, 11, 13, 15, 16)]
+    measured.found[arms.WORDS]["rate"][:] = 0.2
+    measured.found[arms.WORDS_SHUFFLED]["rate"][:] = 0.9
     for name, arm in arms.ARMS.items():
         if arm.adapter:
             del measured.found[name]

@@ -1,7 +1,8 @@
 """dinotile's engine on the world's denoiser, told what each pixel shows, or not.
 
 The denoiser is a diffusers UNet on pixel-unshuffled latents whose further input channels are the one-hot class map, all
-zero where nothing is told. It knows all textures, and draws the one it is told, or any.
+zero where nothing is told. It knows all textures, and draws the one it is told, or any. So a prompt is the name of a
+class; where a tile has several, each acts as its mask says, as with any other checkpoint.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 
 from benchmarks.world import WEIGHTS
 from benchmarks.world.scenes import FACTOR, PATCH, SIDE
-from benchmarks.world.textures import CLASSES
+from benchmarks.world.textures import CLASSES, TEXTURES
 from lib_dinotile.engine.host import Batch, Denoise, TiledDenoiser
 from lib_dinotile.hosts.diffusers import DiffusersHost, PixelCodec
 from lib_dinotile.settings import Generation, Settings
@@ -34,17 +35,23 @@ def one_hot(classes: np.ndarray) -> Tensor:
 
 
 class _ClassInput(nn.Module):
-    """A UNet whose further input channels are set beforehand."""
+    """A UNet whose further input channels are its prompt, or set beforehand."""
 
     def __init__(self, unet: UNet2DConditionModel) -> None:
         super().__init__()
         self.unet = unet
         self.classes: Tensor | None = None
-        """(k, CLASSES, h, w); None tells it nothing."""
+        """(k, CLASSES, h, w), in place of the prompts."""
 
-    def forward(self, x: Tensor, *arguments: Any, **options: Any) -> Any:
-        classes = x.new_zeros(len(x), CLASSES, *x.shape[2:]) if self.classes is None else self.classes.to(x)
-        return self.unet(torch.cat([x, classes], 1), *arguments, **options)
+    def forward(self, x: Tensor, timestep: Tensor, encoder_hidden_states: Tensor, **options: Any) -> Any:
+        classes = encoder_hidden_states[:, 0, :, None, None].expand(-1, -1, *x.shape[2:])
+        classes = classes if self.classes is None else self.classes
+        return self.unet(torch.cat([x, classes.to(x)], 1), timestep, None, **options)
+
+
+def _text(prompt: str) -> tuple[Tensor, Tensor]:
+    """Embeddings (1, 1, CLASSES) of a prompt, the name of a class or nothing, and of the negative one."""
+    return torch.tensor([[[float(name == prompt) for name in TEXTURES]]]), torch.zeros(1, 1, CLASSES)
 
 
 class WorldHost(DiffusersHost):
@@ -53,7 +60,8 @@ class WorldHost(DiffusersHost):
     def __init__(self, generation: Generation = GENERATION, class_map: np.ndarray | None = None) -> None:
         """class_map: (H, W) int64 over the canvas, what the model is told; None tells it nothing."""
         unet = UNet2DConditionModel.from_pretrained(WEIGHTS / "unet").float().eval().requires_grad_(False)
-        super().__init__(unet, DDIMScheduler.from_pretrained(WEIGHTS / "scheduler"), PixelCodec(), "world", generation)
+        scheduler = DDIMScheduler.from_pretrained(WEIGHTS / "scheduler")
+        super().__init__(unet, scheduler, PixelCodec(), "world", generation, _text)
         self.unet = _ClassInput(unet)
         self.class_map = class_map
         self.cell = 1  # pixels: guidance sees a colour per square, as a linear decoder shows a latent cell

@@ -259,8 +259,10 @@ class Conditioner:
         return Features(**fields, regions=self.regions(source, size) if settings.region_words else None, heads=heads)
 
     def regions(self, source: Image.Image, size: tuple[int, int]) -> Regions:
-        """The regions of a source (RGB), laid over a canvas of (width, height); as the encoder sees it, whatever the head
-        says."""
+        """The regions of a source (RGB), laid over a canvas of (width, height).
+
+        They are as the encoder sees it, whatever the head says.
+        """
         field = self._fields(source, size, [(-1, "tokens")], self._patches(size, compared=False))[0]
         return find_regions(field, self._settings.region_count)
 

@@ -53,7 +53,7 @@ class Prompt:
     text: str | None = None
     """None is the main prompt."""
     mask: Tensor | None = None
-    """(h, w) over the tile's latent cells, float32 on the CPU, in [0, 1]: how much it counts there. None: everywhere."""
+    """(h, w), float32 on the CPU, in [0, 1]: how much it counts at each latent cell of the tile. None: everywhere."""
 
 
 @dataclass(frozen=True)

@@ -109,8 +109,10 @@ class TilePrompts:
         return [RegionShare(letter, share, self._words.get(letter, "")) for letter, share in shown]
 
     def _masks(self, area: Rect, named: list[RegionShare]) -> dict[str | None, Tensor]:
-        """Where each prompt counts in a tile, (h, w) each, by the prompt; where regions have no words it is the main one,
-        if they are large enough together. More than zero everywhere."""
+        """Where each prompt counts in a tile, (h, w), by the prompt; more than zero everywhere.
+
+        Where regions have no words it is the main prompt, if they are large enough together.
+        """
         assert self._regions is not None
         factor, letters = self._host.factor, self._regions.letters
         shares = self._regions.shares([area], (area.height // factor, area.width // factor))[0]

@@ -110,7 +110,8 @@ class WebUIHost(Host):
 
     @abstractmethod
     def masked(self, part: Any, mask: Tensor, count: int) -> Any:
-        """A part of a conditioning, as AND makes them, for one of so many prompts of a tile, which has this mask (h, w)."""
+        """A part of a conditioning, as AND makes them, for the one of `count` prompts of a tile that has this mask
+        (h, w)."""
 
     @abstractmethod
     def full_precision(self) -> contextlib.AbstractContextManager[None]:
