@@ -397,7 +397,7 @@ def taken_over(webui: WebUI, monkeypatch: pytest.MonkeyPatch, folder: Any) -> An
         found = module(f"modules.{name}", **content)
         monkeypatch.setitem(sys.modules, found.__name__, found)
         setattr(webui.modules["modules"], name, found)
-    for name in ("cv2", "lib_dinotile.webui.preview"):
+    for name in ("cv2", "lib_dinotile.webui.speed"):
         monkeypatch.setitem(sys.modules, name, types.SimpleNamespace(learn_speed=lambda *_: None))
     import lib_dinotile.webui.takeover as takeover
 

@@ -9,11 +9,24 @@ from pathlib import Path
 from lib_dinotile.cli.common import add_options, head_files, parse_options, quiet_transformers, silenced
 from lib_dinotile.condition.conditioner import Conditioner
 from lib_dinotile.dino.locks import models_folder
-from lib_dinotile.engine.flow import analyze, canvas_size
+from lib_dinotile.engine.flow import analyze, canvas_size, find_regions
+from lib_dinotile.engine.prompts import check_letters
 from lib_dinotile.images import check_writable, read_image, write_image
-from lib_dinotile.settings import BOTH, NONE, SEMANTIC, Settings
+from lib_dinotile.settings import BOTH, NO_REGIONS, NONE, SEMANTIC, Settings
+from lib_dinotile.tiling.plan import TilePlan
 
-OPTIONS = ("scale", "tile", "overlap", "encoder", "patches", "windows", "head", "guard_strictness")
+OPTIONS = (
+    "scale",
+    "tile",
+    "overlap",
+    "encoder",
+    "patches",
+    "windows",
+    "head",
+    "guard_strictness",
+    "regions",
+    "region_prompts",
+)
 """Those that maps of an image depend on."""
 
 
@@ -21,7 +34,9 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     """Add the command's arguments."""
     command.add_argument("IN", help="the source image")
     command.add_argument(
-        "OUT", help="the semantic map to write; the consistency map goes beside it, with -consistency in its name"
+        "OUT",
+        help="the semantic map to write; beside it, with -consistency and -regions in their names, go the consistency "
+        "map and that of the regions",
     )
     command.add_argument(
         "--result", metavar="FILE", help="the upscaled image to compare; without it the plain enlarged source is"
@@ -39,9 +54,17 @@ def run(arguments: argparse.Namespace) -> None:
     with silenced():
         source = read_image(Path(arguments.IN))
         result = read_image(Path(arguments.result)) if arguments.result else None
-    size = canvas_size(source.size, settings) if result is None else result.size
+    size: tuple[int, int] = canvas_size(source.size, settings) if result is None else result.size
     conditioner = Conditioner.without_model(settings, head_files(settings), encoders=models_folder("encoders"))
     for name, picture in analyze(conditioner, source, settings, size, result).items():
         file = target if name == SEMANTIC else target.with_name(f"{target.stem}-{name}{target.suffix}")
         write_image(picture, file, {})
         print(f"{file}: {name} map")
+    if settings.regions != NO_REGIONS:
+        tiles = settings.for_base("sd15")
+        regions, picture = find_regions(conditioner, source, settings, TilePlan(*size, tiles.tile, tiles.overlap))
+        check_letters(regions, settings.region_words)
+        file = target.with_name(f"{target.stem}-regions{target.suffix}")
+        write_image(picture, file, {})
+        listed = (f"{letter} {share:.0%}" for letter, share in zip(regions.letters, regions.areas))
+        print(f"{file}: regions: {', '.join(listed)}")

@@ -11,6 +11,7 @@ from PIL import Image
 
 from lib_dinotile import DinotileError, Handling, one_line
 from lib_dinotile.condition.conditioner import Conditioner, Conditions
+from lib_dinotile.dino.regions import Regions
 from lib_dinotile.engine.host import Host, Interrupted, check_name
 from lib_dinotile.engine.journal import Journal
 from lib_dinotile.engine.memory import OutOfMemoryError, is_out_of_memory
@@ -24,6 +25,9 @@ from lib_dinotile.settings import BOTH, CONSISTENCY, MAX_SIDE, SEMANTIC, Setting
 from lib_dinotile.tiling.canvas import Canvas
 from lib_dinotile.tiling.noise import NoiseField
 from lib_dinotile.tiling.plan import Rect, TilePlan
+
+MAP_SIDE = 2048
+"""Longest side of a map, in pixels: larger pictures are shown smaller."""
 
 
 @dataclass(frozen=True)
@@ -165,7 +169,7 @@ def draw_maps(
     """The maps that `settings` ask for, by name; consistency where these tiles are painted."""
     from lib_dinotile.engine import maps  # matplotlib takes long to load
 
-    found, image = {}, canvas.preview(maps.SIDE)
+    found, image = {}, canvas.preview(MAP_SIDE)
     if conditions.shown:
         found[SEMANTIC] = maps.semantic_map(image, conditions.shown, plan)
     if settings.maps in (CONSISTENCY, BOTH):
@@ -205,13 +209,31 @@ def preview(conditioner: Conditioner, source: Image.Image, plan: TilePlan) -> Im
     """The semantic map of a source (RGB) with the tiles of a plan, before anything is painted."""
     from lib_dinotile.engine import maps  # matplotlib takes long to load
 
-    size = plan.width, plan.height
     with torch.no_grad():
-        field = conditioner.features(source, size).shown
+        field = conditioner.features(source, plan.size).shown
     assert field is not None  # a preview asks for that
-    share = min(1.0, maps.SIDE / max(size))
-    picture = source.resize([max(1, round(side * share)) for side in size], Image.Resampling.LANCZOS)
-    return maps.semantic_map(picture, field, plan)
+    return maps.semantic_map(_shown(source, plan.size), field, plan)
+
+
+def _shown(source: Image.Image, size: tuple[int, int]) -> Image.Image:
+    """A source as a map shows it, for a canvas of (width, height)."""
+    return source.resize([max(1, round(side * map_scale(size))) for side in size], Image.Resampling.LANCZOS)
+
+
+def map_scale(size: tuple[int, int]) -> float:
+    """Pixels of a map for one of a canvas of (width, height)."""
+    return min(1.0, MAP_SIDE / max(size))
+
+
+def find_regions(
+    conditioner: Conditioner, source: Image.Image, settings: Settings, plan: TilePlan
+) -> tuple[Regions, Image.Image]:
+    """The regions of a source (RGB) over the canvas of a plan, and a picture of them, the tiles and their words."""
+    from lib_dinotile.engine import maps
+
+    with torch.no_grad():
+        regions = conditioner.regions(source, plan.size)
+    return regions, maps.region_map(_shown(source, plan.size), regions, plan, settings.region_words)
 
 
 def analyze(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import matplotlib
@@ -15,16 +15,20 @@ from torch import Tensor
 
 from lib_dinotile.condition.guard import Guard
 from lib_dinotile.dino.field import FeatureField
+from lib_dinotile.dino.regions import Regions
 from lib_dinotile.tiling.blend import Blend
 from lib_dinotile.tiling.canvas import Canvas
 from lib_dinotile.tiling.plan import Rect, TilePlan
 
-SIDE = 2048
-"""Longest side of a map, in pixels: larger pictures are shown smaller."""
 COLOURS = "cividis"
 """From dark blue over grey to yellow: made to be read alike with and without colour blindness (Nunez et al. 2018)."""
 STEP = 8
 """Pixels of the canvas along a side of a cell of the consistency map."""
+REGION_COLOURS = (
+    (0, 114, 178), (230, 159, 0), (0, 158, 115), (204, 121, 167), (213, 94, 0), (86, 180, 233),
+    (240, 228, 66), (110, 80, 170), (140, 140, 140), (120, 200, 80), (150, 75, 30), (60, 60, 90),
+)  # fmt: skip
+"""Of regions by number; the first of them are those of Okabe and Ito, for all kinds of colour vision."""
 LEAST, MOST = 0.0, 1.0
 """The ends of the scale of cosines, the same for every map."""
 
@@ -51,10 +55,16 @@ def semantic_map(image: Image.Image, field: FeatureField, plan: TilePlan) -> Ima
 
     image: the upscaled source, or the result, of any size.
     """
-    ratio = image.width / plan.width
     colours = (principal_colours(field.features) * 255).byte().permute(1, 2, 0).numpy()
     overlay = Image.fromarray(colours).resize(image.size, Image.Resampling.BICUBIC)
     picture = Image.blend(image.convert("L").convert("RGB"), overlay, 0.65)
+    _draw_tiles(picture, plan)
+    return picture
+
+
+def _draw_tiles(picture: Image.Image, plan: TilePlan) -> None:
+    """The tiles' borders and, where there is space, their numbers."""
+    ratio = picture.width / plan.width
     draw, (width, height) = ImageDraw.Draw(picture), plan.tile_size
     # All tiles together are a grid: its lines cross the whole picture.
     for column in plan.columns:
@@ -65,11 +75,70 @@ def semantic_map(image: Image.Image, field: FeatureField, plan: TilePlan) -> Ima
             draw.line((0, y, picture.width, y), "white")
     size = max(14, max(picture.size) // 50)
     if min(width, height) * ratio < 2.5 * size:  # too small for their numbers
-        return picture
+        return
     for number, tile in enumerate(plan.tiles, 1):
         right, bottom = min(tile.right, plan.width), min(tile.bottom, plan.height)
         _label(draw, ((tile.x + right) / 2 * ratio, (tile.y + bottom) / 2 * ratio), str(number), size)
-    return picture
+
+
+def region_map(
+    image: Image.Image, regions: Regions, plan: TilePlan | None = None, words: Mapping[str, str] | None = None
+) -> Image.Image:
+    """The regions as colours with letters over the picture (RGB), with a legend below.
+
+    image: the source or the result, of any size, which the regions are laid over; plan: tiles whose borders are shown;
+    words: of regions, by letter, for the legend.
+    """
+    numbers = Image.fromarray(regions.labels.numpy().astype(np.uint8)).resize(image.size, Image.Resampling.NEAREST)
+    labels = np.asarray(numbers)
+    grey = np.asarray(image.convert("L"))[..., None]
+    pixels = (0.55 * grey + 0.45 * np.array(REGION_COLOURS)[labels]).astype(np.uint8)
+    edges = np.zeros_like(labels, bool)
+    edges[1:] |= labels[1:] != labels[:-1]
+    edges[:, 1:] |= labels[:, 1:] != labels[:, :-1]
+    pixels[edges] = 255
+    picture = Image.fromarray(pixels)
+    if plan is not None:
+        _draw_tiles(picture, plan)
+    draw, ratio = ImageDraw.Draw(picture), image.width / regions.canvas[0]
+    size = max(16, max(picture.size) // 36)
+    for letter, colour in zip(regions.letters, REGION_COLOURS):
+        crop = regions.best_crop(letter)
+        _badge(draw, ((crop.x + crop.width / 2) * ratio, (crop.y + crop.height / 2) * ratio), letter, colour, size)
+    return _with_names(picture, regions, words or {})
+
+
+def _badge(
+    draw: ImageDraw.ImageDraw, middle: tuple[float, float], letter: str, colour: tuple[int, int, int], size: int
+) -> None:
+    """A letter in a disc of its region's colour."""
+    (x, y), radius = middle, 0.85 * size
+    draw.ellipse(
+        (x - radius, y - radius, x + radius, y + radius), fill=colour, outline="white", width=max(2, size // 8)
+    )
+    draw.text(middle, letter, "white" if sum(colour) < 420 else "black", _font(size), anchor="mm")
+
+
+def _with_names(picture: Image.Image, regions: Regions, words: Mapping[str, str]) -> Image.Image:
+    """The picture over a line for each region: its letter, its share of the picture, its words; in columns."""
+    size = max(13, min(22, picture.width // 40))
+    column, step = 16 * size, round(2.2 * size)
+    columns = max(1, min(picture.width // column, len(regions.letters)))
+    rows = -(-len(regions.letters) // columns)
+    width = max(picture.width, column)
+    whole = Image.new("RGB", (width, picture.height + rows * step + size // 2), "white")
+    whole.paste(picture, (0, 0))
+    draw = ImageDraw.Draw(whole)
+    for number, (letter, share) in enumerate(zip(regions.letters, regions.areas)):
+        left, top = number % columns * (width // columns), picture.height + number // columns * step
+        middle = left + 1.4 * size, top + 1.3 * size
+        _badge(draw, middle, letter, REGION_COLOURS[number], size)
+        text = f"{share:.0%}  {words.get(letter, '')}"
+        room = width // columns - 3 * size
+        while draw.textlength(text, _font(size)) > room:
+            text = text[:-2].rstrip() + "…"
+        draw.text((left + 2.8 * size, middle[1]), text, "black", _font(size), anchor="lm")
+    return whole
 
 
 def consistency(guard: Guard, canvas: Canvas, plan: TilePlan, tiles: Sequence[Rect]) -> tuple[Tensor, Tensor]:

@@ -21,6 +21,7 @@ from lib_dinotile.options import Option
 from lib_dinotile.settings import AUTOMATIC, CALIBRATED, NONE, Settings, Txt2Img
 from lib_dinotile.webui import first_minute, folders
 from lib_dinotile.webui.preview import Captions, Img2Img
+from lib_dinotile.webui.regions import Naming
 
 TITLE = "DINO Tile"
 TABS: dict[str, type[Settings]] = {"txt2img": Txt2Img, "img2img": Settings}
@@ -37,8 +38,14 @@ GROUPS: tuple[tuple[str | None, tuple[tuple[str, ...], ...]], ...] = (
     ("Upscaler, colour and tile layout", (("upscaler", "colour"), ("overlap", "order"), ("batch", "flat"))),
     ("Seam pass", (("seams",), ("seam_denoise", "seam_width"))),
     (
-        "Prompts per tile",
-        (("tile_prompt", "tile_prompt_mode"), ("captions",), ("tile_prompts",)),
+        "Prompts by region and tile",
+        (
+            ("regions", "region_share"),
+            ("region_prompts",),
+            ("tile_prompt", "tile_prompt_mode"),
+            ("captions",),
+            ("tile_prompts",),
+        ),
     ),
     (
         "Guidance and guard",
@@ -126,11 +133,11 @@ def build(tab: str) -> dict[str, Any]:
     return {name: components[name] for name in options}
 
 
-def _add_preview(prefix: str) -> tuple[Any, Any, Any]:
+def _add_preview(prefix: str) -> tuple[Any, Any, Any, Naming]:
     button = gr.Button("Preview tiles and time", size="sm", elem_id=f"{prefix}preview")
     text = gr.HTML(elem_id=f"{prefix}preview_text")
     picture = gr.Image(visible=False, interactive=False, type="pil", show_label=False, elem_id=f"{prefix}preview_image")
-    return button, text, picture
+    return button, text, picture, Naming(prefix)
 
 
 def _follow_target(components: Mapping[str, Any]) -> None:

@@ -4,29 +4,46 @@ from __future__ import annotations
 
 import base64
 import binascii
+import contextlib
 import dataclasses
 import io
-from collections.abc import Callable, Coroutine, Mapping
+import json
+from collections.abc import Callable, Coroutine, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from fastapi import APIRouter, FastAPI, HTTPException, Request, Response
+from fastapi import APIRouter, FastAPI, HTTPException, Query, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.routing import APIRoute
 from modules import call_queue
-from pydantic import VERSION, BaseModel, Field
+from PIL import Image
 
-from lib_dinotile import DinotileError, __version__, printable
+from lib_dinotile import DinotileError, __version__, one_line, printable
 from lib_dinotile.condition.conditioner import installed_weights
 from lib_dinotile.condition.description import describe
 from lib_dinotile.dino.state import states
+from lib_dinotile.engine.host import check_name
 from lib_dinotile.engine.memory import is_out_of_memory
+from lib_dinotile.hosts.interrogators import interrogators
 from lib_dinotile.images import read_image, read_size
-from lib_dinotile.options import Option
-from lib_dinotile.settings import MAX_SIDE, Settings
+from lib_dinotile.settings import NO_REGIONS, Settings
 from lib_dinotile.webui import folders
 from lib_dinotile.webui.accordion import TITLE
 from lib_dinotile.webui.preview import Preview, checkpoint, loaded, waves
+from lib_dinotile.webui.regions import ask, lines
+from lib_dinotile.webui.schemas import (
+    Body,
+    Encoder,
+    MapRequest,
+    Plan,
+    PlanRequest,
+    Refused,
+    RegionRequest,
+    Regions,
+    SemanticMap,
+    Version,
+    Weights,
+)
 
 PREFIX = "/dinotile/v1"
 LIKE = "/sdapi/v1/img2img"
@@ -35,40 +52,10 @@ MOST_TILES = 10_000
 """That are listed."""
 
 
-def schema_of(option: Option) -> dict[str, Any]:
-    """An option in JSON Schema."""
-    kinds = {bool: "boolean", int: "integer", float: "number", str: "string"}
-    free = option.type is str and option.choices is None
-    allowed = "" if free else f" {option.allowed[0].upper()}{option.allowed[1:]}."
-    range_ = {
-        "minimum": option.minimum if option.zero is None else 0,
-        "maximum": option.maximum,
-        "enum": option.choices,
-    }
-    return {
-        "type": kinds[option.type],
-        "title": option.label,
-        "description": f"{option.help}{allowed}",
-        "default": option.default,
-        **{key: value for key, value in range_.items() if value is not None},
-        **({"multipleOf": option.step} if option.type is int and option.step else {}),
-    }
-
-
-OPTIONS = {
-    "properties": {option.name: schema_of(option) for option in Settings.table()},
-    "additionalProperties": False,
-}
 TINY = "iVBORw0KGgoAAAANSUhEUgAAAAIAAAACCAIAAAD91JpzAAAAFklEQVR42mO+s6XinAgD8zkRBjm5HgAoKwSbdKVq4AAAAABJRU5ErkJggg=="
 """An image of 2x2 pixels, to try a route out with."""
 EXAMPLE = {"requestBody": {"content": {"application/json": {"example": {"image": TINY, "options": {"scale": 8}}}}}}
 """The request that the OpenAPI page begins with."""
-
-
-def options_field(default: Any, description: str) -> Any:
-    """A field for options, for pydantic 1 (A1111) and 2 (Forge)."""
-    more = OPTIONS if VERSION.startswith("1.") else {"json_schema_extra": OPTIONS}
-    return Field(default, description=description, **more)
 
 
 class Route(APIRoute):
@@ -88,114 +75,6 @@ class Route(APIRoute):
                 raise HTTPException(error.status_code, error.detail) from error
 
         return route
-
-
-class Refused(BaseModel):
-    """Why a request is not answered."""
-
-    detail: str = Field(..., description="What is wrong, in one line.")
-
-
-class Body(BaseModel):
-    """A request; unknown fields are refused."""
-
-    options: dict[str, Any] = options_field(
-        {}, "DINO Tile's options by name, as for img2img; what is left out has its default."
-    )
-    resize_width: int = Field(
-        0, ge=0, le=MAX_SIDE, description="img2img's width, in pixels; counts only with the target 'img2img size'."
-    )
-    resize_height: int = Field(0, ge=0, le=MAX_SIDE, description="img2img's height, likewise.")
-    resize_mode: int = Field(
-        0,
-        ge=0,
-        le=3,
-        description="img2img's resize mode, likewise: 0 stretches, 1 crops, 2 fills the border, 3 stretches, too.",
-    )
-
-    class Config:
-        extra = "forbid"
-
-
-class PlanRequest(Body):
-    """An image, or its width and height."""
-
-    image: str | None = Field(None, description="The image in base64 (PNG, JPEG, WebP ...), as a data URL or not.")
-    width: int | None = Field(None, ge=1, le=MAX_SIDE, description="The image's width in pixels, in place of it.")
-    height: int | None = Field(None, ge=1, le=MAX_SIDE, description="The image's height in pixels.")
-
-
-class MapRequest(Body):
-    """An image."""
-
-    image: str = Field(..., description="The image in base64 (PNG, JPEG, WebP ...), as a data URL or not.")
-
-
-class Version(BaseModel):
-    version: str
-
-
-class Tile(BaseModel):
-    number: int = Field(..., description="Counted from 1, row by row.")
-    x: int = Field(..., description="Its left edge, in pixels of the result.")
-    y: int = Field(..., description="Its upper edge.")
-    width: int
-    height: int
-
-
-class Plan(BaseModel):
-    """The tiles that would be painted."""
-
-    width: int = Field(..., description="Of the result, in pixels.")
-    height: int = Field(..., description="Of the result, in pixels.")
-    options: dict[str, Any] = options_field(
-        ..., "All options as they would be used: with defaults, and the tile size that the checkpoint likes."
-    )
-    tiles: list[Tile] = Field(
-        ...,
-        description="Row by row. They overlap. The last may reach up to 7 pixels over the result, which are cut off.",
-    )
-    waves: list[list[int]] = Field(
-        ...,
-        description="Numbers of the tiles in the order in which they are painted; those of a wave do not overlap.",
-    )
-    painted: int = Field(..., description="How many tiles are painted in all, with those of the seam pass.")
-
-
-class SemanticMap(BaseModel):
-    image: str = Field(
-        ...,
-        description="A PNG in base64: the image with its numbered tiles, in like colours where DINO sees the like.",
-    )
-    width: int = Field(..., description="Of the PNG, in pixels: the result's, but at most 2048 a side.")
-    height: int
-
-
-class Weights(BaseModel):
-    """Description of a file. Besides the fields here it has all that `python -m lib_dinotile info FILE` prints."""
-
-    name: str = Field(..., description="As the option takes it.")
-    error: str | None = Field(None, description="Why the file cannot be used; it has no other fields then.")
-    kind: str | None = Field(None, description="adapter, or restoration heads.")
-    base: str | None = Field(None, description="The family of checkpoints that an adapter is for: sd15, sdxl ...")
-    encoder: str | None = Field(None, description="The encoder that it was trained with.")
-    features: int | None = Field(None, description="Numbers that this encoder tells of a patch.")
-    parameters: int | None = None
-    megabytes: float | None = None
-    made: dict[str, str] | None = Field(None, description="How it was made, if its maker says so.")
-
-    class Config:
-        extra = "allow"
-
-
-class Encoder(BaseModel):
-    name: str = Field(..., description="As the option `encoder` takes it.")
-    installed: bool = Field(..., description="If not, using it downloads it first.")
-    calibrated: list[float] = Field(
-        ...,
-        description="The scales that there are calibrated heads for, of 1, 2 and 4; others are made when first needed.",
-    )
-    automatic: bool = Field(..., description="Whether the option's value Automatic stands for it now.")
 
 
 router = APIRouter(
@@ -269,22 +148,75 @@ def semantic_map(request: MapRequest) -> Any:
     """
     settings, source = Settings.parse(request.options), read_image(_file(request.image), "image")
     preview = _preview(source.size, settings, request)
-    with call_queue.queue_lock:
-        try:
-            picture = preview.semantic_map(source)
-        except Exception as error:
-            if not is_out_of_memory(error):
-                raise
-            raise DinotileError(
-                "there is not enough memory: give a smaller image, or less patches or windows"
-            ) from error
+    with call_queue.queue_lock, _enough_memory():
+        picture = preview.semantic_map(source)
+    return _png(picture)
+
+
+@router.post("/regions", response_model=Regions, openapi_extra=EXAMPLE)
+def regions(request: RegionRequest) -> Any:
+    """The regions of an image: their letters, shares and boxes, and a picture of them.
+
+    Nothing is painted. It is answered after what is being generated.
+    """
+    settings, source = Settings.parse(request.options), read_image(_file(request.image), "image")
+    if settings.regions == NO_REGIONS:
+        raise DinotileError("regions: 0 finds none, give automatic or how many")
+    if request.interrogator:
+        check_name("interrogator", request.interrogator, list(interrogators()))
+    preview = _preview(source.size, settings, request)
+    with call_queue.queue_lock, _enough_memory():
+        found, picture = preview.regions(source)
+        words = {letter: settings.region_words.get(letter, "") for letter in found.letters}
+        if request.interrogator:
+            words = ask(request.interrogator, preview.cut(source), found, words)
+    return {
+        "regions": [
+            {
+                "letter": letter,
+                "share": share,
+                "box": dataclasses.asdict(found.box(letter)),
+                "crop": dataclasses.asdict(found.best_crop(letter)),
+                "words": words[letter],
+            }
+            for letter, share in zip(found.letters, found.areas)
+        ],
+        "region_prompts": lines(words),
+        **_png(picture),
+    }
+
+
+@router.get("/regions", response_model=Regions)
+def regions_of(
+    image: str = Query(..., description="A small image in base64; larger ones by POST."),
+    options: str = Query("{}", description="DINO Tile's options as JSON."),
+    interrogator: str = Query("", description="As for POST."),
+) -> Any:
+    """The same for an image in the address."""
+    try:
+        parsed = json.loads(options)
+    except ValueError as error:
+        raise DinotileError(f"options: this is no JSON: {one_line(error)}") from error
+    if not isinstance(parsed, dict):
+        raise DinotileError("options: give one dict of options")
+    return regions(RegionRequest(image=image, options=parsed, interrogator=interrogator))
+
+
+@contextlib.contextmanager
+def _enough_memory() -> Iterator[None]:
+    """DinotileError where memory runs out in it."""
+    try:
+        yield
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        raise DinotileError("there is not enough memory: give a smaller image, or less patches or windows") from error
+
+
+def _png(picture: Image.Image) -> dict[str, Any]:
     file = io.BytesIO()
     picture.save(file, "PNG")
-    return {
-        "image": base64.b64encode(file.getvalue()).decode(),
-        "width": picture.width,
-        "height": picture.height,
-    }
+    return {"image": base64.b64encode(file.getvalue()).decode(), "width": picture.width, "height": picture.height}
 
 
 def _preview(size: tuple[int, int], settings: Settings, request: Body) -> Preview:

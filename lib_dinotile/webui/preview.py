@@ -5,8 +5,7 @@ from __future__ import annotations
 import dataclasses
 import html
 import json
-import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -19,7 +18,6 @@ from modules import (
     images,
     infotext_utils,
     processing,
-    scripts,
     sd_models,
     shared,
     ui_tempdir,
@@ -29,15 +27,18 @@ from PIL import Image, ImageOps
 from lib_dinotile import DinotileError
 from lib_dinotile.condition.conditioner import Conditioner, installed_weights
 from lib_dinotile.dino.encoder import encoder_dtype
+from lib_dinotile.dino.regions import Regions
 from lib_dinotile.engine import flow
 from lib_dinotile.engine.host import check_name
 from lib_dinotile.engine.retry import reserve
 from lib_dinotile.hosts import upscalers
 from lib_dinotile.hosts.webui import base_of
-from lib_dinotile.settings import OFF, SEMANTIC, Settings
+from lib_dinotile.settings import NO_REGIONS, OFF, SEMANTIC, Settings
 from lib_dinotile.tiling.plan import TilePlan
 from lib_dinotile.webui import folders
 from lib_dinotile.webui.area import Area
+from lib_dinotile.webui.regions import Naming, ask, lines
+from lib_dinotile.webui.speed import guess
 
 IMAGES = ("img2img_image", "img2img_sketch", "img2maskimg", "inpaint_sketch", "img_inpaint_base")
 """The places for a source, in the order of img2img's tabs."""
@@ -56,16 +57,9 @@ NUMBERS = {
 """img2img's own controls that a preview depends on."""
 LAST = "img2img_gallery"
 """By the time that this is there, all of them are."""
+PROMPTS = Settings.option("region_prompts")
 INFORMATION = "generation_info_"
 """With a tab's name: its hidden text box with the infotexts of the images that it shows, as JSON (`Processed.js`)."""
-
-SLOW = 5.0
-"""Seconds of a first trial above which there is no other."""
-STEPS = 1, 4
-"""Of the other trials."""
-
-_speed: dict[str, tuple[float, float]] = {}
-"""By checkpoint: seconds for a megapixel, and for each step of it."""
 
 
 def loaded() -> Any:
@@ -118,8 +112,19 @@ class Preview:
 
     def semantic_map(self, image: Image.Image) -> Image.Image:
         """The semantic map of the image (RGB), with the tiles. DinotileError if an encoder or adapter is not there."""
+        return flow.preview(self._conditioner(), self._area.cut(image), self.plan)
+
+    def regions(self, image: Image.Image) -> tuple[Regions, Image.Image]:
+        """The regions of the image (RGB) over the result, and a picture of them. DinotileError likewise."""
+        return flow.find_regions(self._conditioner(), self._area.cut(image), self.settings, self.plan)
+
+    def cut(self, image: Image.Image) -> Image.Image:
+        """The part of the image that the result shows."""
+        return self._area.cut(image)
+
+    def _conditioner(self) -> Conditioner:
         device = torch.device(devices.device)
-        conditioner = Conditioner.without_model(
+        return Conditioner.without_model(
             dataclasses.replace(self.settings, maps=SEMANTIC, guard=OFF),
             folders.trained_heads(),
             device,
@@ -128,72 +133,12 @@ class Preview:
             folders.encoders(),
             trusted=False,
         )
-        return flow.preview(conditioner, self._area.cut(image), self.plan)
 
 
 def waves(plan: TilePlan) -> Sequence[Sequence[int]]:
     """The numbers of the tiles, counted from 1 row by row, in their order; those of a wave together."""
     numbers = {tile: number for number, tile in enumerate(plan.tiles, 1)}
     return [] if plan.order == "none" else [[numbers[tile] for tile in wave] for wave in plan.waves]
-
-
-def _checkpoint(model: Any) -> str:
-    return model.sd_checkpoint_info.filename
-
-
-def learn_speed(model: Any, seconds: float, pixels: float, steps: int) -> None:
-    """Keep the time that it took to paint so many pixels in so many steps each, retries and all else included."""
-    if seconds > 0 and pixels and steps:
-        _speed[_checkpoint(model)] = 0.0, seconds * 1e6 / (pixels * steps)
-
-
-def known_seconds(model: Any, pixels: int, steps: int) -> float | None:
-    """Seconds that it will take, if anything was painted with this checkpoint before."""
-    known = _speed.get(_checkpoint(model))
-    return None if known is None else (known[0] + known[1] * steps) * pixels / 1e6
-
-
-def _try_out(model: Any, tile: tuple[int, int]) -> None:
-    """Learns from one tile of that (width, height), painted by the WebUI itself; nothing of it is kept.
-
-    The first trial may have to load weights, so it counts only where it is so slow that more would keep the user
-    waiting.
-    """
-    seconds = _seconds(model, tile, 1)
-    if seconds > SLOW:
-        learn_speed(model, seconds, tile[0] * tile[1], 1)
-        return
-    few, many = (_seconds(model, tile, steps) for steps in STEPS)
-    step = max(0.0, many - few) / (STEPS[1] - STEPS[0])
-    megapixels = tile[0] * tile[1] / 1e6
-    _speed[_checkpoint(model)] = max(0.0, few - step * STEPS[0]) / megapixels, step / megapixels
-
-
-def _seconds(model: Any, tile: tuple[int, int], steps: int) -> float:
-    """Seconds of one img2img."""
-    p = processing.StableDiffusionProcessingImg2Img(
-        sd_model=model,
-        init_images=[Image.new("RGB", tile, "grey")],
-        width=tile[0],
-        height=tile[1],
-        steps=steps,
-        denoising_strength=1.0,
-        sampler_name="Euler",
-        scheduler="Automatic",
-        seed=0,
-        do_not_save_samples=True,
-        do_not_save_grid=True,
-    )
-    p.scripts = scripts.ScriptRunner()  # none; reForge asks which there are
-    shared.state.begin(job="dinotile preview")
-    began = time.perf_counter()
-    try:
-        processing.process_images(p)
-    finally:
-        p.close()
-        shared.state.end()
-        shared.total_tqdm.clear()
-    return time.perf_counter() - began
 
 
 class Img2Img:
@@ -207,7 +152,7 @@ class Img2Img:
         self._found: dict[str, Any] = {}
         self._place: str | None = None
         self._hidden: list[Any] = []
-        self._own: tuple[Any, Any, Any, Mapping[str, Any]] | None = None
+        self._own: tuple[Any, Any, Any, Naming, Mapping[str, Any]] | None = None
 
     def on_component(self, component: Any, **arguments: Any) -> None:
         """Called with every component that is built, and the arguments that it is built with."""
@@ -227,14 +172,14 @@ class Img2Img:
         elif name == LAST:
             self._connect()
 
-    def show_in(self, button: Any, text: Any, picture: Any, options: Mapping[str, Any]) -> None:
-        """Set the button, the line and the image of the preview, and the controls that its options come from."""
-        self._own = button, text, picture, options
+    def show_in(self, button: Any, text: Any, picture: Any, naming: Naming, options: Mapping[str, Any]) -> None:
+        """Set the button, the line, the image and the fields of the preview, and the controls of the options."""
+        self._own = button, text, picture, naming, options
 
     def _connect(self) -> None:
         if self._own is None:
             return
-        button, text, picture, options = self._own
+        button, text, picture, naming, options = self._own
         places = [name for name in IMAGES if name in self._found]
         numbers = [key for key, name in NUMBERS.items() if name in self._found]
         tabs = self._hidden[:2]
@@ -245,15 +190,23 @@ class Img2Img:
             *options.values(),
         ]
 
-        def ask(*values: Any) -> tuple[Any, Any]:
+        def show_preview(interrogator: str, values: Sequence[Any]) -> list[Any]:
             rest = iter(values)
             sources = {name: next(rest) for name in places}
             img2img = {key: next(rest) for key in numbers}
             chosen, sizing = [next(rest) for _ in tabs] if len(tabs) == 2 else (0, 0)
             chosen_options = dict(zip(options, rest))
-            return answer(sources, int(chosen or 0), int(sizing or 0), img2img, chosen_options)
+            where = sources, int(chosen or 0), int(sizing or 0), img2img
+            return answer(*where, chosen_options, interrogator)
 
-        button.click(fn=ask, inputs=inputs, outputs=[text, picture])
+        prompts = options["region_prompts"]
+
+        def clicked(interrogator: str) -> Callable[..., list[Any]]:
+            return lambda *values: show_preview(interrogator, values)
+
+        for name, each in {"": button, **naming.buttons}.items():
+            each.click(fn=clicked(name), inputs=inputs, outputs=[text, picture, *naming.outputs, prompts])
+        naming.connect(picture, prompts)
 
 
 class Captions:
@@ -285,26 +238,54 @@ def last_captions(information: str | None) -> Any:
 
 
 def answer(
-    sources: Mapping[str, Any], chosen: int, sizing: int, img2img: Mapping[str, Any], options: Mapping[str, Any]
-) -> tuple[Any, Any]:
-    """Updates of the line and of the image; the line also says why an image cannot be upscaled."""
+    sources: Mapping[str, Any],
+    chosen: int,
+    sizing: int,
+    img2img: Mapping[str, Any],
+    options: Mapping[str, Any],
+    interrogator: str = "",
+) -> list[Any]:
+    """Updates of the line, of the image, of what belongs to the regions and of their prompts.
+
+    The line also says why an image cannot be upscaled. interrogator: is asked for regions without words, if any.
+    """
     try:
         with call_queue.queue_lock:  # after what is being generated
-            line, picture = show(sources, chosen, sizing, img2img, options)
+            found = show(sources, chosen, sizing, img2img, options, interrogator)
         ui_tempdir.on_tmpdir_changed()  # Forge Neo puts pictures into a folder that it makes only when that is set
-        return gr.update(value=f"<p>{html.escape(line)}</p>"), gr.update(value=picture, visible=True)
+        line, image = gr.update(value=f"<p>{html.escape(found.line)}</p>"), gr.update(value=found.picture, visible=True)
+        prompts = gr.update(value=lines(found.words)) if interrogator else gr.update()
+        return [line, image, *Naming.updates(found.regions, found.words), prompts]
     except DinotileError as error:
         line = str(error)
     except Exception as error:
         errors.report("DINO Tile: preview failed", exc_info=True)
         line = f"the preview failed: {' '.join(str(error).split()) or type(error).__name__}"
-    return gr.update(value=f"<div class='error'>{html.escape(line)}</div>"), gr.update(value=None, visible=False)
+    failed = gr.update(value=f"<div class='error'>{html.escape(line)}</div>"), gr.update(value=None, visible=False)
+    return [*failed, *Naming.updates(None, {}), gr.update()]
+
+
+@dataclasses.dataclass(frozen=True)
+class Shown:
+    """A preview."""
+
+    line: str
+    picture: Image.Image
+    """RGB."""
+    regions: Regions | None
+    words: Mapping[str, str]
+    """Of the regions."""
 
 
 def show(
-    sources: Mapping[str, Any], chosen: int, sizing: int, img2img: Mapping[str, Any], options: Mapping[str, Any]
-) -> tuple[str, Any]:
-    """The line and the picture (RGB). DinotileError as in a run."""
+    sources: Mapping[str, Any],
+    chosen: int,
+    sizing: int,
+    img2img: Mapping[str, Any],
+    options: Mapping[str, Any],
+    interrogator: str = "",
+) -> Shown:
+    """The preview of an image. DinotileError as in a run."""
     if chosen == BATCH:
         raise DinotileError("a preview shows one image: choose a tab with one, Batch has many")
     source = sources.get(IMAGES[chosen])
@@ -318,22 +299,20 @@ def show(
         given = width, height
     model = checkpoint()
     preview = Preview(source.size, settings, model, given, int(img2img.get("resize") or 0))
-    picture = preview.semantic_map(source)
+    regions, words, beyond = None, settings.region_words, ""
+    if settings.regions == NO_REGIONS:
+        picture = preview.semantic_map(source)
+    else:
+        regions, picture = preview.regions(source)
+        beyond = "".join(letter for letter in words if letter not in regions.letters)
+        words = {letter: text for letter, text in words.items() if letter not in beyond}
+        if interrogator:
+            words = ask(interrogator, preview.cut(source), regions, words)
     steps = max(1, int((img2img.get("steps") or 20) * min(img2img.get("denoise") or 0, 0.999)) + 1)
-    return describe(preview, guess(preview, model, steps)), picture
-
-
-def guess(preview: Preview, model: Any, steps: int) -> float | None:
-    """Seconds that it will take, or None if that cannot be said."""
-    _, pixels = preview.workload
-    known = known_seconds(model, pixels, steps)
-    if known is None and pixels:
-        try:
-            _try_out(model, preview.plan.tile_size)
-        except Exception:
-            errors.report("DINO Tile: a tile could not be tried out", exc_info=True)
-        known = known_seconds(model, pixels, steps)
-    return known
+    line = describe(preview, guess(model, preview.workload[1], preview.plan.tile_size, steps))
+    if beyond:
+        line += f" There is no region {beyond[0]} in this image: take its line out of {PROMPTS.label}."
+    return Shown(line, picture, regions, words)
 
 
 def describe(preview: Preview, seconds: float | None) -> str:
@@ -347,7 +326,10 @@ def describe(preview: Preview, seconds: float | None) -> str:
     time = "" if not tiles else ", time not known yet" if seconds is None else f", about {in_words(seconds)}"
     more = reserve(preview.settings) * (seconds or 0)
     time += f", and up to {in_words(more)} more for tiles that the guard paints again" if more else ""
-    return f"{plan.width} x {plan.height} pixels: {work}{time}. In colours: what DINO sees; alike is what looks alike."
+    colours = "what DINO sees; alike is what looks alike."
+    if preview.settings.regions != NO_REGIONS:
+        colours = "regions in which DINO sees the like. Name them below, and every tile is told what it shows."
+    return f"{plan.width} x {plan.height} pixels: {work}{time}. In colours: {colours}"
 
 
 def in_words(seconds: float) -> str:

@@ -33,7 +33,7 @@ from lib_dinotile.settings import NONE, OFF, Settings
 from lib_dinotile.tiling.noise import NoiseField
 from lib_dinotile.webui import folders
 from lib_dinotile.webui.area import Area
-from lib_dinotile.webui.preview import learn_speed
+from lib_dinotile.webui.speed import learn_speed
 
 T = TypeVar("T")
 
@@ -177,9 +177,11 @@ def check_tiles_can_follow(p: Any, settings: Settings) -> None:
     switches = ("hypertile_enable_unet", "hypertile_enable_vae")
     if any(p.override_settings.get(name, getattr(shared.opts, name, False)) for name in switches):
         raise DinotileError("HyperTile takes the whole picture for a tile: switch it off in the settings")
-    for text in (settings.tile_prompt, settings.tile_prompts):
+    for text in (settings.tile_prompt, settings.tile_prompts, settings.region_prompts):
         if extra_networks.parse_prompt(text)[1]:
-            raise DinotileError("tile prompts cannot load networks such as LoRA: write them into the main prompt")
+            raise DinotileError(
+                "prompts of tiles and regions cannot load networks such as LoRA: write them into the main prompt"
+            )
 
 
 class Takeover:
@@ -213,6 +215,11 @@ class Takeover:
             settings = dataclasses.replace(settings, colour="none")  # what is new has colours of its own
         if p.image_mask is not None and p.inpainting_fill != ORIGINAL:
             settings = dataclasses.replace(settings, guidance=0.0, guard=OFF)  # and is not to show what was there
+        if p.image_mask is not None and p.inpaint_full_res and settings.region_words:
+            raise DinotileError(
+                "prompts by region: Only masked shows DINO a part of the image, whose regions have other letters: set "
+                "Inpaint area to Whole picture, or regions to 0"
+            )
         self._job, self._settings = weakref.ref(p), settings
         self._area = Area(p, settings, sizes.pop())
 

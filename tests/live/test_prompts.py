@@ -151,8 +151,11 @@ def test_png_info_gives_the_image_again(webui: WebUI, square: Image.Image):
         ({"tile_prompts": "4: a\n5: b"}, "tile_prompts: there is no tile 5, this image has 4"),
         ({"tile_prompt_mode": "both"}, "tile_prompt_mode: 'both' is not allowed, give one of follow, replace"),
         ({"captions": "nope"}, "captions: 'nope' is not installed, give one of None.*"),
-        ({"tile_prompt": "<lora:x:1>"}, "tile prompts cannot load networks such as LoRA: .* the main prompt"),
-        ({"tile_prompts": "1: a <lora:x:1>"}, "tile prompts cannot load networks such as LoRA: .* the main prompt"),
+        ({"tile_prompt": "<lora:x:1>"}, "prompts of tiles .* cannot load networks such as LoRA: .* the main prompt"),
+        (
+            {"tile_prompts": "1: a <lora:x:1>"},
+            "prompts of tiles .* cannot load networks such as LoRA: .* the main prompt",
+        ),
     ],
 )
 def test_what_is_not_allowed_is_refused(webui: WebUI, square: Image.Image, options, line: str):

@@ -1,0 +1,130 @@
+"""Are the regions that dinotile finds the true ones?
+
+python benchmarks/regions.py [--dino NAME|FOLDER] [--root FOLDER ...] [--json]
+
+In the closed world the truth is the class of each pixel; six photographs that the built-in encoder never saw were
+segmented by hand (benchmarks/segmentations.json). dinotile runs at its defaults. Beside it SLIC (Achanta et al. 2012), with
+as many segments as dinotile found, and with as many as there truly are.
+
+The index is the adjusted Rand index of all pixels' labels (Hubert & Arabie 1985): 1 is agreement, 0 what chance gives.
+Purity is the share of the pixels whose region's commonest true label is their own: more regions than needed only cost
+more names.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageDraw
+from skimage.segmentation import slic
+from sklearn.metrics import adjusted_rand_score
+from sklearn.metrics.cluster import contingency_matrix
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from benchmarks.arms import interval
+from benchmarks.judging import LABELLED, REPORT_SEED
+from benchmarks.photographs import LANCZOS, installed
+from benchmarks.world import WEIGHTS
+from benchmarks.world.host import SETTINGS
+from benchmarks.world.scenes import as_image, evaluation_scenes
+from lib_dinotile.condition.conditioner import Conditioner
+from lib_dinotile.dino.encoder import BUILT_IN, load_encoder
+from lib_dinotile.dino.locks import models_folder
+from lib_dinotile.settings import Settings
+from tools.mini.images import HELD_OUT
+
+SEGMENTATIONS: dict[str, Any] = json.loads(Path(__file__).with_name("segmentations.json").read_text(encoding="utf-8"))
+"""By photo: `size` (width, height), `polygons` as (name, corners in pixels), and the name of the `rest`."""
+ENCODERS, PICTURES = (LABELLED, "encoder-unlabelled"), 40
+"""Of the closed world."""
+TRUTH, DINOTILE, SLIC, INFORMED = "truth", "dinotile", "SLIC", "SLIC, true number"
+WAYS = DINOTILE, SLIC, INFORMED
+Row = dict[str, dict[str, float]]
+"""Of one picture: `regions`, `index` and `purity` of the truth and of each way to find regions."""
+
+
+def rasterised(segmentation: dict[str, Any]) -> np.ndarray:
+    """(height, width) uint8: one label for each name; later polygons lie over earlier ones. The rest is 0."""
+    names = [*dict.fromkeys([segmentation["rest"], *(name for name, _ in segmentation["polygons"])])]
+    image = Image.new("L", tuple(segmentation["size"]))
+    for name, corners in segmentation["polygons"]:
+        ImageDraw.Draw(image).polygon([tuple(corner) for corner in corners], fill=names.index(name))
+    return np.array(image)
+
+
+def agreement(truth: np.ndarray, labels: np.ndarray) -> dict[str, float]:
+    """Of two labels for each pixel, (H, W)."""
+    shared = contingency_matrix(truth.ravel(), labels.ravel())
+    index = float(adjusted_rand_score(truth.ravel(), labels.ravel()))
+    return {"regions": shared.shape[1], "index": index, "purity": float(shared.max(0).sum() / truth.size)}
+
+
+def superpixels(image: np.ndarray, number: int) -> np.ndarray:
+    """(H, W): SLIC's segments of an image (H, W, 3), no fewer than so many. It takes the number for a hint, so it is
+    asked for more until it gives enough."""
+    tries = (slic(image, asked) for asked in itertools.count(number))
+    return next(labels for labels in tries if len(np.unique(labels)) >= number)
+
+
+def measure(conditioner: Conditioner, source: Image.Image, truth: np.ndarray) -> Row:
+    """The figures of one source (RGB); truth: the label of each pixel of the canvas, (H, W)."""
+    height, width = truth.shape
+    cells = conditioner.regions(source, (width, height)).labels.numpy()
+    rows, columns = ((2 * np.arange(side) + 1) * n // (2 * side) for side, n in zip(truth.shape, cells.shape))
+    found, canvas = cells[np.ix_(rows, columns)], np.asarray(source.resize((width, height), LANCZOS))
+    numbers = {SLIC: len(np.unique(found)), INFORMED: len(np.unique(truth))}
+    segments = {way: superpixels(canvas, number) for way, number in numbers.items()}
+    return {way: agreement(truth, labels) for way, labels in {TRUTH: truth, DINOTILE: found, **segments}.items()}
+
+
+def show(name: str, rows: Sequence[Row], sampled: bool = False) -> None:
+    """Print a line of means; sampled: the pictures are some of very many, so with intervals of 95 %."""
+
+    def mean(way: str, figure: str, form: str = "{:.3f}") -> str:
+        values = [row[way][figure] for row in rows]
+        between = " ({:.3f} to {:.3f})".format(*interval(values)) if sampled and figure != "regions" else ""
+        return form.format(np.mean(values)) + between
+
+    ways = (f"{way} {mean(way, 'regions', '{:.1f}')}: {mean(way, 'index')}, {mean(way, 'purity')}" for way in WAYS)
+    print(f"{name:25} {' | '.join([mean(TRUTH, 'regions', '{:.1f}'), *ways])}", flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--dino", default=BUILT_IN, help="encoder for the photographs: its name, or a folder")
+    parser.add_argument("--root", type=Path, action="append", default=[], help="where else unpacked packages lie")
+    parser.add_argument("--json", action="store_true", help="one last line of JSON")
+    arguments = parser.parse_args()
+    print("regions in truth | found: adjusted Rand index, purity")
+    world: dict[str, list[Row]] = {}
+    for name in ENCODERS:
+        conditioner, scenes = (
+            Conditioner(SETTINGS, load_encoder(str(WEIGHTS / name))),
+            evaluation_scenes(PICTURES, REPORT_SEED),
+        )
+        world[name] = [measure(conditioner, as_image(made.source), made.class_map) for made in scenes]
+        show(f"world, {name}", world[name], sampled=True)
+    conditioner = Conditioner(Settings(), load_encoder(arguments.dino, models_folder("encoders")))
+    photos = installed(HELD_OUT, arguments.root)
+    measured = {name: measure(conditioner, photo, rasterised(SEGMENTATIONS[name])) for name, photo in photos.items()}
+    for name, row in measured.items():
+        show(name, [row])
+    if measured:
+        show(f"{len(measured)} photos, {conditioner.encoder.id}", [*measured.values()])
+    missing = ", ".join(name for name in SEGMENTATIONS if name not in measured)
+    if missing:
+        print(f"not installed, see --root: {missing}")
+    if arguments.json:
+        print(json.dumps({"world": world, "photographs": {"encoder": conditioner.encoder.id, **measured}}))
+
+
+if __name__ == "__main__":
+    main()

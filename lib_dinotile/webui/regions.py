@@ -1,0 +1,130 @@
+"""The regions of a preview: fields for their words, the interrogators' words for them, and which one a place is in."""
+
+from __future__ import annotations
+
+import html
+import inspect
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import gradio as gr
+import torch
+from PIL import Image
+
+from lib_dinotile.dino.regions import Regions
+from lib_dinotile.engine.flow import map_scale
+from lib_dinotile.hosts.interrogators import interrogators
+from lib_dinotile.lines import LETTERS
+
+BESIDE = 3
+"""Fields in a row."""
+TO_LINES = f"""(...words) => words.map((text, n) => [{LETTERS!r}[n], text.trim()])
+    .filter(([, text]) => text).map(([letter, text]) => `${{letter}}: ${{text}}`).join("\\n")"""
+"""What the option's text is made of, in the browser: nothing typed waits for the server."""
+FROM_LINES = f"""(text) => [...{LETTERS!r}].map(letter => text.split(/\\n|;(?=\\s*[{LETTERS}]\\s*:)/i)
+    .map(line => line.match(/^\\s*(\\w)\\s*:(.*)$/)).filter(found => found && found[1].toUpperCase() === letter)
+    .map(found => found[2].trim()).join(" "))"""
+"""The other way round."""
+
+
+@dataclass(frozen=True)
+class Shown:
+    """What the page keeps of the regions that it shows: plain values, no tensor."""
+
+    labels: Sequence[Sequence[int]]
+    canvas: tuple[int, int]
+
+    @classmethod
+    def of(cls, regions: Regions) -> Shown:
+        return cls(regions.labels.tolist(), regions.canvas)
+
+    @property
+    def regions(self) -> Regions:
+        return Regions(torch.tensor(self.labels), self.canvas)
+
+
+class Naming:
+    """The controls below the preview of a tab."""
+
+    def __init__(self, prefix: str) -> None:
+        """Builds them, hidden; prefix: of their ids."""
+        self.place = gr.HTML(elem_id=f"{prefix}region_at")
+        self.shown = gr.State(None)
+        self.fields: list[Any] = []
+        with gr.Column(visible=False, elem_id=f"{prefix}naming") as self.all:
+            for start in range(0, len(LETTERS), BESIDE):
+                with gr.Row(elem_classes="dinotile-row"):
+                    for letter in LETTERS[start : start + BESIDE]:
+                        self.fields.append(
+                            gr.Textbox(label=letter, visible=False, elem_id=f"{prefix}region_{letter}", max_lines=2)
+                        )
+            with gr.Row():
+                self.buttons = {
+                    name: gr.Button(f"Ask {name} for the empty ones", size="sm", elem_id=f"{prefix}ask_{name}")
+                    for name in interrogators()
+                }
+
+    @property
+    def outputs(self) -> list[Any]:
+        """What `updates` is for."""
+        return [self.place, self.shown, self.all, *self.fields]
+
+    @staticmethod
+    def updates(regions: Regions | None, words: Mapping[str, str]) -> list[Any]:
+        """The controls for these regions; without any they are hidden."""
+        if regions is None:
+            return ["", None, gr.update(visible=False), *(gr.update(visible=False) for _ in LETTERS)]
+        fields = [
+            gr.update(visible=True, value=words.get(letter, ""), label=f"{letter}, {share:.0%} of the picture")
+            for letter, share in zip(regions.letters, regions.areas)
+        ]
+        fields += [gr.update(visible=False, value="")] * (len(LETTERS) - len(fields))
+        return ["", Shown.of(regions), gr.update(visible=True), *fields]
+
+    def connect(self, picture: Any, prompts: Any) -> None:
+        """picture: the preview; prompts: the control of the option `region_prompts`."""
+        picture.select(fn=where, inputs=[self.shown], outputs=[self.place], show_progress=False)
+        for field in self.fields:
+            _in_the_browser(field.input, TO_LINES, self.fields, [prompts])
+        _in_the_browser(prompts.input, FROM_LINES, [prompts], self.fields)
+
+
+def where(shown: Shown | None, event: gr.SelectData) -> str:
+    """Says in which region a click on the picture is."""
+    if shown is None:
+        return ""
+    regions = shown.regions
+    x, y = (place / map_scale(regions.canvas) for place in event.index)
+    if x >= regions.canvas[0] or y >= regions.canvas[1]:  # the legend
+        return ""
+    letter = regions.at(x, y)
+    return f"<p>This place is in region <b>{html.escape(letter)}</b>.</p>"
+
+
+def ask(interrogator: str, source: Image.Image, regions: Regions, words: Mapping[str, str]) -> dict[str, str]:
+    """Words of all regions: those that have none get the interrogator's for the square that shows them best.
+
+    source: RGB, of any size. DinotileError if the interrogator fails.
+    """
+    empty = [letter for letter in regions.letters if not words.get(letter)]
+    found = interrogators()[interrogator]([crop(source, regions, letter) for letter in empty])
+    return {**words, **dict(zip(empty, found))}
+
+
+def crop(source: Image.Image, regions: Regions, letter: str) -> Image.Image:
+    """The part of a source (RGB), of any size, that shows a region best."""
+    area, ratio = regions.best_crop(letter), source.width / regions.canvas[0]
+    box = [round(side * ratio) for side in (area.x, area.y, area.right, area.bottom)]
+    return source.crop((box[0], box[1], max(box[2], box[0] + 1), max(box[3], box[1] + 1)))
+
+
+def lines(words: Mapping[str, str]) -> str:
+    """Words of regions as the option `region_prompts` takes them."""
+    return "\n".join(f"{letter}: {text}" for letter, text in sorted(words.items()) if text)
+
+
+def _in_the_browser(listen: Any, script: str, inputs: Sequence[Any], outputs: Sequence[Any]) -> None:
+    """Connects an event with JavaScript alone. Gradio 3 has another name for it."""
+    name = "js" if "js" in inspect.signature(listen).parameters else "_js"
+    listen(fn=None, inputs=list(inputs), outputs=list(outputs), **{name: script})

@@ -1,0 +1,88 @@
+"""How fast a checkpoint paints: from the last run, or from tiles that are tried out."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+from modules import errors, processing, scripts, shared
+from PIL import Image
+
+SLOW = 5.0
+"""Seconds of a first trial above which there is no other."""
+STEPS = 1, 4
+"""Of the other trials."""
+
+_speed: dict[str, tuple[float, float]] = {}
+"""By checkpoint: seconds for a megapixel, and for each step of it."""
+
+
+def _checkpoint(model: Any) -> str:
+    return model.sd_checkpoint_info.filename
+
+
+def learn_speed(model: Any, seconds: float, pixels: float, steps: int) -> None:
+    """Keep the time that it took to paint so many pixels in so many steps each, retries and all else included."""
+    if seconds > 0 and pixels and steps:
+        _speed[_checkpoint(model)] = 0.0, seconds * 1e6 / (pixels * steps)
+
+
+def known_seconds(model: Any, pixels: int, steps: int) -> float | None:
+    """Seconds that it will take, if anything was painted with this checkpoint before."""
+    known = _speed.get(_checkpoint(model))
+    return None if known is None else (known[0] + known[1] * steps) * pixels / 1e6
+
+
+def _try_out(model: Any, tile: tuple[int, int]) -> None:
+    """Learns from one tile of that (width, height), painted by the WebUI itself; nothing of it is kept.
+
+    The first trial may have to load weights, so it counts only where it is so slow that more would keep the user
+    waiting.
+    """
+    seconds = _seconds(model, tile, 1)
+    if seconds > SLOW:
+        learn_speed(model, seconds, tile[0] * tile[1], 1)
+        return
+    few, many = (_seconds(model, tile, steps) for steps in STEPS)
+    step = max(0.0, many - few) / (STEPS[1] - STEPS[0])
+    megapixels = tile[0] * tile[1] / 1e6
+    _speed[_checkpoint(model)] = max(0.0, few - step * STEPS[0]) / megapixels, step / megapixels
+
+
+def _seconds(model: Any, tile: tuple[int, int], steps: int) -> float:
+    """Seconds of one img2img."""
+    p = processing.StableDiffusionProcessingImg2Img(
+        sd_model=model,
+        init_images=[Image.new("RGB", tile, "grey")],
+        width=tile[0],
+        height=tile[1],
+        steps=steps,
+        denoising_strength=1.0,
+        sampler_name="Euler",
+        scheduler="Automatic",
+        seed=0,
+        do_not_save_samples=True,
+        do_not_save_grid=True,
+    )
+    p.scripts = scripts.ScriptRunner()  # none; reForge asks which there are
+    shared.state.begin(job="dinotile preview")
+    began = time.perf_counter()
+    try:
+        processing.process_images(p)
+    finally:
+        p.close()
+        shared.state.end()
+        shared.total_tqdm.clear()
+    return time.perf_counter() - began
+
+
+def guess(model: Any, pixels: int, tile: tuple[int, int], steps: int) -> float | None:
+    """Seconds that it will take to paint so many pixels in tiles of (width, height), or None if that cannot be said."""
+    known = known_seconds(model, pixels, steps)
+    if known is None and pixels:
+        try:
+            _try_out(model, tile)
+        except Exception:
+            errors.report("DINO Tile: a tile could not be tried out", exc_info=True)
+        known = known_seconds(model, pixels, steps)
+    return known
