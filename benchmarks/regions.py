@@ -3,12 +3,11 @@
 python benchmarks/regions.py [--dino NAME|FOLDER] [--root FOLDER ...] [--json]
 
 In the closed world the truth is the class of each pixel; six photographs that the built-in encoder never saw were
-segmented by hand (benchmarks/segmentations.json). dinotile runs at its defaults. Beside it SLIC (Achanta et al. 2012), with
-as many segments as dinotile found, and with as many as there truly are.
+segmented by hand (benchmarks/segmentations.json). dinotile runs at its defaults, beside it SLIC (Achanta et al. 2012),
+with as many segments as dinotile found, and with as many as there truly are.
 
 The index is the adjusted Rand index of all pixels' labels (Hubert & Arabie 1985): 1 is agreement, 0 what chance gives.
-Purity is the share of the pixels whose region's commonest true label is their own: more regions than needed only cost
-more names.
+Purity is the share of pixels whose region's commonest true label is their own: to split a region costs it nothing.
 """
 
 from __future__ import annotations
@@ -43,10 +42,7 @@ from tools.mini.images import HELD_OUT
 
 SEGMENTATIONS: dict[str, Any] = json.loads(Path(__file__).with_name("segmentations.json").read_text(encoding="utf-8"))
 """By photo: `size` (width, height), `polygons` as (name, corners in pixels), and the name of the `rest`."""
-ENCODERS, PICTURES = (LABELLED, "encoder-unlabelled"), 40
-"""Of the closed world."""
 TRUTH, DINOTILE, SLIC, INFORMED = "truth", "dinotile", "SLIC", "SLIC, true number"
-WAYS = DINOTILE, SLIC, INFORMED
 Row = dict[str, dict[str, float]]
 """Of one picture: `regions`, `index` and `purity` of the truth and of each way to find regions."""
 
@@ -60,18 +56,17 @@ def rasterised(segmentation: dict[str, Any]) -> np.ndarray:
     return np.array(image)
 
 
-def agreement(truth: np.ndarray, labels: np.ndarray) -> dict[str, float]:
-    """Of two labels for each pixel, (H, W)."""
-    shared = contingency_matrix(truth.ravel(), labels.ravel())
-    index = float(adjusted_rand_score(truth.ravel(), labels.ravel()))
-    return {"regions": shared.shape[1], "index": index, "purity": float(shared.max(0).sum() / truth.size)}
-
-
 def superpixels(image: np.ndarray, number: int) -> np.ndarray:
-    """(H, W): SLIC's segments of an image (H, W, 3), no fewer than so many. It takes the number for a hint, so it is
-    asked for more until it gives enough."""
+    """(H, W): SLIC's segments of an image (H, W, 3), at least so many. SLIC takes a number for a hint: of few segments
+    it gives fewer still, and is asked again."""
     tries = (slic(image, asked) for asked in itertools.count(number))
     return next(labels for labels in tries if len(np.unique(labels)) >= number)
+
+
+def agreement(truth: np.ndarray, labels: np.ndarray) -> dict[str, float]:
+    """Of two labels for each pixel, (H, W)."""
+    shared, index = (of(truth.ravel(), labels.ravel()) for of in (contingency_matrix, adjusted_rand_score))
+    return {"regions": shared.shape[1], "index": float(index), "purity": float(shared.max(0).sum() / truth.size)}
 
 
 def measure(conditioner: Conditioner, source: Image.Image, truth: np.ndarray) -> Row:
@@ -80,21 +75,19 @@ def measure(conditioner: Conditioner, source: Image.Image, truth: np.ndarray) ->
     cells = conditioner.regions(source, (width, height)).labels.numpy()
     rows, columns = ((2 * np.arange(side) + 1) * n // (2 * side) for side, n in zip(truth.shape, cells.shape))
     found, canvas = cells[np.ix_(rows, columns)], np.asarray(source.resize((width, height), LANCZOS))
-    numbers = {SLIC: len(np.unique(found)), INFORMED: len(np.unique(truth))}
-    segments = {way: superpixels(canvas, number) for way, number in numbers.items()}
+    segments = {way: superpixels(canvas, len(np.unique(labels))) for way, labels in ((SLIC, found), (INFORMED, truth))}
     return {way: agreement(truth, labels) for way, labels in {TRUTH: truth, DINOTILE: found, **segments}.items()}
 
 
 def show(name: str, rows: Sequence[Row], sampled: bool = False) -> None:
-    """Print a line of means; sampled: the pictures are some of very many, so with intervals of 95 %."""
-
-    def mean(way: str, figure: str, form: str = "{:.3f}") -> str:
-        values = [row[way][figure] for row in rows]
-        between = " ({:.3f} to {:.3f})".format(*interval(values)) if sampled and figure != "regions" else ""
-        return form.format(np.mean(values)) + between
-
-    ways = (f"{way} {mean(way, 'regions', '{:.1f}')}: {mean(way, 'index')}, {mean(way, 'purity')}" for way in WAYS)
-    print(f"{name:25} {' | '.join([mean(TRUTH, 'regions', '{:.1f}'), *ways])}", flush=True)
+    """Print a line of means; sampled: with intervals, as the pictures are some of very many."""
+    line = f"{name:25}"
+    for way in rows[0]:
+        line += f" | {way} {np.mean([row[way]['regions'] for row in rows]):.1f}"
+        for figure in ("index", "purity") if way != TRUTH else ():
+            values = [row[way][figure] for row in rows]
+            line += f", {np.mean(values):.3f}" + (" ({:.3f} to {:.3f})".format(*interval(values)) if sampled else "")
+    print(line, flush=True)
 
 
 def main() -> None:
@@ -103,27 +96,26 @@ def main() -> None:
     parser.add_argument("--root", type=Path, action="append", default=[], help="where else unpacked packages lie")
     parser.add_argument("--json", action="store_true", help="one last line of JSON")
     arguments = parser.parse_args()
-    print("regions in truth | found: adjusted Rand index, purity")
+    print("Regions, adjusted Rand index and purity; in brackets 95 % bootstrap intervals")
     world: dict[str, list[Row]] = {}
-    for name in ENCODERS:
+    for name in (LABELLED, "encoder-unlabelled"):
         conditioner, scenes = (
             Conditioner(SETTINGS, load_encoder(str(WEIGHTS / name))),
-            evaluation_scenes(PICTURES, REPORT_SEED),
+            evaluation_scenes(40, REPORT_SEED),
         )
         world[name] = [measure(conditioner, as_image(made.source), made.class_map) for made in scenes]
         show(f"world, {name}", world[name], sampled=True)
     conditioner = Conditioner(Settings(), load_encoder(arguments.dino, models_folder("encoders")))
-    photos = installed(HELD_OUT, arguments.root)
-    measured = {name: measure(conditioner, photo, rasterised(SEGMENTATIONS[name])) for name, photo in photos.items()}
-    for name, row in measured.items():
-        show(name, [row])
-    if measured:
-        show(f"{len(measured)} photos, {conditioner.encoder.id}", [*measured.values()])
-    missing = ", ".join(name for name in SEGMENTATIONS if name not in measured)
-    if missing:
-        print(f"not installed, see --root: {missing}")
+    photos: dict[str, Row] = {}
+    for name, photo in installed(HELD_OUT, arguments.root).items():
+        photos[name] = measure(conditioner, photo, rasterised(SEGMENTATIONS[name]))
+        show(name, [photos[name]])
+    if photos:
+        show(f"{len(photos)} photos, {conditioner.encoder.id}", [*photos.values()])
+    if missing := [name for name in SEGMENTATIONS if name not in photos]:
+        print(f"not installed, see --root: {', '.join(missing)}")
     if arguments.json:
-        print(json.dumps({"world": world, "photographs": {"encoder": conditioner.encoder.id, **measured}}))
+        print(json.dumps({"encoder": conditioner.encoder.id, "world": world, "photos": photos}))
 
 
 if __name__ == "__main__":

@@ -21,10 +21,13 @@ from lib_dinotile.condition.adapter import AdapterCondition, AdapterConfig
 from lib_dinotile.condition.conditioner import Conditions
 from lib_dinotile.condition.shape import UNetShape
 from lib_dinotile.engine.flow import upscale
+from lib_dinotile.engine.host import Batch, Prompt
 from lib_dinotile.hosts.diffusers import load_host
 from lib_dinotile.settings import Generation, Settings
-from lib_dinotile.tiling.noise import NoiseField
+from lib_dinotile.tiling.noise import NoiseField, TileNoise
+from lib_dinotile.tiling.plan import Rect
 from tests.test_adapter import Adapter, random_adapter
+from tests.test_regions import Shows, columns
 from tests.test_tiling import random_image
 
 SETTINGS = Settings(tile=64, overlap=16, scale=2.0)
@@ -217,6 +220,133 @@ def test_a_tile_is_told_its_own_prompt(sd15, order):
     change = abs(corner - bare)
     # A little of it spreads: from tile to tile that sees it, and fused through the decoder.
     assert change[:56, :56].mean() > 3 * change[72:, 72:].mean()
+
+
+# Of the 140 pixels of the result, 8 a column: the tiles at 0, 40 and 76 show A, both, and B.
+HALVES = columns("A" * 9 + "B" * 9, (144, 90))
+NAMED = {"region_prompts": "A: fur\nB: pebbles", "colour": "none"}
+
+
+class ShowsAndAdapts(Fixed):
+    """A conditioner with regions, and the features of an adapter test."""
+
+    def conditions(self, source, features, canvas, plan):
+        return Conditions(adapted=self.condition, regions=HALVES)
+
+
+@pytest.mark.parametrize("cfg", [1.0, 5.0])
+def test_tiles_of_one_batch_get_the_image_that_each_gets_alone_with_its_words(sd15, cfg):
+    # Two tiles and no overlap: what one shows says nothing of the other.
+    told, more = {"overlap": 0, "tile": 72, "colour": "none"}, {"cfg": cfg}
+    both = run(sd15, conditioner=Shows(HALVES), settings=NAMED | told, **more)
+    left = run(sd15, 1, prompt="a cat, fur", settings=told, **more)
+    right = run(sd15, 1, prompt="a cat, pebbles", settings=told, **more)
+    assert abs(both[:72, :68] - left[:72, :68]).max() <= 1 and abs(both[:72, 72:] - right[:72, 72:]).max() <= 1
+    assert abs(left - right)[:72, :68].max() > 1 and abs(left - right)[:72, 72:].max() > 1
+
+
+@pytest.mark.parametrize(
+    "family, cfg, order",
+    [("sd15", 1.0, "fused"), ("sd15", 5.0, "chess"), ("sd15", 5.0, "fused"), ("sdxl", 5.0, "chess")],
+)
+def test_tiles_with_one_prompt_or_several_give_the_same_image_in_any_batch(family, cfg, order, request):
+    model, chosen = request.getfixturevalue(family), NAMED | {"order": order}
+    told = run(model, conditioner=Shows(HALVES), cfg=cfg, settings=chosen)
+    for batch in (1, 3):
+        assert abs(run(model, batch, Shows(HALVES), cfg=cfg, settings=chosen) - told).max() <= 1
+    # Every tile has its own words: they are not those of all.
+    for words in ("a cat", "a cat, fur", "a cat, pebbles"):
+        other = run(model, prompt=words, cfg=cfg, settings={"order": order, "colour": "none"})
+        assert abs(told - other).max() > 1, words
+
+
+def test_every_prompt_of_a_tile_has_the_condition_of_that_tile(sd15):
+    adapter = adapters(sd15)[1]
+    told = run(sd15, conditioner=ShowsAndAdapts(adapter), cfg=5.0, settings=NAMED)
+    assert abs(told - run(sd15, conditioner=Shows(HALVES), cfg=5.0, settings=NAMED)).mean() > 0.5
+    assert abs(run(sd15, 1, ShowsAndAdapts(adapter), cfg=5.0, settings=NAMED) - told).max() <= 1
+    # Where all are told the same it is the image of that prompt.
+    same = {"region_prompts": "A: fur\nB: fur", "colour": "none"}
+    one = run(sd15, conditioner=Fixed(adapter), prompt="a cat, fur", cfg=5.0, settings={"colour": "none"})
+    assert (run(sd15, conditioner=ShowsAndAdapts(adapter), cfg=5.0, settings=same) == one).all()
+
+
+@pytest.mark.parametrize("order", ["chess", "fused"])
+def test_equal_words_of_all_regions_are_the_tile_prompt(sd15, order):
+    same = {"region_prompts": "A: fur\nB: fur", "order": order}
+    told = run(sd15, conditioner=Shows(HALVES), cfg=5.0, settings=same)
+    assert (run(sd15, cfg=5.0, settings={"tile_prompt": "fur", "order": order}) == told).all()
+
+
+def predicted(host, prompts):
+    """(latents, prediction for them) of two tiles with these prompts, at the first of the steps."""
+    seen = []
+
+    def tiled(x, model, known):
+        seen.append((x, model(x, Batch(tiles, prompts, None))))
+        return seen[-1][1]
+
+    tiles = [Rect(0, 0, 64, 48), Rect(64, 0, 64, 48)]
+    latents = torch.randn(2, 4, 6, 8, generator=torch.Generator().manual_seed(3))
+    noise = TileNoise(NoiseField(1, 4), [tile.shrink(8) for tile in tiles])
+    with torch.no_grad():
+        host.sample(latents, tiled, noise, (128, 48))
+    return seen[0]
+
+
+def by_hand(host, x, prompt, cfg):
+    """The guided prediction for one tile (1, C, h, w) with one prompt."""
+    timestep = host._scheduler.timesteps[0]
+    embeddings = host._text(host.prompt if prompt is None else prompt)
+    with torch.no_grad():
+        positive, negative = (host.predict(x, timestep, words) for words in (embeddings[::2], embeddings[1::2]))
+    return torch.lerp(negative, positive, cfg)
+
+
+def left_half(share=1.0):
+    mask = torch.zeros(6, 8)
+    mask[:, :4] = share
+    return mask
+
+
+@pytest.mark.parametrize("family, cfg", [("sd15", 1.0), ("sd15", 5.0), ("sdxl", 5.0)])
+def test_a_prediction_is_blended_of_those_of_a_tile_s_prompts_as_their_masks_say(family, cfg, request):
+    model = request.getfixturevalue(family)
+    host = load_host(Generation(model=model, prompt="a cat", negative="cloth", steps=1, denoise=1.0, cfg=cfg))
+    fur, pebbles, wall = "fur", "pebbles", "a wall"
+    halves = [Prompt(fur, left_half()), Prompt(pebbles, 1 - left_half())]
+    for prompts, blends in (
+        ([halves, [Prompt(wall)]], [{fur: left_half(), pebbles: 1 - left_half()}, {wall: 1}]),
+        ([[Prompt()], halves[::-1]], [{None: 1}, {fur: left_half(), pebbles: 1 - left_half()}]),
+        (
+            [halves, [Prompt(wall, left_half(0.75)), Prompt(None, 1 - left_half(0.75))]],
+            [{fur: left_half(), pebbles: 1 - left_half()}, {wall: left_half(0.75), None: 1 - left_half(0.75)}],
+        ),
+    ):
+        x, found = predicted(host, prompts)
+        for number, blend in enumerate(blends):
+            own = x[number : number + 1]
+            wanted = sum(mask * by_hand(host, own, prompt, cfg) for prompt, mask in blend.items())
+            assert torch.allclose(found[number : number + 1], wanted, atol=1e-4)
+    # And the prompts matter: another is told apart.
+    assert (by_hand(host, x[:1], fur, cfg) - by_hand(host, x[:1], pebbles, cfg)).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("cfg", [1.0, 5.0])
+def test_several_prompts_of_equal_words_are_one(sd15, cfg):
+    host = load_host(Generation(model=sd15, prompt="a cat", steps=1, denoise=1.0, cfg=cfg))
+    share = torch.full((6, 8), 0.3)
+    split = [
+        [Prompt("fur", share), Prompt("fur", 1 - share)],
+        [Prompt(None, left_half()), Prompt(None, 1 - left_half())],
+    ]
+    _, several = predicted(host, split)
+    _, one = predicted(host, [[Prompt("fur")], [Prompt()]])
+    assert torch.allclose(several, one, atol=1e-5)
+
+
+def test_a_model_without_words_has_none_for_regions_either():
+    assert not load_host(Generation(steps=1)).regional
 
 
 @pytest.mark.parametrize("order", ["chess", "fused"])

@@ -32,7 +32,7 @@ class StubHost:
         self.sampled, self.seen, self.denoised, self.batches = [], [], [], []
         self.freed, self.precise = 0, False
 
-    prompt = "main"
+    prompt, regional = "main", True
 
     def upscalers(self):
         return ["Lanczos"]

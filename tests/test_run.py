@@ -18,6 +18,7 @@ from lib_dinotile.tiling.noise import NoiseField
 from lib_dinotile.tiling.plan import TilePlan
 from lib_dinotile.tiling.seams import seam_passes
 from tests.test_engine import StubHost, noisy
+from tests.test_regions import Shows, columns
 from tests.test_tiling import random_image
 
 PLAIN = {"tile": 64, "overlap": 16, "colour": "none"}
@@ -26,7 +27,9 @@ PHOTO = Path(__file__).parents[1] / "examples" / "photo.png"
 
 
 def run(host, source=SOURCE, noise=5, **more):
-    keywords = {name: more.pop(name) for name in ("size", "mask", "fill", "journal", "team") if name in more}
+    keywords = {
+        name: more.pop(name) for name in ("size", "mask", "fill", "journal", "team", "conditioner") if name in more
+    }
     return upscale(host, source, Settings(**{**PLAIN, **more}), NoiseField(noise, 4), **keywords)
 
 
@@ -211,6 +214,88 @@ def test_prompts_by_tile():
     assert again == prompts
     seams, _ = told(tile_prompts="1: ear", order="none", seams="bands")
     assert set(seams.values()) == {None, "main, ear"}
+
+
+STRIPES = columns("A" * 13 + "B" * 7 + "C" * 5, (200, 140))
+"""Regions, 8 pixels a column: the tiles at 0 and 40 show A, the one at 88 B and some A, the one at 136 C and some B."""
+
+
+def region_prompts(words="A: fur\nB: wall\nC: sky", shown=STRIPES, **more):
+    """({tile: what it is told}, result) of a run with prompts by region."""
+    host = StubHost(model=lambda x: x)
+    result = run(host, batch=2, conditioner=Shows(shown), region_prompts=words, **more)
+    return {
+        tile: [one.text for one in prompts]
+        for batch in host.batches
+        for tile, prompts in zip(batch.tiles, batch.prompts)
+    }, result
+
+
+@pytest.mark.parametrize("order", ["chess", "linear", "fused"])
+def test_every_tile_is_told_of_the_regions_that_it_shows(order):
+    told, result = region_prompts(order=order)
+    wanted = {
+        0: ["main, fur"],
+        40: ["main, fur"],
+        88: ["main, wall", "main, fur"],
+        136: ["main, sky", "main, wall"],
+    }
+    assert result.complete and len(told) == 12
+    assert all(prompts == wanted[tile.x] for tile, prompts in told.items())
+    lines = "regions told: A in tiles 1-2, 5-6, 9-10; B, A in tiles 3, 7, 11; C, B in tiles 4, 8, 12"
+    assert result.report.lines == [lines]
+    tiles = result.report.json()["tiles"]
+    assert [(each["letter"], each["words"]) for each in tiles[2]["regions"]] == [("B", "wall"), ("A", "fur")]
+    assert [each["share"] for each in tiles[3]["regions"]] == pytest.approx([5 / 8, 3 / 8], abs=0.02)
+    assert result.report.prompts == ""
+
+
+def test_a_line_of_a_tile_s_own_comes_in_place_of_its_regions():
+    told, result = region_prompts(tile_prompts="2: whiskers", captions="Stub")
+    own = {(tile.x, tile.y): prompts for tile, prompts in told.items()}
+    assert own[40, 0] == ["main, whiskers"] and own[40, 40] == ["main, fur"]
+    assert result.report.prompts == "2: whiskers"
+    assert result.report.lines[0].endswith("; none in tile 2")
+
+
+@pytest.mark.parametrize("order", ["none", "chess"])
+def test_the_seam_pass_is_told_of_the_regions_that_its_bands_show(order):
+    told, result = region_prompts(order=order, seams="bands", seam_width=16)
+    plan = make_plan(StubHost(), (200, 140), Settings(**PLAIN))
+    bands = [tile for grid, _ in seam_passes(plan, "bands", 16) for tile in grid.tiles]
+    assert result.complete and set(bands) <= set(told)
+    texts = {"A": "main, fur", "B": "main, wall", "C": "main, sky"}
+    for band in bands:
+        shares = STRIPES.shares([band]).flatten().tolist()
+        shown = [letter for share, letter in sorted(zip(shares, "ABC"), key=lambda each: -each[0]) if share >= 0.1]
+        assert told[band] == [texts[letter] for letter in shown]
+    assert len({tuple(told[band]) for band in bands}) > 2
+
+
+@pytest.mark.parametrize("order", ["chess", "fused"])
+def test_words_of_a_region_that_the_image_does_not_have_are_refused_before_any_tile_is_sampled(order):
+    host = StubHost()
+    with pytest.raises(DinotileError) as error:
+        run(host, conditioner=Shows(STRIPES), region_prompts="A: fur\nD: sea", order=order)
+    assert str(error.value) == "region_prompts: there is no region D, this image has 3 (A to C): see Preview"
+    assert error.value.status_code == 422 and host.sampled == [] and host.seen == []
+
+
+def test_without_words_regions_change_nothing():
+    told, result = region_prompts("")
+    assert set(map(tuple, told.values())) == {(None,)} and result.report.lines == []
+
+
+def test_a_prompt_of_a_region_that_the_model_would_not_read_all_of_is_refused_before_any_tile_is_sampled():
+    class Short(StubHost):
+        def check_prompt(self, prompt):
+            if prompt and len(prompt) > 12:
+                raise DinotileError(f"prompt: {prompt} is too long")
+
+    host = Short()
+    with pytest.raises(DinotileError, match="prompt: main, a very long wall is too long"):
+        run(host, conditioner=Shows(STRIPES), region_prompts="A: fur\nB: a very long wall")
+    assert host.sampled == []
 
 
 @pytest.mark.parametrize(

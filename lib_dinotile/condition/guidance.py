@@ -14,7 +14,7 @@ grids do not. benchmarks/world/README.md has figures with and without.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -35,6 +35,8 @@ LENGTH = 2.8
 """Of the first step at strength 1, as a share of that from the source's latent to x0."""
 MOMENTUM = 0.7
 """Share of the last step's direction that is in the next one's."""
+NAMED = 0.25
+"""Strength where a prompt names what is there: there the model goes the right way by itself, and needs no more."""
 WORTH = 2.0
 """How much nearer a step of full length has to bring a patch, by its gradient: one minus the cosine, which would be 2
 for what is the opposite."""
@@ -70,9 +72,14 @@ class Guidance:
         tiles: Sequence[Rect],
         source: Callable[[Rect], Tensor],
         note: Callable[[str], None] = lambda line: None,
+        named: Sequence[Tensor | None] = (),
     ) -> Guide:
-        """For a batch of tiles; source: gives a tile's source as latents (C, h, w); note: tells the user."""
-        return Guide(self, canvas, tiles, source, note)
+        """For a batch of tiles.
+
+        source: gives a tile's source as latents (C, h, w); note: tells the user; named: by tile (h, w) in [0, 1], how
+        much of each latent cell a prompt by region names; None, or none at all: nothing.
+        """
+        return Guide(self, canvas, tiles, source, note, dict(zip(tiles, named)))
 
 
 class Guide:
@@ -85,9 +92,10 @@ class Guide:
         tiles: Sequence[Rect],
         source: Callable[[Rect], Tensor],
         note: Callable[[str], None],
+        named: Mapping[Rect, Tensor | None],
     ) -> None:
         self._guidance, self._canvas, self._tiles, self._source = guidance, canvas, tiles, source
-        self._note = note
+        self._note, self._named = note, named
         self._directions: dict[Rect, Tensor] = {}
         """By tile, of the last step, (C, h, w)."""
 
@@ -116,12 +124,18 @@ class Guide:
             before = x0.float()
             start = torch.stack([self._source(tile) for tile in tiles])
             length = LENGTH * (1 - step / max(total, 1)) * guidance.strength * _rms(before - start)
+            length = length * torch.stack([self._share(tile, before) for tile in tiles])
             moved = before - self._step(gradient, tiles, length)
             return torch.where(moved.isfinite(), moved, before).to(x0.dtype)
 
+    def _share(self, tile: Rect, x0: Tensor) -> Tensor:
+        """(1, h, w): the share of the strength with which a tile is guided at each place of x0 (k, C, h, w)."""
+        named, share = self._named.get(tile), x0.new_ones(1, *x0.shape[2:])
+        return share if named is None else share - (1 - NAMED) * named.to(x0)
+
     def _step(self, gradient: Tensor, tiles: Sequence[Rect], length: Tensor) -> Tensor:
-        """The step that x0 is moved by, (k, C, h, w); length (k, 1, 1, 1): its root mean square, where it is worth
-        all of it.
+        """The step that x0 is moved by, (k, C, h, w); length (k, 1, h, w): its root mean square, where it is worth all
+        of it.
 
         That is where, going by the gradient, it would bring a patch nearer by `WORTH`; where it would do less, it is
         shorter with the square of that. So what looks right already stays, and so does what the encoder is blind to.

@@ -28,6 +28,8 @@ COMPONENTS = 32
 """Principal components of the tokens that are clustered. More tell no more of the world's textures, and take longer."""
 GAIN = 0.15
 """One more region has to lessen the mean distance to the clusters' centres by this share, or it is not made."""
+CLOSE = 0.04
+"""Mean cosine distance to the centres that is as near as need be: what is left are the borders."""
 SPECK = 0.005
 """Share of the picture below which a connected part is joined to what is around it."""
 PURE = 0.8
@@ -89,7 +91,7 @@ class Regions:
         """Of cells, in pixels."""
         (width, height), (gh, gw) = self.canvas, self.labels.shape
         x, y = left * width // gw, top * height // gh
-        return Rect(x, y, max(1, right * width // gw - x), max(1, bottom * height // gh - y))
+        return Rect(x, y, -(-right * width // gw) - x, -(-bottom * height // gh) - y)
 
 
 def find_regions(field: FeatureField, count: int | None = None) -> Regions:
@@ -128,6 +130,8 @@ def _clusters(rows: Tensor, count: int | None) -> Tensor:
         if count is None and number > 2 and closer > (1 - GAIN) * distance:
             break
         labels, centres, distance = found, moved, closer
+        if count is None and closer < CLOSE:
+            break
     return labels
 
 
@@ -165,7 +169,7 @@ def _tidied(labels: Tensor) -> Tensor:
     known = sizes[parts] >= min(SPECK * parts.numel(), int(sizes.max()))
     while not known.all():
         masks = F.one_hot(labels).movedim(-1, 0) * known
-        votes = _around(masks.float())
+        votes = F.avg_pool2d(masks.float(), (3, 1), 1, (1, 0)) + F.avg_pool2d(masks.float(), (1, 3), 1, (0, 1))
         reached = ~known & (votes.amax(0) > 0)
         labels, known = torch.where(reached, votes.argmax(0), labels), known | reached
     return labels

@@ -34,10 +34,8 @@ def check_letters(regions: Regions | None, words: Mapping[str, str]) -> None:
     letters = regions.letters if regions else ""
     beyond = [letter for letter in words if letter not in letters]
     if beyond:
-        raise DinotileError(
-            f"region_prompts: there is no region {beyond[0]}, this image has {len(letters)} ({letters[0]} to "
-            f"{letters[-1]}): see Preview"
-        )
+        there = f"{len(letters)} ({letters[0]} to {letters[-1]})" if letters else "none"
+        raise DinotileError(f"region_prompts: there is no region {beyond[0]}, this image has {there}: see Preview")
 
 
 def _told(host: Host, settings: Settings, own: str | None) -> str | None:
@@ -65,9 +63,9 @@ class TilePrompts:
         self._host, self._settings, self._report, self._regions = host, settings, report, regions
         self._words = settings.region_words if regions else {}
         self._tiles = report.tiles if settings.prompts_by_tile else []
-        lines = parse_tile_prompts(settings.tile_prompts)
+        self._lines = parse_tile_prompts(settings.tile_prompts)
         for tile in self._tiles:
-            tile.prompt = lines.get(tile.number)
+            tile.prompt = self._lines.get(tile.number)
             if tile.prompt is None:
                 tile.regions = self._shown(tile.area)
         if settings.captions != NONE:
@@ -86,7 +84,7 @@ class TilePrompts:
             return [Prompt()]
         nearest = self._report.of(area) or min(self._tiles, key=lambda tile: _distance(tile.area, area))
         named = _named(nearest.regions if nearest.area == area else self._shown(area))
-        if nearest.prompt is not None or not named:
+        if nearest.number in self._lines or not named:
             return [Prompt(self._told(nearest.prompt))]
         if not self._host.regional:
             return [Prompt(self._told(", ".join(dict.fromkeys(each.words for each in named))))]
@@ -96,6 +94,20 @@ class TilePrompts:
         total = sum(masks.values())
         return [Prompt(text, mask / total) for text, mask in masks.items()]
 
+    def named(self, area: Rect) -> Tensor | None:
+        """(h, w) in [0, 1]: how much of each latent cell of a tile is told by a region's words; None if nothing is."""
+        found = _named(self._shown(area))
+        if self._regions is None or not found:
+            return None
+        letters = [self._regions.letters.index(each.letter) for each in found]
+        return self._shares(area)[letters].sum(0).clamp(max=1)
+
+    def _shares(self, area: Rect) -> Tensor:
+        """(regions, h, w): how much of each latent cell of a tile they cover."""
+        assert self._regions is not None
+        factor = self._host.factor
+        return self._regions.shares([area], (area.height // factor, area.width // factor))[0]
+
     def _told(self, own: str | None) -> str | None:
         return _told(self._host, self._settings, own)
 
@@ -103,7 +115,7 @@ class TilePrompts:
         """The regions with a share of a tile that is large enough, the largest first."""
         if not self._words or self._regions is None:
             return []
-        shares = zip(self._regions.letters, self._regions.shares([area]).flatten().tolist())
+        shares = zip(self._regions.letters, self._shares(area).mean((1, 2)).tolist())
         shown = [(letter, share) for letter, share in shares if share >= self._settings.region_share and share > 0]
         shown.sort(key=lambda each: -each[1])
         return [RegionShare(letter, share, self._words.get(letter, "")) for letter, share in shown]
@@ -114,8 +126,7 @@ class TilePrompts:
         Where regions have no words it is the main prompt, if they are large enough together.
         """
         assert self._regions is not None
-        factor, letters = self._host.factor, self._regions.letters
-        shares = self._regions.shares([area], (area.height // factor, area.width // factor))[0]
+        letters, shares = self._regions.letters, self._shares(area)
         masks: dict[str | None, Tensor] = {}
         for each in named:
             text, mask = self._told(each.words), shares[letters.index(each.letter)]

@@ -108,7 +108,9 @@ class Report:
         """The regions whose words each tile is told, in a line."""
         found: dict[str, list[int]] = {}
         for tile in self.tiles:
-            found.setdefault(", ".join(each.letter for each in tile.regions if each.words), []).append(tile.number)
+            if tile.prompt is None:
+                letters = sorted(each.letter for each in tile.regions if each.words)
+                found.setdefault(", ".join(letters), []).append(tile.number)
         none = found.pop("", [])
         if not found:
             return []

@@ -17,11 +17,12 @@ from lib_dinotile.engine.flow import map_scale
 from lib_dinotile.hosts.interrogators import interrogators
 from lib_dinotile.lines import LETTERS
 
-BESIDE = 3
+BESIDE = 2
 """Fields in a row."""
-TO_LINES = f"""(...words) => words.map((text, n) => [{LETTERS!r}[n], text.trim()])
+TO_LINES = f"""(...words) => words.slice(0, {len(LETTERS)}).map((text, n) => [{LETTERS!r}[n], text.trim()])
     .filter(([, text]) => text).map(([letter, text]) => `${{letter}}: ${{text}}`).join("\\n")"""
-"""What the option's text is made of, in the browser: nothing typed waits for the server."""
+"""The option's text from the fields, in the browser, so that nothing typed waits for the server. (Some WebUIs hand it
+what comes out, too.)"""
 FROM_LINES = f"""(text) => [...{LETTERS!r}].map(letter => text.split(/\\n|;(?=\\s*[{LETTERS}]\\s*:)/i)
     .map(line => line.match(/^\\s*(\\w)\\s*:(.*)$/)).filter(found => found && found[1].toUpperCase() === letter)
     .map(found => found[2].trim()).join(" "))"""

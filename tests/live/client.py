@@ -146,8 +146,8 @@ class WebUI:
         self._session.trust_env = False  # no proxy stands between this machine and itself
         self._session.auth = auth
 
-    def get(self, path: str) -> requests.Response:
-        return self._session.get(f"{self._url}/{path}", timeout=TIMEOUT)
+    def get(self, path: str, query: Mapping[str, str] | None = None) -> requests.Response:
+        return self._session.get(f"{self._url}/{path}", params=query, timeout=TIMEOUT)
 
     def post(self, task: str, body: Mapping[str, Any] | None = None) -> requests.Response:
         return self._send(f"sdapi/v1/{task}", json.dumps(body or {}).encode())

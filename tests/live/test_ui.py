@@ -13,6 +13,7 @@ import requests
 from client import WebUI, difference, fields
 from PIL import Image
 
+from lib_dinotile.lines import LETTERS
 from lib_dinotile.settings import Settings, Txt2Img
 from lib_dinotile.tiling.plan import TilePlan
 
@@ -130,8 +131,64 @@ def test_a_preview_shows_tiles_map_and_time_before_anything_is_run(tab: Tab, pic
     assert found and int(found[1]) == len(plan), line
     shown = tab.page.locator("#dinotile_preview_image img")
     assert shown.is_visible()
-    assert shown.evaluate("image => [image.naturalWidth, image.naturalHeight]") == [300, 200]
+    width, height = shown.evaluate("image => [image.naturalWidth, image.naturalHeight]")
+    assert width == 300 and height > 200  # a legend is below it
     tab.shot(shots / "preview.png")
+
+
+def test_regions_are_named_on_the_preview_and_told_to_the_tiles(tab: Tab, shots: Path):
+    tab.control("preview").click()
+    boxes = [tab.page.locator(f"#dinotile_region_{letter} textarea") for letter in LETTERS]
+    boxes[1].wait_for(state="visible")
+    count = sum(box.is_visible() for box in boxes)
+    assert 2 <= count < len(boxes) and all(box.is_visible() for box in boxes[:count])
+    shown = tab.page.locator("#dinotile_preview_image img")
+    shown.scroll_into_view_if_needed()
+    frame = shown.bounding_box()
+    said = set()
+    for x, y in ((0.05, 0.1), (0.5, 0.4), (0.95, 0.5)):
+        tab.page.mouse.click(frame["x"] + x * frame["width"], frame["y"] + y * frame["height"])
+        tab.page.wait_for_timeout(1500)
+        said.add(tab.control("region_at").inner_text().strip())
+    assert len(said) > 1 and all(re.fullmatch("This place is in region [A-L].", line) for line in said), said
+    boxes[0].fill("tabby fur: soft")
+    boxes[1].fill("wall ")
+    tab.fold("Prompts by region")
+    prompts = tab.control("region_prompts").locator("textarea")
+    assert prompts.input_value() == "A: tabby fur: soft\nB: wall"
+    prompts.fill("B: a blurred room\nA: fur")
+    expect(boxes[0]).to_have_value("fur")
+    expect(boxes[1]).to_have_value("a blurred room")
+    tab.shot(shots / "regions.png")
+    tab.fold("Prompts by region")
+    tab.generate()
+    tab.done()
+    assert re.search(r"regions told: A.* in tiles? \d", tab.told), tab.told
+    assert "A: fur" in fields(tab.image().info["parameters"])["DINO Tile region prompts"]
+    tab.shot(shots / "regions-told.png", whole=True)
+    tab.fold("Prompts by region")
+    prompts.fill("")
+    tab.fold("Prompts by region")
+
+
+def test_an_interrogator_is_asked_for_regions_without_words_or_says_why_not(tab: Tab):
+    buttons = tab.page.locator("#dinotile_naming button")
+    if not buttons.count():
+        pytest.skip("this WebUI has no interrogators")
+    before = tab.page.locator("#dinotile_preview_text").inner_text()
+    buttons.last.click()
+    tab.page.wait_for_function(
+        "before => document.querySelector('#dinotile_preview_text').innerText !== before || "
+        "document.querySelector('#dinotile_region_A textarea').value",
+        arg=before,
+        timeout=LONG,
+    )
+    if not tab.page.locator("#dinotile_preview_text .error").count():
+        assert all(
+            field.input_value() for field in tab.page.locator("#dinotile_naming textarea").all() if field.is_visible()
+        )
+        return
+    assert tab.page.locator("#dinotile_preview_text .error").inner_text().startswith("captions: ")
 
 
 def test_a_preview_follows_the_options(tab: Tab):
