@@ -482,7 +482,7 @@ def test_the_report_says_which_regions_each_tile_was_told():
 def test_the_report_as_json_has_the_regions_of_each_tile():
     report = prompts("A: fur\nC: sky", tile_prompts="3: whiskers")[1]
     found = report.json()
-    assert found["notes"] == ["regions told: A in tiles 1-2; none in tile 3"]
+    assert found["notes"] == ["regions told: A in tiles 1-2"]
     first, second, third = found["tiles"]
     assert first["regions"] == [{"letter": "A", "share": pytest.approx(1), "words": "fur"}]
     assert [(each["letter"], each["words"]) for each in second["regions"]] == [("A", "fur"), ("B", "")]

@@ -60,7 +60,7 @@ REQUESTS = {
     "cfg 1": {"cfg_scale": 1, "denoising_strength": 1.0, "steps": 10},
     "and": {"prompt": "a photo AND a drawing :0.5"},
     "apart": {"override_settings": {"batch_cond_uncond": False}},
-    "apart, and": {"override_settings": {"batch_cond_uncond": False}, "prompt": "a photo AND a drawing"},
+    "apart, and": {"override_settings": {"batch_cond_uncond": False}, "prompt": "a photo AND a drawing :0.5"},
     "long negative": {"negative_prompt": LONG},
     "scheduled": {"prompt": "a [photo:drawing:0.5]"},
     "weighted": {"prompt": "a (photo:1.4), [old]"},
