@@ -4,7 +4,8 @@ python benchmarks/regions.py [--dino NAME|FOLDER] [--root FOLDER ...] [--json]
 
 In the closed world the truth is the class of each pixel; six photographs that the built-in encoder never saw were
 segmented by hand (benchmarks/segmentations.json). dinotile runs at its defaults, beside it SLIC (Achanta et al. 2012),
-with as many segments as dinotile found, and with as many as there truly are.
+with as many segments as dinotile found, and with as many as there truly are; and k-means of the colours of pixels
+(CIELAB) with as many clusters as dinotile found.
 
 The index is the adjusted Rand index of all pixels' labels (Hubert & Arabie 1985): 1 is agreement, 0 what chance gives.
 Purity is the share of pixels whose region's commonest true label is their own: to split a region costs it nothing.
@@ -22,7 +23,9 @@ from typing import Any
 
 import numpy as np
 from PIL import Image, ImageDraw
+from skimage.color import rgb2lab
 from skimage.segmentation import slic
+from sklearn.cluster import KMeans
 from sklearn.metrics import adjusted_rand_score
 from sklearn.metrics.cluster import contingency_matrix
 
@@ -42,7 +45,7 @@ from tools.mini.images import HELD_OUT
 
 SEGMENTATIONS: dict[str, Any] = json.loads(Path(__file__).with_name("segmentations.json").read_text(encoding="utf-8"))
 """By photo: `size` (width, height), `polygons` as (name, corners in pixels), and the name of the `rest`."""
-TRUTH, DINOTILE, SLIC, INFORMED = "truth", "dinotile", "SLIC", "SLIC, true number"
+TRUTH, DINOTILE, SLIC, INFORMED, COLOURS = "truth", "dinotile", "SLIC", "SLIC, true number", "colours"
 Row = dict[str, dict[str, float]]
 """Of one picture: `regions`, `index` and `purity` of the truth and of each way to find regions."""
 
@@ -63,6 +66,12 @@ def superpixels(image: np.ndarray, number: int) -> np.ndarray:
     return next(labels for labels in tries if len(np.unique(labels)) >= number)
 
 
+def colour_clusters(image: np.ndarray, number: int) -> np.ndarray:
+    """(H, W): so many clusters of the colours of an image (H, W, 3)."""
+    found = KMeans(number, n_init=4, random_state=0).fit_predict(rgb2lab(image).reshape(-1, 3))
+    return found.reshape(image.shape[:2])
+
+
 def agreement(truth: np.ndarray, labels: np.ndarray) -> dict[str, float]:
     """Of two labels for each pixel, (H, W)."""
     shared, index = (of(truth.ravel(), labels.ravel()) for of in (contingency_matrix, adjusted_rand_score))
@@ -76,6 +85,7 @@ def measure(conditioner: Conditioner, source: Image.Image, truth: np.ndarray) ->
     rows, columns = ((2 * np.arange(side) + 1) * n // (2 * side) for side, n in zip(truth.shape, cells.shape))
     found, canvas = cells[np.ix_(rows, columns)], np.asarray(source.resize((width, height), LANCZOS))
     segments = {way: superpixels(canvas, len(np.unique(labels))) for way, labels in ((SLIC, found), (INFORMED, truth))}
+    segments[COLOURS] = colour_clusters(canvas, len(np.unique(found)))
     return {way: agreement(truth, labels) for way, labels in {TRUTH: truth, DINOTILE: found, **segments}.items()}
 
 
