@@ -12,8 +12,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
 
+from lib_dinotile.dino.regions import Regions
+from lib_dinotile.lines import LETTERS
 from lib_dinotile.settings import AUTOMATIC, CALIBRATED, NONE, Settings, Txt2Img
 from tests.conftest import import_of_webuis
 from tests.stand_in import webui
@@ -128,9 +131,58 @@ def test_the_folder_of_a_preview_is_made(accordion, tmp_path: Path, monkeypatch:
     folder, picture = tmp_path / "temporary", Image.new("RGB", (8, 8))
     preview = importlib.import_module("lib_dinotile.webui.preview")
     monkeypatch.setattr(preview.ui_tempdir, "on_tmpdir_changed", folder.mkdir, raising=False)
-    monkeypatch.setattr(preview, "show", lambda *_: ("a line", picture))
-    line, shown = preview.answer({}, 0, 0, {}, {})
+    monkeypatch.setattr(preview, "show", lambda *_: preview.Shown("a line", picture, None, {}))
+    line, shown, *_ = preview.answer({}, 0, 0, {}, {})
     assert line["value"] == "<p>a line</p>" and shown["value"] is picture and folder.is_dir()
+
+
+HALVES = Regions(torch.tensor([[0, 0, 1], [0, 0, 1]]), (90, 60))
+"""A, the left two thirds of the canvas, and B."""
+
+
+def test_fields_are_those_of_the_regions_with_their_words(accordion):
+    naming = importlib.import_module("lib_dinotile.webui.regions")
+    with gr.Blocks():
+        assert len(naming.Naming("x_").outputs) == len(naming.Naming.updates(HALVES, {})) == 3 + len(LETTERS)
+    _, shown, column, *fields = naming.Naming.updates(HALVES, {"B": "wall"})
+    assert column["visible"] and [field["visible"] for field in fields] == [True, True] + [False] * 10
+    assert [(field["label"], field["value"]) for field in fields[:2]] == [
+        ("A, 67% of the picture", ""),
+        ("B, 33% of the picture", "wall"),
+    ]
+    assert torch.equal(shown.regions.labels, HALVES.labels)
+    hidden = naming.Naming.updates(None, {})
+    assert hidden[1] is None and not any(update["visible"] for update in hidden[2:])
+
+
+@pytest.mark.parametrize("scale", [1, 50])
+def test_a_click_says_in_which_region_a_place_is(accordion, scale: int):
+    """Also where the canvas is so large that its map is smaller."""
+    naming = importlib.import_module("lib_dinotile.webui.regions")
+    shown = naming.Shown.of(Regions(HALVES.labels, (90 * scale, 60 * scale)))
+    ratio = min(scale, 2048 / 90)
+
+    def at(x: float, y: float) -> str:
+        return naming.where(shown, types.SimpleNamespace(index=(x * ratio, y * ratio)))
+
+    assert "region <b>A</b>" in at(10, 50) and "region <b>B</b>" in at(80, 10)
+    assert at(10, 61) == at(91, 10) == ""  # the legend
+    assert naming.where(None, types.SimpleNamespace(index=(1, 1))) == ""
+
+
+def test_an_interrogator_is_asked_once_for_each_region_without_words(accordion, monkeypatch: pytest.MonkeyPatch):
+    naming, asked = importlib.import_module("lib_dinotile.webui.regions"), []
+
+    def caption(images):
+        asked.extend(images)
+        return ["a wall"] * len(images)
+
+    monkeypatch.setattr(naming, "interrogators", lambda: {"Stub": caption})
+    source = Image.new("RGB", (45, 30), "red")
+    source.paste("blue", (30, 0, 45, 30))
+    assert naming.ask("Stub", source, HALVES, {"A": "fur"}) == {"A": "fur", "B": "a wall"}
+    assert [image.getcolors() for image in asked] == [[(15 * 15, (0, 0, 255))]]
+    assert naming.lines({"B": "a wall", "A": "fur", "C": ""}) == "A: fur\nB: a wall"
 
 
 def test_any_number_of_pages_shows_how_far_it_is(accordion):

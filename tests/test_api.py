@@ -10,9 +10,11 @@ import types
 from collections.abc import Iterator
 
 import pytest
+import torch
 from PIL import Image
 
 from lib_dinotile import DinotileError
+from lib_dinotile.dino.regions import Regions
 from tests.conftest import import_of_webuis
 from tests.stand_in import webui
 from tests.strategies import encoded
@@ -66,6 +68,45 @@ def test_what_is_no_image_is_refused_in_one_line(api, data, says):
         with pytest.raises(DinotileError, match=line) as error:
             api.plan(api.PlanRequest(image=text))
         assert "\n" not in str(error.value)
+
+
+def test_regions_are_told_with_their_boxes_and_words(api, monkeypatch):
+    regions, asked = Regions(torch.tensor([[0, 0, 1], [0, 0, 1]]), (90, 60)), []
+    made = types.SimpleNamespace(
+        regions=lambda source: (regions, Image.new("RGB", (90, 99))), cut=lambda source: source
+    )
+    monkeypatch.setattr(api, "_preview", lambda *_: made)
+    monkeypatch.setattr(api.call_queue, "queue_lock", contextlib.nullcontext(), raising=False)
+    image = base64.b64encode(encoded(Image.new("RGB", (45, 30)), "PNG")).decode()
+    found = api.regions(api.RegionRequest(image=image, options={"region_prompts": "B: wall"}))
+    left, right = found["regions"]
+    assert (left["letter"], left["words"], right["letter"], right["words"]) == ("A", "", "B", "wall")
+    assert left["box"] == {"x": 0, "y": 0, "width": 60, "height": 60} == left["crop"]
+    assert right["box"] == {"x": 60, "y": 0, "width": 30, "height": 60}
+    assert right["crop"] == {"x": 60, "y": 0, "width": 30, "height": 30}
+    assert (found["width"], found["height"], found["region_prompts"]) == (90, 99, "B: wall")
+    assert api.regions_of(image, '{"region_prompts": "B: wall"}', "") == found
+    monkeypatch.setattr(api, "interrogators", lambda: {"Stub": None})
+    monkeypatch.setattr(api, "ask", lambda name, *_: asked.append(name) or {"A": "fur", "B": "wall"})
+    named = api.regions(api.RegionRequest(image=image, interrogator="Stub"))
+    assert asked == ["Stub"] and named["region_prompts"] == "A: fur\nB: wall"
+
+
+@pytest.mark.parametrize(
+    "options, interrogator, line",
+    [
+        ("[]", "", "options: give one dict of options"),
+        ("{", "", "options: this is no JSON: .*"),
+        ('{"regions": 0}', "", "regions: 0 finds none, give automatic or how many"),
+        ("{}", "nobody", "interrogator: 'nobody' is not installed, give one of .*"),
+    ],
+)
+def test_regions_that_cannot_be_told_are_refused_in_one_line(api, monkeypatch, options, interrogator, line):
+    monkeypatch.setattr(api, "interrogators", lambda: {"Stub": None})
+    image = base64.b64encode(encoded(Image.new("RGB", (45, 30)), "PNG")).decode()
+    with pytest.raises(DinotileError, match=line) as error:
+        api.regions_of(image, options, interrogator)
+    assert "\n" not in str(error.value)
 
 
 def test_a_semantic_map_is_of_the_whole_image(api, monkeypatch):
