@@ -67,6 +67,7 @@ FLOWS: dict[str, dict[str, Any]] = {
     "chess": {"tile_prompts": "2: fur"},
     "linear": {"order": "linear", "colour": "AdaIN", "decoder": "TAESD"},
     "fused": {"order": "fused"},
+    "regions": {"regions": "2", "region_prompts": "A: fur fur fur\nB: dog dog dog dog", "colour": "none"},
     "seams": {"seams": "bands", "seam_width": 16, "seam_denoise": 0.75},
     "mask": {"decoder": "TAESD", "guard_strictness": 1.0},
 }

@@ -53,6 +53,18 @@ def test_encoder_and_adapter_compute_on_the_device_in_its_precision(models, prec
         assert {(each.device, each.dtype) for each in part.parameters()} == {(DEVICE, PRECISIONS[precision])}
 
 
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_regions_are_the_same_on_all_devices_and_in_any_precision(models, precision):  # noqa: F811
+    cell, source = Cell("sd15", precision, "guidance", "regions"), random_image(128, 96)
+    cpu, device = (
+        models.conditioner(models.settings(cell), models.host("sd15", each, place))
+        for each, place in (("fp32", CPU), (precision, DEVICE))
+    )
+    regions = device.regions(source, (256, 192))
+    assert torch.equal(regions.labels, cpu.regions(source, (256, 192)).labels) and len(regions.letters) == 2
+    assert (device.encoder.device, device.encoder.dtype) == (DEVICE, PRECISIONS[precision])
+
+
 def test_features_are_remembered_in_main_memory():
     cache = FeatureCache()
     cache.field(load_encoder("mini", device=DEVICE), torch.rand(3, 32, 32), (64, 64), 4)

@@ -28,7 +28,7 @@ from lib_dinotile.dino.checkpoint import CONFIG, WEIGHTS, automatic_encoder, loc
 from lib_dinotile.dino.encoder import BUILT_IN, KNOWN, Facet, PatchEncoder, encoder_dtype, installed, load_encoder
 from lib_dinotile.dino.field import FeatureField
 from lib_dinotile.dino.head import Floor, RestorationHead, forget_heads, heads_in
-from lib_dinotile.dino.locks import Progress
+from lib_dinotile.dino.locks import Progress, silent
 from lib_dinotile.dino.regions import Regions, find_regions
 from lib_dinotile.dino.tile_features import TileFeatures
 from lib_dinotile.settings import AUTOMATIC, BOTH, DECODERS, LINEAR, NONE, SELF_SIMILARITY, SEMANTIC, Settings
@@ -36,6 +36,7 @@ from lib_dinotile.tiling.canvas import Canvas
 from lib_dinotile.tiling.plan import Rect, TilePlan
 from lib_dinotile.weights import Stamp, stamp
 
+CPU = torch.device("cpu")
 MINI = Path(__file__).parents[1] / "mini"
 """The built-in model's folder."""
 
@@ -117,9 +118,12 @@ class Conditioner:
         heads: Heads | None = None,
         decoder: tuple[str, Callable[[Tensor], Tensor]] | None = None,
         adapter_head: RestorationHead | None = None,
+        on_cpu: Callable[[], PatchEncoder] | None = None,
     ) -> None:
         """heads: restoration heads for guidance and guard; decoder: name and function of what guidance sees the latents
-        through; adapter_head: what the adapter reads the features through."""
+        through; adapter_head: what the adapter reads the features through; on_cpu: loads the same encoder on the CPU in
+        float32, where it is another."""
+        self._on_cpu = on_cpu
         self._settings, self.encoder, self._adapter = settings, encoder, adapter
         self._heads, self._decoder, self._adapter_head = heads or FixedHeads(), decoder, adapter_head
         self._rests = False
@@ -161,6 +165,7 @@ class Conditioner:
         store = store or Store()
         named = config.encoder if config else None
         encoder = _encoder_for(settings, named, encoders, device, dtype, trusted, store.progress)
+        on_cpu = functools.partial(_encoder_for, settings, named, encoders, CPU, torch.float32, trusted, keep=False)
         if settings.guidance and settings.layer > encoder.depth:
             raise DinotileError(f"layer: encoder {encoder.id!r} has {encoder.depth} layers, give at most that")
         adapter, head, own = None, None, None
@@ -174,7 +179,7 @@ class Conditioner:
                     raise DinotileError(f"{own.name} is damaged: it has no head for the layer that it reads")
         decoder = host.guidance_decoder(settings.decoder) if settings.guidance else None
         found = heads_for(settings, encoder, heads or {}, own, store)
-        return cls(settings, encoder, adapter, found, decoder, head)
+        return cls(settings, encoder, adapter, found, decoder, head, on_cpu)
 
     @classmethod
     def without_model(
@@ -193,8 +198,9 @@ class Conditioner:
         own = None if settings.adapter == NONE else chosen("adapter", settings.adapter, adapters or {})
         named = read_config(own).encoder if own else None
         encoder = _encoder_for(settings, named, encoders, torch.device(device), dtype, trusted, store.progress)
+        on_cpu = functools.partial(_encoder_for, settings, named, encoders, CPU, torch.float32, trusted, keep=False)
         found = heads_for(settings, encoder, heads or {}, own, store)
-        return cls(dataclasses.replace(settings, guidance=0.0), encoder, heads=found)
+        return cls(dataclasses.replace(settings, guidance=0.0), encoder, heads=found, on_cpu=on_cpu)
 
     @property
     def resolved(self) -> Settings:
@@ -261,16 +267,24 @@ class Conditioner:
     def regions(self, source: Image.Image, size: tuple[int, int]) -> Regions:
         """The regions of a source (RGB), laid over a canvas of (width, height).
 
-        They are as the encoder sees it, whatever the head says.
+        They are as the encoder sees it, whatever the head says; on the CPU in float32, so that they are the same on all
+        devices and in any precision.
         """
-        field = self._fields(source, size, [(-1, "tokens")], self._patches(size, compared=False))[0]
+        same = self.encoder.device.type == "cpu" and self.encoder.dtype == torch.float32
+        encoder = self.encoder if same or self._on_cpu is None else self._on_cpu()
+        field = self._fields(source, size, [(-1, "tokens")], self._patches(size, compared=False), encoder)[0]
         return find_regions(field, self._settings.region_count)
 
     def _fields(
-        self, source: Image.Image, size: tuple[int, int], wanted: Sequence[tuple[int, Facet]], patches: int
+        self,
+        source: Image.Image,
+        size: tuple[int, int],
+        wanted: Sequence[tuple[int, Facet]],
+        patches: int,
+        encoder: PatchEncoder | None = None,
     ) -> list[FeatureField]:
         windows = self._settings.windows
-        return _features.fields(self.encoder, to_tensor(source), size, patches, windows, wanted)
+        return _features.fields(encoder or self.encoder, to_tensor(source), size, patches, windows, wanted)
 
     def _patches(self, size: tuple[int, int], compared: bool) -> int:
         """Along the longer side of what the encoder sees; compared: with what is painted, where a patch shows no less
@@ -344,9 +358,10 @@ def _encoder_for(
     device: torch.device,
     dtype: torch.dtype,
     trusted: bool,
-    progress: Progress,
+    progress: Progress = silent,
+    keep: bool = True,
 ) -> PatchEncoder:
-    """The encoder that `settings` ask for; named: the one that the adapter was trained with.
+    """The encoder that `settings` ask for; named: the one that the adapter was trained with; keep: for the next time.
 
     Only one that they name is downloaded, with progress, or looked for at a path.
     """
@@ -360,6 +375,8 @@ def _encoder_for(
         listed = ", ".join([AUTOMATIC, *choices])
         raise DinotileError(f"encoder: {wanted!r} is not installed in {folder}, give one of {listed}")
     _, place = locate(wanted, folder, download=chosen, progress=progress)
+    if not keep:
+        return load_encoder(wanted, folder, device=device, dtype=dtype, download=False)
     return _encoder(wanted, folder, (place, stamp(place / CONFIG), stamp(place / WEIGHTS)), device, dtype)
 
 
