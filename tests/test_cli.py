@@ -25,6 +25,7 @@ from tests.test_encoder import write_checkpoint
 from tests.test_settings import another
 from tests.test_tiling import random_image
 
+EXAMPLE = Path(__file__).parents[1] / "examples" / "photo.png"
 QUICK = ["--quiet", "--steps", "4", "--denoise", "0.3", "--tile", "64", "--overlap", "16", "--patches", "8"]
 
 
@@ -622,3 +623,25 @@ def test_a_cancel_before_the_first_tile_is_one_line(photo, tmp_path, monkeypatch
     monkeypatch.setattr("lib_dinotile.hosts.diffusers.load_host", cancelled)
     assert run(photo, tmp_path / "out.png", *QUICK) == 130
     assert capsys.readouterr().err == "dinotile: cancelled\n"
+
+
+def test_analyze_shows_the_regions_and_what_they_are_called(tmp_path, capsys):
+    target, more = tmp_path / "map.png", ("--scale", "1", "--patches", "16")
+    assert (
+        cli.main(["analyze", str(EXAMPLE), str(target), *more, "--regions", "3", "--region-prompts", "A: fur; B: wall"])
+        == 0
+    )
+    line = capsys.readouterr().out.splitlines()[-1]
+    assert re.fullmatch(rf"{re.escape(str(tmp_path / 'map-regions.png'))}: regions: A \d+%, B \d+%, C \d+%", line)
+    with Image.open(EXAMPLE) as photo, Image.open(tmp_path / "map-regions.png") as regions:
+        assert regions.width == photo.width and regions.height > photo.height  # the legend is below it
+    assert cli.main(["analyze", str(EXAMPLE), str(tmp_path / "none.png"), *more, "--regions", "0"]) == 0
+    assert (tmp_path / "none-consistency.png").exists() and not (tmp_path / "none-regions.png").exists()
+
+
+def test_analyze_refuses_words_of_a_region_that_there_is_not(tmp_path, capsys):
+    code = cli.main(
+        ["analyze", str(EXAMPLE), str(tmp_path / "map.png"), "--patches", "16", "--region-prompts", "L: sea"]
+    )
+    assert not list(tmp_path.iterdir())
+    assert code == 2 and "region_prompts: there is no region L, this image has" in capsys.readouterr().err

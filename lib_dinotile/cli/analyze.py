@@ -6,6 +6,8 @@ import argparse
 import dataclasses
 from pathlib import Path
 
+from PIL import Image
+
 from lib_dinotile.cli.common import add_options, head_files, parse_options, quiet_transformers, silenced
 from lib_dinotile.condition.conditioner import Conditioner
 from lib_dinotile.dino.locks import models_folder
@@ -56,15 +58,14 @@ def run(arguments: argparse.Namespace) -> None:
         result = read_image(Path(arguments.result)) if arguments.result else None
     size: tuple[int, int] = canvas_size(source.size, settings) if result is None else result.size
     conditioner = Conditioner.without_model(settings, head_files(settings), encoders=models_folder("encoders"))
-    for name, picture in analyze(conditioner, source, settings, size, result).items():
-        file = target if name == SEMANTIC else target.with_name(f"{target.stem}-{name}{target.suffix}")
-        write_image(picture, file, {})
-        print(f"{file}: {name} map")
+    drawn: dict[str, Image.Image] = {}
     if settings.regions != NO_REGIONS:
         tiles = settings.for_base("sd15")
-        regions, picture = find_regions(conditioner, source, settings, TilePlan(*size, tiles.tile, tiles.overlap))
+        plan = TilePlan(*size, tiles.tile, tiles.overlap)
+        regions, drawn["regions"] = find_regions(conditioner, source, settings, plan)
         check_letters(regions, settings.region_words)
-        file = target.with_name(f"{target.stem}-regions{target.suffix}")
+        listed = ", ".join(f"{letter} {share:.0%}" for letter, share in zip(regions.letters, regions.areas))
+    for name, picture in {**analyze(conditioner, source, settings, size, result), **drawn}.items():
+        file = target if name == SEMANTIC else target.with_name(f"{target.stem}-{name}{target.suffix}")
         write_image(picture, file, {})
-        listed = (f"{letter} {share:.0%}" for letter, share in zip(regions.letters, regions.areas))
-        print(f"{file}: regions: {', '.join(listed)}")
+        print(f"{file}: " + (f"regions: {listed}" if name in drawn else f"{name} map"))

@@ -131,6 +131,8 @@ def undisturbed(webui: WebUI, small: Image.Image, plain: Image.Image) -> Iterato
     In Forge Neo the first image after one of another batch size may be a level off, also without the extension.
     """
     yield
-    off = difference(webui.img2img(small).image, plain)
-    assert off <= 1, "a plain generation is no longer what it was"
+    found = webui.img2img(small)
+    off = difference(found.image, plain)
+    neo = found.fields.get("Version", "").startswith("neo")
+    assert off <= (1 if neo else 0), "a plain generation is no longer what it was"
     assert not off or difference(webui.img2img(small).image, plain) == 0, "plain generations stay a level off"
