@@ -17,8 +17,6 @@ from lib_dinotile.engine.flow import map_scale
 from lib_dinotile.hosts.interrogators import interrogators
 from lib_dinotile.lines import LETTERS
 
-BESIDE = 2
-"""Fields in a row."""
 TO_LINES = f"""(...words) => words.slice(0, {len(LETTERS)}).map((text, n) => [{LETTERS!r}[n], text.trim()])
     .filter(([, text]) => text).map(([letter, text]) => `${{letter}}: ${{text}}`).join("\\n")"""
 """The option's text from the fields, in the browser, so that nothing typed waits for the server. (Some WebUIs hand it
@@ -52,14 +50,12 @@ class Naming:
         """Builds them, hidden; prefix: of their ids."""
         self.place = gr.HTML(elem_id=f"{prefix}region_at")
         self.shown = gr.State(None)
-        self.fields: list[Any] = []
         with gr.Column(visible=False, elem_id=f"{prefix}naming") as self.all:
-            for start in range(0, len(LETTERS), BESIDE):
-                with gr.Row(elem_classes="dinotile-row"):
-                    for letter in LETTERS[start : start + BESIDE]:
-                        self.fields.append(
-                            gr.Textbox(label=letter, visible=False, elem_id=f"{prefix}region_{letter}", max_lines=2)
-                        )
+            with gr.Row(elem_classes="dinotile-row"):  # of as many as fit side by side
+                self.fields = [
+                    gr.Textbox(label=letter, visible=False, elem_id=f"{prefix}region_{letter}", max_lines=2)
+                    for letter in LETTERS
+                ]
             with gr.Row():
                 self.buttons = {
                     name: gr.Button(f"Ask {name} for the empty ones", size="sm", elem_id=f"{prefix}ask_{name}")
