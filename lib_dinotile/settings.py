@@ -219,8 +219,8 @@ class Settings(Options):
     regions: str = option(
         AS_MANY_AS_SEEN,
         "Regions",
-        "Regions of the source in which DINO sees the like, lettered from the largest: as many as there seem to be, or "
-        "at most so many. 0: none.",
+        "Regions of the source that look alike to DINO, lettered from the largest: as many as there seem to be, or at "
+        "most so many. 0: none.",
         choices=REGIONS,
         infotext="DINO Tile regions",
         only_with=_named,

@@ -138,16 +138,21 @@ def test_the_unet_that_forge_remembers_knows_nothing_of_a_job(modules):
         def residuals(self, sigma: float, progress: float) -> list[torch.Tensor]:
             return [torch.full((2, 1, 1, 1), sigma * progress)]
 
-    batch = Batch([Rect(0, 0, 64, 64)] * 2, [[Prompt()]] * 2, Condition())
-    left = [weakref.ref(each) for each in (host, p, batch)]
-    with host.conditioned(batch, [1], 1):
+    masks = torch.full((8, 8), 0.25), torch.full((8, 8), 0.75)
+    batch = Batch([Rect(0, 0, 64, 64)] * 2, [[Prompt("a", masks[0]), Prompt("b", masks[1])]] * 2, Condition())
+    left, modify = [weakref.ref(each) for each in (host, p, batch)], forge._masking(host)
+    with host.conditioned(batch, [1], [0, 1]):
+        parts: list[dict[str, Any]] = [{}, {}]
+        modify(None, torch.zeros(1, 4, 8, 8), torch.ones(1), None, parts, 7.0, {}, 1)
+        assert [part["mask"].mean() for part in parts] == [0.25, 0.75]
         (own,) = control.get_control(torch.zeros(2, 4, 8, 8), torch.ones(2), None, 2)["middle"]
     assert own.flatten().tolist() == [0.25, 0.25]
     host._shown = None, []  # as after sampling
+    assert host.masks == []
     del batch
     assert left[2]() is None
     del host, p
-    assert control and [each() for each in left] == [None] * 3
+    assert control and modify and [each() for each in left] == [None] * 3
 
 
 # A job of the WebUI --------------------------------------------------------------------------------------------------

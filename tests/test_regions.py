@@ -20,7 +20,7 @@ from lib_dinotile.dino.field import FeatureField, feature_field
 from lib_dinotile.dino.regions import FINEST, MOST, PURE, SPECK, Regions, find_regions
 from lib_dinotile.engine.host import Prompt
 from lib_dinotile.engine.prompts import TilePrompts, check_letters
-from lib_dinotile.engine.report import RegionShare, Report, TileReport
+from lib_dinotile.engine.report import FLAT, PAINTED, UNMASKED, RegionShare, Report, TileReport
 from lib_dinotile.lines import LETTERS
 from lib_dinotile.settings import Settings
 from lib_dinotile.tiling.canvas import Canvas
@@ -469,6 +469,7 @@ def reported(*shown):
     tiles = [TileReport(number, Rect(number * 64, 0, 64, 64)) for number in range(1, len(shown) + 1)]
     for tile, letters in zip(tiles, shown):
         tile.regions = [RegionShare(letter.upper(), 1 / len(letters), "words" * letter.isupper()) for letter in letters]
+        tile.state = PAINTED
     return Report(tiles)
 
 
@@ -479,8 +480,38 @@ def test_the_report_says_which_regions_each_tile_was_told():
     assert reported("ab", "", "c").lines == []
 
 
+def test_tiles_that_were_not_painted_were_told_nothing():
+    report = reported("A", "AB", "B")
+    report.tiles[1].state, report.tiles[2].state = FLAT, UNMASKED
+    assert report.lines == ["tiles passed over as flat: 2", "regions told: A in tile 1"]
+
+
+def test_small_regions_of_one_name_count_together():
+    labels = torch.zeros(4, 32, dtype=torch.long)
+    labels[:, 3:4], labels[:, 10:11] = 1, 2
+    shown = Regions(labels, (64, 64))
+
+    def told(words):
+        canvas, plan = Canvas(random_image(64, 64), TilePlan(64, 64, 64)), TilePlan(64, 64, 64)
+        report = Report([TileReport(1, plan.tiles[0])])
+        chosen = Settings(tile=64, overlap=0, region_prompts=words, region_share=0.05)
+        return [one.text for one in TilePrompts(StubHost(), canvas, plan, chosen, report, shown).of(plan.tiles[0])]
+
+    assert told("B: fur") == [None] and told("B: fur\nC: wall") == [None]
+    assert told("B: fur\nC: fur") == ["main, fur", None]
+
+
+def test_a_place_is_named_where_its_region_has_words_and_the_tile_no_line():
+    told, report = prompts("A: fur", tile_prompts="2: whiskers")
+    first, second, _ = (tile.area for tile in report.tiles)
+    assert told.named(first).min() > 0.9 and told.named(second) is None
+    assert prompts("")[0].named(first) is None
+
+
 def test_the_report_as_json_has_the_regions_of_each_tile():
     report = prompts("A: fur\nC: sky", tile_prompts="3: whiskers")[1]
+    for tile in report.tiles:
+        tile.state = PAINTED
     found = report.json()
     assert found["notes"] == ["regions told: A in tiles 1-2"]
     first, second, third = found["tiles"]

@@ -11,7 +11,7 @@ from PIL import Image
 from lib_dinotile.cli.common import add_options, head_files, parse_options, quiet_transformers, silenced
 from lib_dinotile.condition.conditioner import Conditioner
 from lib_dinotile.dino.locks import models_folder
-from lib_dinotile.engine.flow import analyze, canvas_size, find_regions
+from lib_dinotile.engine.flow import analyze, canvas_size, draw_regions
 from lib_dinotile.engine.prompts import check_letters
 from lib_dinotile.images import check_writable, read_image, write_image
 from lib_dinotile.settings import BOTH, NO_REGIONS, NONE, SEMANTIC, Settings
@@ -62,8 +62,9 @@ def run(arguments: argparse.Namespace) -> None:
     if settings.regions != NO_REGIONS:
         tiles = settings.for_base("sd15")
         plan = TilePlan(*size, tiles.tile, tiles.overlap)
-        regions, drawn["regions"] = find_regions(conditioner, source, settings, plan)
+        regions = conditioner.regions(source, plan.size)
         check_letters(regions, settings.region_words)
+        drawn["regions"] = draw_regions(source, regions, plan, settings.region_words)
         listed = ", ".join(f"{letter} {share:.0%}" for letter, share in zip(regions.letters, regions.areas))
     for name, picture in {**analyze(conditioner, source, settings, size, result), **drawn}.items():
         file = target if name == SEMANTIC else target.with_name(f"{target.stem}-{name}{target.suffix}")

@@ -29,7 +29,7 @@ from lib_dinotile.dino.encoder import BUILT_IN, KNOWN, Facet, PatchEncoder, enco
 from lib_dinotile.dino.field import FeatureField
 from lib_dinotile.dino.head import Floor, RestorationHead, forget_heads, heads_in
 from lib_dinotile.dino.locks import Progress, silent
-from lib_dinotile.dino.regions import Regions, find_regions
+from lib_dinotile.dino.regions import FINEST, Regions, find_regions
 from lib_dinotile.dino.tile_features import TileFeatures
 from lib_dinotile.settings import AUTOMATIC, BOTH, DECODERS, LINEAR, NONE, SELF_SIMILARITY, SEMANTIC, Settings
 from lib_dinotile.tiling.canvas import Canvas
@@ -268,11 +268,11 @@ class Conditioner:
         """The regions of a source (RGB), laid over a canvas of (width, height).
 
         They are as the encoder sees it, whatever the head says; on the CPU in float32, so that they are the same on all
-        devices and in any precision.
+        devices and in any precision; and no finer than regions are.
         """
         same = self.encoder.device.type == "cpu" and self.encoder.dtype == torch.float32
         encoder = self.encoder if same or self._on_cpu is None else self._on_cpu()
-        field = self._fields(source, size, [(-1, "tokens")], self._patches(size, compared=False), encoder)[0]
+        field = _features.field(encoder, to_tensor(source), size, min(self._settings.patches, FINEST))
         return find_regions(field, self._settings.region_count)
 
     def _fields(
@@ -281,10 +281,9 @@ class Conditioner:
         size: tuple[int, int],
         wanted: Sequence[tuple[int, Facet]],
         patches: int,
-        encoder: PatchEncoder | None = None,
     ) -> list[FeatureField]:
         windows = self._settings.windows
-        return _features.fields(encoder or self.encoder, to_tensor(source), size, patches, windows, wanted)
+        return _features.fields(self.encoder, to_tensor(source), size, patches, windows, wanted)
 
     def _patches(self, size: tuple[int, int], compared: bool) -> int:
         """Along the longer side of what the encoder sees; compared: with what is painted, where a patch shows no less

@@ -18,7 +18,7 @@ class FeatureCache:
     """Feature fields by image, encoder and how it looks, the least recently used given up first. Thread-safe.
 
     Features are kept in main memory, and given out on the encoder's device. An encoder is known by its name, its
-    weights' fingerprint and dtype, so that loading it again does not make it another.
+    weights' fingerprint, dtype and kind of device, so that loading it again does not make it another.
     """
 
     def __init__(self, limit: int = 256 << 20) -> None:
@@ -53,7 +53,7 @@ class FeatureCache:
 
         The features may be the very tensors that are kept: not to be written into.
         """
-        look = _digest(source), (encoder.id, encoder.fingerprint, encoder.dtype), patches, windows
+        look = _digest(source), (encoder.id, encoder.fingerprint, encoder.dtype, encoder.device.type), patches, windows
         found: dict[tuple[int, Facet], FeatureField] = {}
         for each in wanted:
             with self._lock:

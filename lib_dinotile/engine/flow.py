@@ -225,15 +225,11 @@ def map_scale(size: tuple[int, int]) -> float:
     return min(1.0, MAP_SIDE / max(size))
 
 
-def find_regions(
-    conditioner: Conditioner, source: Image.Image, settings: Settings, plan: TilePlan
-) -> tuple[Regions, Image.Image]:
-    """The regions of a source (RGB) over the canvas of a plan, and a picture of them, the tiles and their words."""
+def draw_regions(source: Image.Image, regions: Regions, plan: TilePlan, words: Mapping[str, str]) -> Image.Image:
+    """The map of a source's (RGB) regions over the canvas of a plan, with its tiles and the regions' words."""
     from lib_dinotile.engine import maps
 
-    with torch.no_grad():
-        regions = conditioner.regions(source, plan.size)
-    return regions, maps.region_map(_shown(source, plan.size), regions, plan, settings.region_words)
+    return maps.region_map(_shown(source, plan.size), regions, plan, words)
 
 
 def analyze(

@@ -133,7 +133,7 @@ def _with_names(picture: Image.Image, regions: Regions, words: Mapping[str, str]
         left, top = number % columns * (width // columns), picture.height + number // columns * step
         middle = left + 1.4 * size, top + 1.3 * size
         _badge(draw, middle, letter, REGION_COLOURS[number], size)
-        text = f"{share:.0%}  {words.get(letter, '')}"
+        text = f"{share:.0%}  {words.get(letter, '')[:200]}"
         room = width // columns - 3 * size
         while draw.textlength(text, _font(size)) > room:
             text = text[:-2].rstrip() + "…"

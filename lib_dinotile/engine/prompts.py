@@ -9,7 +9,7 @@ from torch import Tensor
 from lib_dinotile import DinotileError
 from lib_dinotile.dino.regions import Regions
 from lib_dinotile.engine.host import Host, Prompt, check_name
-from lib_dinotile.engine.report import UNMASKED, RegionShare, Report
+from lib_dinotile.engine.report import UNMASKED, RegionShare, Report, TileReport
 from lib_dinotile.lines import parse_tile_prompts
 from lib_dinotile.settings import NONE, Settings
 from lib_dinotile.tiling.canvas import Canvas
@@ -26,7 +26,7 @@ def check_prompts(host: Host, plan: TilePlan, settings: Settings) -> None:
         raise DinotileError(f"tile_prompts: there is no tile {beyond[0]}, this image has {len(plan)}")
     words = settings.region_words.values()
     for line in [None, *lines.values(), *words] if settings.prompts_by_tile else []:
-        host.check_prompt(_told(host, settings, line))
+        host.check_prompt(_with_main(host, settings, line))
 
 
 def check_letters(regions: Regions | None, words: Mapping[str, str]) -> None:
@@ -38,7 +38,7 @@ def check_letters(regions: Regions | None, words: Mapping[str, str]) -> None:
         raise DinotileError(f"region_prompts: there is no region {beyond[0]}, this image has {there}: see Preview")
 
 
-def _told(host: Host, settings: Settings, own: str | None) -> str | None:
+def _with_main(host: Host, settings: Settings, own: str | None) -> str | None:
     """The prompt of a tile, or a region, with these words of its own; None for the main prompt."""
     own = ", ".join(filter(None, (settings.tile_prompt, own)))
     if not own or settings.tile_prompt_mode == "replace":
@@ -82,21 +82,27 @@ class TilePrompts:
         """The prompts of a tile; one of another plan has the line or the caption of the nearest."""
         if not self._tiles:
             return [Prompt()]
-        nearest = self._report.of(area) or min(self._tiles, key=lambda tile: _distance(tile.area, area))
-        named = _named(nearest.regions if nearest.area == area else self._shown(area))
-        if nearest.number in self._lines or not named:
-            return [Prompt(self._told(nearest.prompt))]
+        nearest, named = self._about(area)
+        if not named:
+            return [Prompt(self._prompt(nearest.prompt))]
         if not self._host.regional:
-            return [Prompt(self._told(", ".join(dict.fromkeys(each.words for each in named))))]
+            return [Prompt(self._prompt(", ".join(dict.fromkeys(each.words for each in named))))]
         masks = self._masks(area, named)
         if len(masks) == 1:
             return [Prompt(text) for text in masks]
         total = sum(masks.values())
         return [Prompt(text, mask / total) for text, mask in masks.items()]
 
+    def _about(self, area: Rect) -> tuple[TileReport, list[RegionShare]]:
+        """The tile that is nearest, and the regions whose words an area is told: none where that has its own line."""
+        nearest = self._report.of(area) or min(self._tiles, key=lambda tile: _distance(tile.area, area))
+        if nearest.number in self._lines:
+            return nearest, []
+        return nearest, _named(nearest.regions if nearest.area == area else self._shown(area))
+
     def named(self, area: Rect) -> Tensor | None:
         """(h, w) in [0, 1]: how much of each latent cell of a tile is told by a region's words; None if nothing is."""
-        found = _named(self._shown(area))
+        found = self._about(area)[1] if self._words else []
         if self._regions is None or not found:
             return None
         letters = [self._regions.letters.index(each.letter) for each in found]
@@ -108,17 +114,22 @@ class TilePrompts:
         factor = self._host.factor
         return self._regions.shares([area], (area.height // factor, area.width // factor))[0]
 
-    def _told(self, own: str | None) -> str | None:
-        return _told(self._host, self._settings, own)
+    def _prompt(self, own: str | None) -> str | None:
+        return _with_main(self._host, self._settings, own)
 
     def _shown(self, area: Rect) -> list[RegionShare]:
-        """The regions with a share of a tile that is large enough, the largest first."""
+        """The regions whose share of a tile is large enough, the largest first; those of one name count as one."""
         if not self._words or self._regions is None:
             return []
-        shares = zip(self._regions.letters, self._shares(area).mean((1, 2)).tolist())
-        shown = [(letter, share) for letter, share in shares if share >= self._settings.region_share and share > 0]
-        shown.sort(key=lambda each: -each[1])
-        return [RegionShare(letter, share, self._words.get(letter, "")) for letter, share in shown]
+        shares = self._shares(area).mean((1, 2)).tolist()
+        found = [RegionShare(*each, self._words.get(each[0], "")) for each in zip(self._regions.letters, shares)]
+        together: dict[str, float] = {}
+        for each in found:
+            name = each.words or each.letter
+            together[name] = together.get(name, 0.0) + each.share
+        least = self._settings.region_share
+        shown = [each for each in found if each.share > 0 and together[each.words or each.letter] >= least]
+        return sorted(shown, key=lambda each: -each.share)
 
     def _masks(self, area: Rect, named: list[RegionShare]) -> dict[str | None, Tensor]:
         """Where each prompt counts in a tile, (h, w), by the prompt; more than zero everywhere.
@@ -129,11 +140,11 @@ class TilePrompts:
         letters, shares = self._regions.letters, self._shares(area)
         masks: dict[str | None, Tensor] = {}
         for each in named:
-            text, mask = self._told(each.words), shares[letters.index(each.letter)]
+            text, mask = self._prompt(each.words), shares[letters.index(each.letter)]
             masks[text] = masks.get(text, 0) + mask
         rest = 1 - sum(masks.values())
         if rest.mean() >= max(self._settings.region_share, 1e-6):
-            text = self._told(None)
+            text = self._prompt(None)
             masks[text] = masks.get(text, 0) + rest
         # What is left out is filled by what there is, as much of it as there is in the tile.
         return {text: mask.clamp(min=0) + 1e-4 * mask.mean() for text, mask in masks.items()}

@@ -101,14 +101,14 @@ class Report:
     def lines(self) -> list[str]:
         """All notes for the user."""
         flat = [f"tiles passed over as flat: {ranges(self.numbers(FLAT))}"] if self.numbers(FLAT) else []
-        return flat + self._told + self._guarded + self.notes
+        return flat + self._by_region + self._guarded + self.notes
 
     @property
-    def _told(self) -> list[str]:
+    def _by_region(self) -> list[str]:
         """The regions whose words each tile is told, in a line."""
         found: dict[str, list[int]] = {}
         for tile in self.tiles:
-            if tile.prompt is None:
+            if tile.prompt is None and tile.state == PAINTED:
                 letters = sorted(each.letter for each in tile.regions if each.words)
                 found.setdefault(", ".join(letters), []).append(tile.number)
         none = found.pop("", [])

@@ -111,6 +111,8 @@ class DiffusersHost(Host):
         self._progress = Progress()
 
     def check_prompt(self, prompt: str | None) -> None:
+        if self._text is None and prompt is not None:
+            raise DinotileError("prompt: this model reads no words, leave prompts by tile and by region out")
         if self._text is not None:
             self._text(self.prompt if prompt is None else prompt)
 
@@ -172,7 +174,12 @@ class DiffusersHost(Host):
         rows = torch.tensor(owners + list(range(len(tiles))) * self._guided, device=tiles.device)
         words, residuals = self._conditions(batch, rows, timestep, number / total)
         x = self._scheduler.scale_model_input(tiles, timestep)
-        found = self.predict(x.index_select(0, rows), timestep, words, residuals)
+        outputs, size = [], len(tiles) * (1 + self._guided)  # no more at once than without regions
+        for start in range(0, len(rows), size):
+            at = slice(start, start + size)
+            own, added = [each[at] for each in words], residuals and [each[at] for each in residuals]
+            outputs.append(self.predict(x.index_select(0, rows[at]), timestep, own, added))
+        found = torch.cat(outputs)
         prediction = found[: len(owners)]
         if len(owners) > len(tiles):  # each where its mask says, as A1111 adds the parts of AND
             masks = [prompt.mask for prompts in batch.prompts for prompt in prompts]

@@ -14,6 +14,7 @@ from lib_dinotile.hosts.patched import patched
 
 
 def _each(name: str, images: Sequence[Image.Image], ask: Callable[[Image.Image], str]) -> list[str]:
+    """What it says of each of them. Interrupted if the user stops it."""
     captions = []
     for number, image in enumerate(images, 1):
         state = shared.state

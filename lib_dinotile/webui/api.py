@@ -24,13 +24,14 @@ from lib_dinotile.condition.description import describe
 from lib_dinotile.dino.state import states
 from lib_dinotile.engine.host import check_name
 from lib_dinotile.engine.memory import is_out_of_memory
+from lib_dinotile.engine.prompts import check_letters
 from lib_dinotile.hosts.interrogators import interrogators
 from lib_dinotile.images import read_image, read_size
 from lib_dinotile.settings import NO_REGIONS, Settings
 from lib_dinotile.webui import folders
 from lib_dinotile.webui.accordion import TITLE
 from lib_dinotile.webui.preview import Preview, checkpoint, loaded, waves
-from lib_dinotile.webui.regions import ask, lines
+from lib_dinotile.webui.regions import lines
 from lib_dinotile.webui.schemas import (
     Body,
     Encoder,
@@ -166,10 +167,12 @@ def regions(request: RegionRequest) -> Any:
         check_name("interrogator", request.interrogator, list(interrogators()))
     preview = _preview(source.size, settings, request)
     with call_queue.queue_lock, _enough_memory():
-        found, picture = preview.regions(source)
+        found = preview.regions(source)
+        check_letters(found, settings.region_words)
         words = {letter: settings.region_words.get(letter, "") for letter in found.letters}
         if request.interrogator:
-            words = ask(request.interrogator, preview.cut(source), found, words)
+            words = preview.asked(source, found, words, request.interrogator)
+        picture = preview.region_map(source, found, words)
     return {
         "regions": [
             {

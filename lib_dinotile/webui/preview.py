@@ -114,13 +114,19 @@ class Preview:
         """The semantic map of the image (RGB), with the tiles. DinotileError if an encoder or adapter is not there."""
         return flow.preview(self._conditioner(), self._area.cut(image), self.plan)
 
-    def regions(self, image: Image.Image) -> tuple[Regions, Image.Image]:
-        """The regions of the image (RGB) over the result, and a picture of them. DinotileError likewise."""
-        return flow.find_regions(self._conditioner(), self._area.cut(image), self.settings, self.plan)
+    def regions(self, image: Image.Image) -> Regions:
+        """The regions of the image (RGB) over the result. DinotileError likewise."""
+        return self._conditioner().regions(self._area.cut(image), self.plan.size)
 
-    def cut(self, image: Image.Image) -> Image.Image:
-        """The part of the image that the result shows."""
-        return self._area.cut(image)
+    def asked(
+        self, image: Image.Image, regions: Regions, words: Mapping[str, str], interrogator: str
+    ) -> dict[str, str]:
+        """The words of the image's regions, with the interrogator's for those that have none."""
+        return ask(interrogator, self._area.cut(image), regions, words)
+
+    def region_map(self, image: Image.Image, regions: Regions, words: Mapping[str, str]) -> Image.Image:
+        """The regions of the image as colours, with their words and the tiles."""
+        return flow.draw_regions(self._area.cut(image), regions, self.plan, words)
 
     def _conditioner(self) -> Conditioner:
         device = torch.device(devices.device)
@@ -303,11 +309,12 @@ def show(
     if settings.regions == NO_REGIONS:
         picture = preview.semantic_map(source)
     else:
-        regions, picture = preview.regions(source)
+        regions = preview.regions(source)
         beyond = "".join(letter for letter in words if letter not in regions.letters)
         words = {letter: text for letter, text in words.items() if letter not in beyond}
         if interrogator:
-            words = ask(interrogator, preview.cut(source), regions, words)
+            words = preview.asked(source, regions, words, interrogator)
+        picture = preview.region_map(source, regions, words)
     steps = max(1, int((img2img.get("steps") or 20) * min(img2img.get("denoise") or 0, 0.999)) + 1)
     line = describe(preview, guess(model, preview.workload[1], preview.plan.tile_size, steps))
     if beyond:
@@ -328,7 +335,7 @@ def describe(preview: Preview, seconds: float | None) -> str:
     time += f", and up to {in_words(more)} more for tiles that the guard paints again" if more else ""
     colours = "what DINO sees; alike is what looks alike."
     if preview.settings.regions != NO_REGIONS:
-        colours = "regions in which DINO sees the like. Name them below, and every tile is told what it shows."
+        colours = "regions that look alike to DINO. Name them below, and every tile is told what it shows."
     return f"{plan.width} x {plan.height} pixels: {work}{time}. In colours: {colours}"
 
 

@@ -10,14 +10,19 @@ from typing import Any
 
 import gradio as gr
 import torch
+from modules import shared
 from PIL import Image
 
+from lib_dinotile import DinotileError
 from lib_dinotile.dino.regions import Regions
 from lib_dinotile.engine.flow import map_scale
+from lib_dinotile.engine.host import Interrupted
 from lib_dinotile.hosts.interrogators import interrogators
+from lib_dinotile.hosts.patched import patched
 from lib_dinotile.lines import LETTERS
 
-TO_LINES = f"""(...words) => words.slice(0, {len(LETTERS)}).map((text, n) => [{LETTERS!r}[n], text.trim()])
+TO_LINES = f"""(...words) => words.slice(0, {len(LETTERS)}).map((text, n) => [{LETTERS!r}[n],
+        (text ?? "").replace(/\\s+/g, " ").replace(/;(?=\\s*[{LETTERS}]\\s*:)/gi, ",").trim()])
     .filter(([, text]) => text).map(([letter, text]) => `${{letter}}: ${{text}}`).join("\\n")"""
 """The option's text from the fields, in the browser, so that nothing typed waits for the server. (Some WebUIs hand it
 what comes out, too.)"""
@@ -105,7 +110,13 @@ def ask(interrogator: str, source: Image.Image, regions: Regions, words: Mapping
     source: RGB, of any size. DinotileError if the interrogator fails.
     """
     empty = [letter for letter in regions.letters if not words.get(letter)]
-    found = interrogators()[interrogator]([crop(source, regions, letter) for letter in empty])
+    # What was stopped before is no job of ours, and what is told of the progress has no bar to stand above.
+    flags = dict.fromkeys(("interrupted", "skipped", "stopping_generation"), False)
+    try:
+        with patched(shared.state, textinfo=None, **flags):
+            found = interrogators()[interrogator]([crop(source, regions, letter) for letter in empty])
+    except Interrupted as error:
+        raise DinotileError(f"captions: {interrogator} was stopped") from error
     return {**words, **dict(zip(empty, found))}
 
 

@@ -147,7 +147,7 @@ class Region(BaseModel):
 
 
 class Regions(BaseModel):
-    """Regions in which DINO sees the like."""
+    """Regions of an image that look alike to DINO."""
 
     regions: list[Region] = Field(..., description="The largest first.")
     region_prompts: str = Field(..., description="Their words, as the option takes them.")

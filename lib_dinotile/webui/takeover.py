@@ -25,7 +25,7 @@ from lib_dinotile import DinotileError, one_line
 from lib_dinotile.condition.conditioner import Conditioner, installed_weights
 from lib_dinotile.engine import flow
 from lib_dinotile.engine.host import Interrupted, check_name
-from lib_dinotile.engine.prompts import check_prompts
+from lib_dinotile.engine.prompts import check_letters, check_prompts
 from lib_dinotile.hosts import bars
 from lib_dinotile.hosts.patched import patched
 from lib_dinotile.hosts.webui import LATENT_NOISE, LATENT_NOTHING, ORIGINAL, WebUIHost
@@ -355,6 +355,7 @@ class Takeover:
         notes: dict[str, list[str | None]] = {"DINO Tile painted": [], "DINO Tile notes": []}
         if self._settings.captions != NONE:
             notes["DINO Tile tile prompts"] = []
+        self._check_letters()
         for number in range(len(seeds)):
             uncond = None if unconditional_conditioning is None else unconditional_conditioning[number]
             host.bind(prompts[number], p.negative_prompts[number], conditioning.batch[number], uncond)
@@ -372,6 +373,9 @@ class Takeover:
                 done = results + ([self._area.finish(error.result.image, source)] if error.result.painted else [])
                 where = self._keep(done, seeds, prompts)
                 raise flow.UnfinishedError(error.__cause__ or error, error.result, where) from error.__cause__
+            except DinotileError as error:  # before its first tile
+                where = self._keep(results, seeds, prompts)
+                raise DinotileError(f"{error.detail}{where}", error.status_code) from error
             p.__dict__[FOUND].append((result.report, result.maps))
             self._painted += result.painted
             for line in result.report.lines:
@@ -386,6 +390,13 @@ class Takeover:
         samples = processing.DecodedSamples()
         samples.extend(to_sample(image) for image in results)
         return samples
+
+    def _check_letters(self) -> None:
+        """DinotileError for words of a region that one of the images does not have."""
+        if self._conditioner is not None and self._settings.region_words:
+            for source in self._sources:
+                regions = self._conditioner.regions(self._area.cut(source), self._area.canvas)
+                check_letters(regions, self._settings.region_words)
 
     def _upscale(self, host: WebUIHost, source: Image.Image, noise: NoiseField) -> flow.Result:
         area = self._area
