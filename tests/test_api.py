@@ -73,7 +73,9 @@ def test_what_is_no_image_is_refused_in_one_line(api, data, says):
 def test_regions_are_told_with_their_boxes_and_words(api, monkeypatch):
     regions, asked = Regions(torch.tensor([[0, 0, 1], [0, 0, 1]]), (90, 60)), []
     made = types.SimpleNamespace(
-        regions=lambda source: (regions, Image.new("RGB", (90, 99))), cut=lambda source: source
+        regions=lambda source: regions,
+        asked=lambda source, found, words, name: asked.append(name) or {"A": "fur", "B": "wall"},
+        region_map=lambda source, found, words: Image.new("RGB", (90, 99)),
     )
     monkeypatch.setattr(api, "_preview", lambda *_: made)
     monkeypatch.setattr(api.call_queue, "queue_lock", contextlib.nullcontext(), raising=False)
@@ -87,9 +89,10 @@ def test_regions_are_told_with_their_boxes_and_words(api, monkeypatch):
     assert (found["width"], found["height"], found["region_prompts"]) == (90, 99, "B: wall")
     assert api.regions_of(image, '{"region_prompts": "B: wall"}', "") == found
     monkeypatch.setattr(api, "interrogators", lambda: {"Stub": None})
-    monkeypatch.setattr(api, "ask", lambda name, *_: asked.append(name) or {"A": "fur", "B": "wall"})
     named = api.regions(api.RegionRequest(image=image, interrogator="Stub"))
     assert asked == ["Stub"] and named["region_prompts"] == "A: fur\nB: wall"
+    with pytest.raises(DinotileError, match="there is no region C, this image has 2"):
+        api.regions(api.RegionRequest(image=image, options={"region_prompts": "C: sea"}))
 
 
 @pytest.mark.parametrize(

@@ -228,7 +228,7 @@ def takeover(modules, monkeypatch, tmp_path) -> Any:
             self.base = "sd15"
 
         free_memory = StubHost.free_memory
-        conditioned = full_decoder = None
+        conditioned = full_decoder = masked = None
 
         def sample(self, *arguments: Any, **more: Any) -> torch.Tensor:
             assert self.denoise == 0.5  # of the processing object
