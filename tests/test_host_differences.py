@@ -433,3 +433,27 @@ def test_a_job_taken_over_ends_in_pixels_and_its_conditionings_are_its_own(webui
         assert found.shape == (3, 60, 80) and ((found + 1) * 127.5).byte().float().mean() > 50
     assert hashes[0] == hashes[2] != hashes[1]
     assert webui.model.__dict__.get("ini_latent") is None and not webui.args.ref_latents
+
+
+def test_words_of_a_region_that_an_image_of_a_batch_lacks_stop_it_before_any_is_painted(webui, monkeypatch, tmp_path):
+    takeover = taken_over(webui, monkeypatch, tmp_path)
+    blank, halves = Image.new("RGB", (64, 48), "grey"), Image.new("RGB", (64, 48), "white")
+    halves.paste(random_image(32, 48), (0, 0))
+    quiet = {"guidance": 0.0, "guard": "off", "encoder": "mini", "patches": 8}
+    settings = Settings(enabled=True, tile=64, overlap=16, scale=2, region_prompts="A: fur\nB: wall\nL: sea", **quiet)
+    p = webui.job()
+    vars(p).update(
+        init_images=[halves, blank], refiner_checkpoint=None, image_mask=None, color_corrections=None, script_args=[],
+        override_settings={}, n_iter=1, init_latent=None, comment=print, resize_mode=0, mask=None, batch_size=2,
+        all_seeds=[1, 2],
+    )  # fmt: skip
+    upscaled: list[int] = []
+    monkeypatch.setattr(takeover.flow, "upscale", lambda *_, **__: upscaled.append(1))
+    with webui.running():
+        takeover.Takeover(p, settings).apply()
+        p.init(["a cat"] * 2, [1, 2], [1, 2])
+        p.setup_conds()
+        conds = Multicond((2,), p.c.batch * 2)
+        with pytest.raises(DinotileError, match="region_prompts: there is no region L, this image has"):
+            p.sample(conds, p.uc * 2, [1, 2], [1, 2], 0.0, ["a cat"] * 2)
+    assert not upscaled
