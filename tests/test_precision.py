@@ -20,7 +20,7 @@ from lib_dinotile.condition.conditioner import MINI, Conditioner
 from lib_dinotile.dino.encoder import encoder_dtype, without_autocast
 from lib_dinotile.engine.denoisers import TileBatch
 from lib_dinotile.engine.flow import upscale
-from lib_dinotile.engine.host import Batch
+from lib_dinotile.engine.host import Batch, Prompt
 from lib_dinotile.hosts import devices
 from lib_dinotile.hosts import diffusers as diffusers_host
 from lib_dinotile.hosts.devices import DTYPES, empty_cache, find_device, find_dtype, precision_of
@@ -136,7 +136,7 @@ def test_only_the_unet_sees_half_precision(models, precision, cfg, monkeypatch):
 
     monkeypatch.setattr(host._scheduler, "step", watched)
     latents = host.encode(torch.rand(1, 3, 64, 64))
-    tiled = TileBatch(Batch([Rect(0, 0, 64, 64)], [None], None), lambda: None)
+    tiled = TileBatch(Batch([Rect(0, 0, 64, 64)], [[Prompt()]], None), lambda: None)
     noise = TileNoise(NoiseField(1, 4), [Rect(0, 0, 8, 8)])
     with torch.no_grad():
         sampled = host.sample(latents.half(), tiled, noise, (64, 64), mask=torch.ones(1, 1, 8, 8))
