@@ -131,7 +131,7 @@ def test_the_folder_of_a_preview_is_made(accordion, tmp_path: Path, monkeypatch:
     folder, picture = tmp_path / "temporary", Image.new("RGB", (8, 8))
     preview = importlib.import_module("lib_dinotile.webui.preview")
     monkeypatch.setattr(preview.ui_tempdir, "on_tmpdir_changed", folder.mkdir, raising=False)
-    monkeypatch.setattr(preview, "show", lambda *_: preview.Shown("a line", picture, None, {}))
+    monkeypatch.setattr(preview, "show", lambda *_: preview.PreviewResult("a line", picture, None, {}))
     line, shown, *_ = preview.answer({}, 0, 0, {}, {})
     assert line["value"] == "<p>a line</p>" and shown["value"] is picture and folder.is_dir()
 
@@ -159,7 +159,7 @@ def test_fields_are_those_of_the_regions_with_their_words(accordion):
 def test_a_click_says_in_which_region_a_place_is(accordion, scale: int):
     """Also where the canvas is so large that its map is smaller."""
     naming = importlib.import_module("lib_dinotile.webui.regions")
-    shown = naming.Shown.of(Regions(HALVES.labels, (90 * scale, 60 * scale)))
+    shown = naming.KeptRegions.of(Regions(HALVES.labels, (90 * scale, 60 * scale)))
     ratio = min(scale, 2048 / 90)
 
     def at(x: float, y: float) -> str:

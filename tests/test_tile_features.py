@@ -115,6 +115,21 @@ def latents(pixels):
     return F.pixel_unshuffle(pixels * 2 - 1, 2)
 
 
+def test_guidance_is_weaker_where_a_prompt_names_what_is_there():
+    canvas, tiles = Canvas(random_image(*SIZE), PLAN), PLAN.tiles[:2]
+    x0 = torch.stack([latents(Canvas(random_image(*SIZE, seed=5), PLAN).source(tile)) for tile in tiles])
+
+    def moved(*named):
+        guide = guidance(random_image(*SIZE)).of(canvas, tiles, lambda tile: latents(canvas.source(tile)), named=named)
+        return (guide(x0, 0, 10) - x0).abs().mean(1)
+
+    left = torch.zeros(x0.shape[2:])
+    left[:, : left.shape[1] // 2] = 1
+    free, half = moved(), moved(left, None)
+    assert torch.equal(half[1], free[1]) and torch.equal(half[0][left == 0], free[0][left == 0])
+    assert 0 < half[0][left == 1].mean() <= 0.26 * free[0][left == 1].mean()
+
+
 @pytest.mark.parametrize("inference", [False, True])
 @pytest.mark.parametrize("distance", DISTANCES)
 def test_guidance_moves_x0_towards_the_source_and_by_no_more_than_asked_for(inference, distance):

@@ -165,7 +165,8 @@ class Conditioner:
         store = store or Store()
         named = config.encoder if config else None
         encoder = _encoder_for(settings, named, encoders, device, dtype, trusted, store.progress)
-        on_cpu = functools.partial(_encoder_for, settings, named, encoders, CPU, torch.float32, trusted, keep=False)
+        again = functools.partial(_encoder_for, settings, named, encoders, CPU, torch.float32, trusted, keep=False)
+        on_cpu = functools.cache(again)  # as long as this conditioner lives
         if settings.guidance and settings.layer > encoder.depth:
             raise DinotileError(f"layer: encoder {encoder.id!r} has {encoder.depth} layers, give at most that")
         adapter, head, own = None, None, None
@@ -198,7 +199,8 @@ class Conditioner:
         own = None if settings.adapter == NONE else chosen("adapter", settings.adapter, adapters or {})
         named = read_config(own).encoder if own else None
         encoder = _encoder_for(settings, named, encoders, torch.device(device), dtype, trusted, store.progress)
-        on_cpu = functools.partial(_encoder_for, settings, named, encoders, CPU, torch.float32, trusted, keep=False)
+        again = functools.partial(_encoder_for, settings, named, encoders, CPU, torch.float32, trusted, keep=False)
+        on_cpu = functools.cache(again)  # as long as this conditioner lives
         found = heads_for(settings, encoder, heads or {}, own, store)
         return cls(dataclasses.replace(settings, guidance=0.0), encoder, heads=found, on_cpu=on_cpu)
 
@@ -276,11 +278,7 @@ class Conditioner:
         return find_regions(field, self._settings.region_count)
 
     def _fields(
-        self,
-        source: Image.Image,
-        size: tuple[int, int],
-        wanted: Sequence[tuple[int, Facet]],
-        patches: int,
+        self, source: Image.Image, size: tuple[int, int], wanted: Sequence[tuple[int, Facet]], patches: int
     ) -> list[FeatureField]:
         windows = self._settings.windows
         return _features.fields(self.encoder, to_tensor(source), size, patches, windows, wanted)

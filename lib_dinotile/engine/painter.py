@@ -161,8 +161,10 @@ class TilePainter:
     def batch(self, tiles: Sequence[Rect]) -> Batch:
         """The tiles with all that they are conditioned by."""
         factor, adapted, guidance = self._host.factor, self._conditions.adapted, self._conditions.guidance
-        named = [self._prompts.named(tile) for tile in tiles]
-        guide = guidance.of(self._canvas, tiles, self.source, self._report.note, named) if guidance else None
+        guide = None
+        if guidance:
+            named = [self._prompts.named(tile) for tile in tiles]
+            guide = guidance.of(self._canvas, tiles, self.source, self._report.note, named)
         latent = tiles[0].height // factor, tiles[0].width // factor
         return Batch(tiles, [self._prompts.of(tile) for tile in tiles], adapted and adapted(tiles, latent), guide)
 

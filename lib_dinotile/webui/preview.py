@@ -272,7 +272,7 @@ def answer(
 
 
 @dataclasses.dataclass(frozen=True)
-class Shown:
+class PreviewResult:
     """A preview."""
 
     line: str
@@ -290,7 +290,7 @@ def show(
     img2img: Mapping[str, Any],
     options: Mapping[str, Any],
     interrogator: str = "",
-) -> Shown:
+) -> PreviewResult:
     """The preview of an image. DinotileError as in a run."""
     if chosen == BATCH:
         raise DinotileError("a preview shows one image: choose a tab with one, Batch has many")
@@ -319,7 +319,7 @@ def show(
     line = describe(preview, guess(model, preview.workload[1], preview.plan.tile_size, steps))
     if beyond:
         line += f" There is no region {beyond[0]} in this image: take its line out of {PROMPTS.label}."
-    return Shown(line, picture, regions, words)
+    return PreviewResult(line, picture, regions, words)
 
 
 def describe(preview: Preview, seconds: float | None) -> str:

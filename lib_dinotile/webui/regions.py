@@ -33,14 +33,14 @@ FROM_LINES = f"""(text) => [...{LETTERS!r}].map(letter => text.split(/\\n|;(?=\\
 
 
 @dataclass(frozen=True)
-class Shown:
+class KeptRegions:
     """What the page keeps of the regions that it shows: plain values, no tensor."""
 
     labels: Sequence[Sequence[int]]
     canvas: tuple[int, int]
 
     @classmethod
-    def of(cls, regions: Regions) -> Shown:
+    def of(cls, regions: Regions) -> KeptRegions:
         return cls(regions.labels.tolist(), regions.canvas)
 
     @property
@@ -82,7 +82,7 @@ class Naming:
             for letter, share in zip(regions.letters, regions.areas)
         ]
         fields += [gr.update(visible=False, value="")] * (len(LETTERS) - len(fields))
-        return ["", Shown.of(regions), gr.update(visible=True), *fields]
+        return ["", KeptRegions.of(regions), gr.update(visible=True), *fields]
 
     def connect(self, picture: Any, prompts: Any) -> None:
         """picture: the preview; prompts: the control of the option `region_prompts`."""
@@ -92,7 +92,7 @@ class Naming:
         _in_the_browser(prompts.input, FROM_LINES, [prompts], self.fields)
 
 
-def where(shown: Shown | None, event: gr.SelectData) -> str:
+def where(shown: KeptRegions | None, event: gr.SelectData) -> str:
     """Says in which region a click on the picture is."""
     if shown is None:
         return ""
