@@ -64,8 +64,8 @@ class Option:
         A whole float is accepted for an int (JSON and sliders do not tell them apart), a whole number where a choice is
         one, and spaces around a text do not count (PNG info does not keep them); nothing else is converted.
         """
-        if type(value) in (int, float) and self.choices is not None and f"{value:g}" in self.choices:
-            value = f"{value:g}"
+        if type(value) in (int, float) and self.choices is not None:
+            value = next((choice for choice in self.choices if choice.isdecimal() and value == int(choice)), value)
         if self.type in (int, float):
             number = isinstance(value, (int, float)) and not isinstance(value, bool)
             # Also refuses NaN: nothing compares with it.

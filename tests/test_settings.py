@@ -54,6 +54,7 @@ def test_infotext_keys_are_unique_and_name_the_extension():
         ({"enabled": 1}, "enabled: 1 is not allowed, give true or false"),
         ({"tile": 64, "overlap": 40}, "overlap: 40 is not allowed with tile 64, give at most 32"),
         ({"regions": 13}, f"regions: 13 is not allowed, give one of {', '.join(REGIONS)}"),
+        ({"regions": 2.0000001}, f"regions: 2.0000001 is not allowed, give one of {', '.join(REGIONS)}"),
         ({"regions": True}, f"regions: True is not allowed, give one of {', '.join(REGIONS)}"),
         ({"region_prompts": "fur"}, "region_prompts: 'fur' is not a line like \"A: tabby fur\""),
         ({"region_prompts": "M: fur"}, "region_prompts: 'M: fur' is not a line like \"A: tabby fur\""),
