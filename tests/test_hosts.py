@@ -180,17 +180,39 @@ def test_a_sampler_that_looks_at_the_negative_picture_cannot_be_fused():
             host.sample(latents_of(host, 1, CANVAS[0]), tiled, places(host, [Rect(0, 0, *CANVAS)]), CANVAS)
 
 
-def test_a_sampler_that_wants_the_negative_picture_of_all_tiles_at_once_gets_it_or_nothing():
+def test_a_sampler_that_paints_in_other_sizes_is_refused():
+    with stand_in(FORGE) as webui, webui.running():
+        host = webui.host(p := webui.job())
+        latents = latents_of(host)
+        tiled = TileBatch(batch_of(range(3), PROMPTS), lambda: torch.zeros(3, 3, 64, 64))
+        forward = host._tiled_forward(p.sampler.model_wrap_cfg, tiled, latents, None)
+        with pytest.raises(DinotileError, match="the sampler Euler paints tiles in other sizes: choose another"):
+            forward(latents[..., ::2, ::2], torch.ones(3), image_cond=torch.zeros(3, 5, 1, 1))
+
+
+@pytest.mark.parametrize("prompts", [PROMPTS, [None] * 3], ids=["of several lengths", "alike"])
+def test_a_sampler_that_keeps_the_negative_picture_is_shown_that_of_all_tiles(prompts):
+    """CFG++ of the Forge family: a function that keeps what it was called with last."""
+
+    def shown(numbers: list[int]) -> tuple[Tensor, Tensor]:
+        tiled = TileBatch(batch_of(numbers, prompts), lambda: torch.zeros(len(numbers), 3, 64, 64))
+        forward, seen = host._tiled_forward(denoiser, tiled, latents[numbers], None), dict[str, Tensor]()
+
+        def keep(args: dict[str, Any]) -> Tensor:
+            seen.update(args)
+            return args["denoised"]
+
+        extra = {**p.sampler.sampler_extra_args, "model_options": {"sampler_post_cfg_function": [keep]}}
+        return forward(latents[numbers], torch.ones(len(numbers)), **extra), seen["uncond_denoised"]
+
     with stand_in(FORGE) as webui, webui.running():
         host = webui.host(p := webui.job())
         latents, denoiser = latents_of(host), p.sampler.model_wrap_cfg
-        tiled = TileBatch(batch_of(range(3), PROMPTS), lambda: torch.zeros(3, 3, 64, 64))
-        forward = host._tiled_forward(denoiser, tiled, latents, None)
-        looks = {"sampler_post_cfg_function": [lambda args: args["denoised"]]}
-        with pytest.raises(DinotileError, match="the sampler Euler paints tiles in other sizes: choose another"):
-            forward(latents[..., ::2, ::2], torch.ones(3), image_cond=torch.zeros(3, 5, 1, 1))
-        with pytest.raises(DinotileError, match=r"Euler cannot paint .* lengths, .* together: set Tile batch to 1"):
-            forward(latents, torch.ones(3), image_cond=torch.zeros(3, 5, 1, 1), model_options=looks)
+        p.sampler.sampler_extra_args = {"image_cond": torch.zeros(3, 5, 1, 1), "cond_scale": 5.0, "s_min_uncond": 0.0}
+        output, negative = shown([0, 1, 2])
+        alone = [shown([number]) for number in range(3)]
+    close(output, torch.cat([each for each, _ in alone]))
+    close(negative, torch.cat([each for _, each in alone]))
 
 
 def test_where_the_mask_is_black_nothing_changes(webui):

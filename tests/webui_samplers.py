@@ -96,7 +96,15 @@ class Denoiser(nn.Module):
         self.inner_model = types.SimpleNamespace(inner_model=webui.model)
 
     def forward(
-        self, x: Tensor, sigma: Tensor, uncond: Any, cond: Any, cond_scale: float, s_min_uncond: float, image_cond: Any
+        self,
+        x: Tensor,
+        sigma: Tensor,
+        uncond: Any,
+        cond: Any,
+        cond_scale: float,
+        s_min_uncond: float,
+        image_cond: Any,
+        model_options: dict[str, Any] | None = None,
     ) -> Tensor:
         webui, call = self.webui, self.webui.modules["modules.script_callbacks"].call
         state = webui.modules["modules.shared"].state
@@ -112,6 +120,8 @@ class Denoiser(nn.Module):
         denoised, negative = (self._rows if webui.kind.chain is False else self._chain)(
             x, sigma, cond, uncond, cond_scale
         )
+        for function in (model_options or {}).get("sampler_post_cfg_function", ()):
+            denoised = function({"denoised": denoised, "uncond_denoised": negative, "cond_scale": cond_scale})
         if self.need_last_noise_uncond:
             self.last_noise_uncond = (x - negative) / level
         early = noise and not webui.kind.chain  # A1111's callback gets the noise, too

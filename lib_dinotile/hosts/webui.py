@@ -25,6 +25,7 @@ from lib_dinotile.hosts.conditionings import form, stacked
 from lib_dinotile.hosts.interrogators import interrogators
 from lib_dinotile.hosts.memory_format import fast, fast_input
 from lib_dinotile.hosts.patched import patched, seeded
+from lib_dinotile.hosts.post_cfg import PostCFG
 from lib_dinotile.tiling.canvas import Canvas
 from lib_dinotile.tiling.noise import TileNoise
 
@@ -291,12 +292,7 @@ class WebUIHost(Host):
                 alike: dict[Any, list[int]] = {}
                 for number, conds in enumerate(entries):
                     alike.setdefault(tuple(form(cond) for cond, _ in conds), []).append(number)
-                if len(alike) > 1 and (extra.get("model_options") or {}).get("sampler_post_cfg_function"):
-                    raise DinotileError(  # it would be shown the last of them alone
-                        f"the sampler {self._p.sampler_name} cannot paint tiles with prompts of different lengths, "
-                        "or numbers of regions, together: set Tile batch to 1"
-                    )
-                outputs, noises = [], []
+                outputs, noises, post_cfg = [], [], PostCFG(extra)
                 for chosen in alike.values():
                     denoiser.step = step  # it counts its calls
                     joined = [self._joined(batch.prompts[number], entries[number]) for number in chosen]
@@ -304,7 +300,7 @@ class WebUIHost(Host):
                     noisy, (cond, uncond) = tiles[chosen], stacked(joined)
                     image = extra["image_cond"]
                     image = image[chosen] if tiled.is_batch else noisy.new_zeros(len(chosen), *image.shape[1:])
-                    own = {"cond": cond, "uncond": uncond, "image_cond": image}
+                    own = {"cond": cond, "uncond": uncond, "image_cond": image, **post_cfg.extra}
                     with (
                         self.conditioned(batch, chosen, parts),
                         self._steered(batch, chosen, denoiser, noisy, sigma),
@@ -314,6 +310,7 @@ class WebUIHost(Host):
                         )
                     noises.append(denoiser.last_noise_uncond)
                 back = torch.tensor([number for chosen in alike.values() for number in chosen]).argsort()
+                post_cfg.show(back)
                 if denoiser.need_last_noise_uncond:
                     denoiser.last_noise_uncond = torch.cat(noises)[back]
                 return self._without_frame(torch.cat(outputs)[back])
