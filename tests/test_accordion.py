@@ -15,7 +15,9 @@ import pytest
 import torch
 from PIL import Image
 
+from lib_dinotile import DinotileError
 from lib_dinotile.dino.regions import Regions
+from lib_dinotile.engine.host import Interrupted
 from lib_dinotile.lines import LETTERS
 from lib_dinotile.settings import AUTOMATIC, CALIBRATED, NONE, Settings, Txt2Img
 from tests.conftest import import_of_webuis
@@ -131,8 +133,7 @@ def test_the_folder_of_a_preview_is_made(accordion, tmp_path: Path, monkeypatch:
     folder, picture = tmp_path / "temporary", Image.new("RGB", (8, 8))
     preview = importlib.import_module("lib_dinotile.webui.preview")
     monkeypatch.setattr(preview.ui_tempdir, "on_tmpdir_changed", folder.mkdir, raising=False)
-    monkeypatch.setattr(preview, "show", lambda *_: preview.PreviewResult("a line", picture, None, {}))
-    line, shown, *_ = preview.answer({}, 0, 0, {}, {})
+    line, shown, *_ = preview.answer(lambda: preview.PreviewResult("a line", picture, None, {}))
     assert line["value"] == "<p>a line</p>" and shown["value"] is picture and folder.is_dir()
 
 
@@ -182,6 +183,27 @@ def test_an_interrogator_is_asked_once_for_each_region_without_words(accordion, 
     source.paste("blue", (30, 0, 45, 30))
     assert naming.ask("Stub", source, HALVES, {"A": "fur"}) == {"A": "fur", "B": "a wall"}
     assert [image.getcolors() for image in asked] == [[(15 * 15, (0, 0, 255))]]
+
+
+def test_what_was_interrupted_before_does_not_stop_an_interrogator_but_what_is_now_does(accordion, monkeypatch):
+    naming = importlib.import_module("lib_dinotile.webui.regions")
+    state = types.SimpleNamespace(interrupted=True, skipped=True, stopping_generation=True, textinfo="before")
+    monkeypatch.setattr(naming, "shared", types.SimpleNamespace(state=state))
+
+    def caption(images):
+        assert not (state.interrupted or state.skipped or state.stopping_generation)
+        state.textinfo = "DINO Tile: ..."
+        if len(images) > 1:
+            raise Interrupted
+        return ["a wall"]
+
+    monkeypatch.setattr(naming, "interrogators", lambda: {"Stub": caption})
+    before, source = dict(vars(state)), Image.new("RGB", (45, 30))
+    assert naming.ask("Stub", source, HALVES, {"A": "fur"}) == {"A": "fur", "B": "a wall"}
+    assert vars(state) == before
+    with pytest.raises(DinotileError, match=r"^captions: Stub was stopped$"):
+        naming.ask("Stub", source, HALVES, {})
+    assert vars(state) == before
     assert naming.lines({"B": "a wall", "A": "fur", "C": ""}) == "A: fur\nB: a wall"
 
 

@@ -18,6 +18,8 @@ from lib_dinotile.condition.conditioner import Conditioner, installed_weights
 from lib_dinotile.dino import cache
 from lib_dinotile.dino import head as heads_module
 from lib_dinotile.dino.checkpoint import read_checkpoint
+from lib_dinotile.dino.encoder import load_encoder
+from lib_dinotile.dino.field import FeatureField
 from lib_dinotile.dino.head import RestorationHead, save_heads
 from lib_dinotile.settings import Settings
 from lib_dinotile.tiling.canvas import Canvas
@@ -218,3 +220,16 @@ def test_without_a_head_guidance_is_off_and_the_notes_say_so(adapters):
     assert len(off) == 1 and "choose Restoration head Automatic" in off[0]
     assert not any("guidance is off" in note for note in notes(head="None", distance="self-similarity"))
     assert "restoration head: calibrated" in notes() and not any("guidance is off" in note for note in notes())
+
+
+@pytest.mark.parametrize("patches, looked", [(16, 16), (256, 64)])
+def test_for_regions_the_encoder_looks_no_finer_than_they_are(patches, looked, monkeypatch):
+    asked: list[int] = []
+
+    def field(encoder, source, canvas, patches, windows=1):
+        asked.append(patches)
+        return FeatureField(torch.rand(8, 6, 8), canvas)
+
+    monkeypatch.setattr(module, "_features", types.SimpleNamespace(field=field))
+    conditioner = Conditioner(Settings(patches=patches, windows=4), load_encoder("mini"))
+    assert conditioner.regions(random_image(64, 48), (128, 96)).canvas == (128, 96) and asked == [looked]

@@ -16,6 +16,7 @@ from lib_dinotile.dino import encoder
 from lib_dinotile.dino.cache import FeatureCache
 from lib_dinotile.dino.calibration import calibrate
 from lib_dinotile.dino.encoder import load_encoder
+from lib_dinotile.dino.field import feature_fields
 from lib_dinotile.dino.head import load_heads, save_heads
 from lib_dinotile.engine import memory
 from lib_dinotile.engine.flow import UnfinishedError
@@ -69,6 +70,20 @@ def test_features_are_remembered_in_main_memory():
     cache = FeatureCache()
     cache.field(load_encoder("mini", device=DEVICE), torch.rand(3, 32, 32), (64, 64), 4)
     assert [features.device for features in cache._kept.values()] == [CPU]
+
+
+def test_what_one_device_sees_is_not_remembered_for_another(monkeypatch):
+    """Regions are found in what the encoder sees on the CPU, also where it looked on an accelerator before."""
+    cache, source, seen = FeatureCache(), torch.rand(3, 32, 32), list[str]()
+
+    def look(encoder, *arguments):
+        seen.append(encoder.device.type)
+        return feature_fields(encoder, *arguments)
+
+    monkeypatch.setattr("lib_dinotile.dino.cache.feature_fields", look)
+    for device in (DEVICE, CPU, DEVICE, CPU):
+        cache.field(load_encoder("mini", device=device), source, (64, 64), 4)
+    assert seen == [DEVICE.type, "cpu"]
 
 
 def test_what_is_saved_was_brought_to_the_cpu(models, tmp_path):  # noqa: F811

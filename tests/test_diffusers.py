@@ -332,6 +332,15 @@ def test_a_prediction_is_blended_of_those_of_a_tile_s_prompts_as_their_masks_say
     assert (by_hand(host, x[:1], fur, cfg) - by_hand(host, x[:1], pebbles, cfg)).abs().max() > 1e-3
 
 
+@pytest.mark.parametrize("cfg, most", [(1.0, 2), (5.0, 4)])
+def test_the_unet_is_given_no_more_rows_at_once_for_regions(sd15, cfg, most):
+    host, rows = load_host(Generation(model=sd15, prompt="a cat", steps=1, denoise=1.0, cfg=cfg)), list[int]()
+    hook = host.unet.register_forward_pre_hook(lambda module, arguments: rows.append(len(arguments[0])))
+    predicted(host, [[Prompt("fur", left_half()), Prompt("pebbles", 1 - left_half())]] * 2)
+    hook.remove()
+    assert max(rows) == most and sum(rows) == (4 if cfg == 1 else 6)
+
+
 @pytest.mark.parametrize("cfg", [1.0, 5.0])
 def test_several_prompts_of_equal_words_are_one(sd15, cfg):
     host = load_host(Generation(model=sd15, prompt="a cat", steps=1, denoise=1.0, cfg=cfg))

@@ -203,7 +203,8 @@ class Sampler:
     def __init__(self, webui: Any, p: Any) -> None:
         self.webui, self.name = webui, p.sampler_name
         self.model_wrap_cfg = Denoiser(webui, p)
-        self.model_wrap_cfg.need_last_noise_uncond = self.name == "Euler CFG++"
+        self.by_function = self.name == "Euler CFG++" and webui.kind.family in ("neo", "reforge")
+        self.model_wrap_cfg.need_last_noise_uncond = self.name == "Euler CFG++" and not self.by_function
         if webui.kind.chain:
             self.model_wrap_cfg.classic_ddim_eps_estimation = self.name == "DDIM"
         else:
@@ -256,9 +257,18 @@ class Sampler:
                 control.cleanup()
 
     def _run(self, x: Tensor, noise: Tensor, sigmas: Tensor, draw: Callable[[], Tensor]) -> Tensor:
+        negative: Tensor | None = None
+
+        def keep(args: dict[str, Any]) -> Tensor:
+            nonlocal negative
+            negative = args["uncond_denoised"]
+            return args["denoised"]
+
+        extra = {"model_options": {"sampler_post_cfg_function": [keep]}} if self.by_function else {}
+
         def model(x: Tensor, sigma: Tensor) -> Tensor:
             self.webui.modules["modules.shared"].total_tqdm.update()
-            return self.model_wrap_cfg(x, sigma.expand(len(x)), **self.sampler_extra_args)
+            return self.model_wrap_cfg(x, sigma.expand(len(x)), **self.sampler_extra_args, **extra)
 
         if self.name == "DDIM":  # its noise levels are timesteps, and its x is scaled down
             times = self.webui.levels.timestep(sigmas[:-1])
@@ -273,7 +283,8 @@ class Sampler:
         for sigma, after in itertools.pairwise(sigmas):
             x0 = model(x, sigma)
             if self.name == "Euler CFG++":
-                x = x0 + self.model_wrap_cfg.last_noise_uncond * after
+                known = (x - negative) / sigma if self.by_function else self.model_wrap_cfg.last_noise_uncond
+                x = x0 + known * after
                 continue
             down, up = (after, 0.0) if self.name == "Euler" else ancestral(sigma, after)
             x = x + (x - x0) / sigma * (down - sigma)

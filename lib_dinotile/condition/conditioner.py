@@ -165,8 +165,6 @@ class Conditioner:
         store = store or Store()
         named = config.encoder if config else None
         encoder = _encoder_for(settings, named, encoders, device, dtype, trusted, store.progress)
-        again = functools.partial(_encoder_for, settings, named, encoders, CPU, torch.float32, trusted, keep=False)
-        on_cpu = functools.cache(again)  # as long as this conditioner lives
         if settings.guidance and settings.layer > encoder.depth:
             raise DinotileError(f"layer: encoder {encoder.id!r} has {encoder.depth} layers, give at most that")
         adapter, head, own = None, None, None
@@ -180,7 +178,7 @@ class Conditioner:
                     raise DinotileError(f"{own.name} is damaged: it has no head for the layer that it reads")
         decoder = host.guidance_decoder(settings.decoder) if settings.guidance else None
         found = heads_for(settings, encoder, heads or {}, own, store)
-        return cls(settings, encoder, adapter, found, decoder, head, on_cpu)
+        return cls(settings, encoder, adapter, found, decoder, head, _on_cpu(settings, named, encoders, trusted))
 
     @classmethod
     def without_model(
@@ -199,9 +197,8 @@ class Conditioner:
         own = None if settings.adapter == NONE else chosen("adapter", settings.adapter, adapters or {})
         named = read_config(own).encoder if own else None
         encoder = _encoder_for(settings, named, encoders, torch.device(device), dtype, trusted, store.progress)
-        again = functools.partial(_encoder_for, settings, named, encoders, CPU, torch.float32, trusted, keep=False)
-        on_cpu = functools.cache(again)  # as long as this conditioner lives
         found = heads_for(settings, encoder, heads or {}, own, store)
+        on_cpu = _on_cpu(settings, named, encoders, trusted)
         return cls(dataclasses.replace(settings, guidance=0.0), encoder, heads=found, on_cpu=on_cpu)
 
     @property
@@ -375,6 +372,12 @@ def _encoder_for(
     if not keep:
         return load_encoder(wanted, folder, device=device, dtype=dtype, download=False)
     return _encoder(wanted, folder, (place, stamp(place / CONFIG), stamp(place / WEIGHTS)), device, dtype)
+
+
+def _on_cpu(settings: Settings, named: str | None, folder: Path | None, trusted: bool) -> Callable[[], PatchEncoder]:
+    """Gives that encoder on the CPU in float32, loaded when it is first asked for."""
+    load = functools.partial(_encoder_for, settings, named, folder, CPU, torch.float32, trusted, keep=False)
+    return functools.cache(load)  # as long as its conditioner lives
 
 
 def to_tensor(image: Image.Image) -> Tensor:

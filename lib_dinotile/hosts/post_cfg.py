@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -11,30 +12,31 @@ from torch import Tensor
 KEY = "sampler_post_cfg_function"
 
 
-class PostCFG:
-    """The functions are called for each part, and then once more for the whole batch: CFG++ samplers go on with the
-    `uncond_denoised` that they were called with last."""
+@contextlib.contextmanager
+def whole_after_parts(extra: Mapping[str, Any]) -> Iterator[tuple[dict[str, Any], Callable[[Tensor], None]]]:
+    """Lets a sampler's functions see the batch as a whole: a CFG++ sampler goes on with the `uncond_denoised` that its
+    function was called with last.
 
-    def __init__(self, extra: Mapping[str, Any]) -> None:
-        """extra: what the sampler gives the denoiser."""
-        options = extra.get("model_options") or {}
-        self._functions = list(options.get(KEY, ()))
-        self._parts: list[dict[str, Any]] = []
-        self.extra = {"model_options": {**options, KEY: [*self._functions, self._record]}} if self._functions else {}
-        """What the denoiser is given for each part in place of that."""
+    extra: what the sampler gives the denoiser. Gives what each part is given besides, and a function to be called after
+    all parts, which calls the sampler's for the whole batch; order: the tiles' places in the parts, one after another.
+    """
+    options = extra.get("model_options") or {}
+    functions, parts = list(options.get(KEY, ())), list[dict[str, Any]]()
 
-    def _record(self, args: dict[str, Any]) -> Any:
-        self._parts.append(args)
+    def record(args: dict[str, Any]) -> Tensor:
+        parts.append(args)
         return args["denoised"]
 
-    def show(self, order: Tensor) -> None:
-        """Calls the functions for the whole batch; order: the tiles' places in the parts, one after another."""
-        if len(self._parts) > 1:
-            whole = {name: _joined([part[name] for part in self._parts], order) for name in self._parts[0]}
-            for function in self._functions:
+    def show_whole(order: Tensor) -> None:
+        if len(parts) > 1:
+            whole = {
+                name: torch.cat([part[name] for part in parts])[order] if isinstance(value, Tensor) else value
+                for name, value in parts[0].items()
+            }
+            for function in functions:
                 function(whole)
-        self._parts.clear()
 
-
-def _joined(values: list[Any], order: Tensor) -> Any:
-    return torch.cat(values)[order] if isinstance(values[0], Tensor) else values[0]
+    try:
+        yield {"model_options": {**options, KEY: [*functions, record]}} if functions else {}, show_whole
+    finally:
+        parts.clear()  # they have the options, which have `record`: a circle, in which tensors would stay

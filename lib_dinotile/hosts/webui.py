@@ -25,7 +25,7 @@ from lib_dinotile.hosts.conditionings import form, stacked
 from lib_dinotile.hosts.interrogators import interrogators
 from lib_dinotile.hosts.memory_format import fast, fast_input
 from lib_dinotile.hosts.patched import patched, seeded
-from lib_dinotile.hosts.post_cfg import PostCFG
+from lib_dinotile.hosts.post_cfg import whole_after_parts
 from lib_dinotile.tiling.canvas import Canvas
 from lib_dinotile.tiling.noise import TileNoise
 
@@ -292,25 +292,24 @@ class WebUIHost(Host):
                 alike: dict[Any, list[int]] = {}
                 for number, conds in enumerate(entries):
                     alike.setdefault(tuple(form(cond) for cond, _ in conds), []).append(number)
-                outputs, noises, post_cfg = [], [], PostCFG(extra)
-                for chosen in alike.values():
-                    denoiser.step = step  # it counts its calls
-                    joined = [self._joined(batch.prompts[number], entries[number]) for number in chosen]
-                    parts = [at for at, (one, _) in enumerate(entries[chosen[0]]) for _ in one]
-                    noisy, (cond, uncond) = tiles[chosen], stacked(joined)
-                    image = extra["image_cond"]
-                    image = image[chosen] if tiled.is_batch else noisy.new_zeros(len(chosen), *image.shape[1:])
-                    own = {"cond": cond, "uncond": uncond, "image_cond": image, **post_cfg.extra}
-                    with (
-                        self.conditioned(batch, chosen, parts),
-                        self._steered(batch, chosen, denoiser, noisy, sigma),
-                    ):
-                        outputs.append(
-                            inner(self._with_frame(noisy), sigma[:1].expand(len(chosen)), **{**extra, **own})
-                        )
-                    noises.append(denoiser.last_noise_uncond)
+                outputs, noises = [], []
                 back = torch.tensor([number for chosen in alike.values() for number in chosen]).argsort()
-                post_cfg.show(back)
+                with whole_after_parts(extra) as (more, show_whole):
+                    for chosen in alike.values():
+                        denoiser.step = step  # it counts its calls
+                        joined = [self._joined(batch.prompts[number], entries[number]) for number in chosen]
+                        parts = [at for at, (one, _) in enumerate(entries[chosen[0]]) for _ in one]
+                        noisy, (cond, uncond) = tiles[chosen], stacked(joined)
+                        image = extra["image_cond"]
+                        image = image[chosen] if tiled.is_batch else noisy.new_zeros(len(chosen), *image.shape[1:])
+                        own = {**extra, **more, "cond": cond, "uncond": uncond, "image_cond": image}
+                        with (
+                            self.conditioned(batch, chosen, parts),
+                            self._steered(batch, chosen, denoiser, noisy, sigma),
+                        ):
+                            outputs.append(inner(self._with_frame(noisy), sigma[:1].expand(len(chosen)), **own))
+                        noises.append(denoiser.last_noise_uncond)
+                    show_whole(back)
                 if denoiser.need_last_noise_uncond:
                     denoiser.last_noise_uncond = torch.cat(noises)[back]
                 return self._without_frame(torch.cat(outputs)[back])

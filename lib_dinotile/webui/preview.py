@@ -6,6 +6,7 @@ import dataclasses
 import html
 import json
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -201,9 +202,8 @@ class Img2Img:
             sources = {name: next(rest) for name in places}
             img2img = {key: next(rest) for key in numbers}
             chosen, sizing = [next(rest) for _ in tabs] if len(tabs) == 2 else (0, 0)
-            chosen_options = dict(zip(options, rest))
             where = sources, int(chosen or 0), int(sizing or 0), img2img
-            return answer(*where, chosen_options, interrogator)
+            return answer(partial(show, *where, dict(zip(options, rest)), interrogator), bool(interrogator))
 
         prompts = options["region_prompts"]
 
@@ -243,24 +243,17 @@ def last_captions(information: str | None) -> Any:
     return infotext_utils.parse_generation_parameters(texts[-1], []).get(Settings.option("tile_prompts").infotext, "")
 
 
-def answer(
-    sources: Mapping[str, Any],
-    chosen: int,
-    sizing: int,
-    img2img: Mapping[str, Any],
-    options: Mapping[str, Any],
-    interrogator: str = "",
-) -> list[Any]:
+def answer(make: Callable[[], PreviewResult], asked: bool = False) -> list[Any]:
     """Updates of the line, of the image, of what belongs to the regions and of their prompts.
 
-    The line also says why an image cannot be upscaled. interrogator: is asked for regions without words, if any.
+    The line also says why an image cannot be upscaled. make: see `show`; asked: an interrogator was, for words.
     """
     try:
         with call_queue.queue_lock:  # after what is being generated
-            found = show(sources, chosen, sizing, img2img, options, interrogator)
+            found = make()
         ui_tempdir.on_tmpdir_changed()  # Forge Neo puts pictures into a folder that it makes only when that is set
         line, image = gr.update(value=f"<p>{html.escape(found.line)}</p>"), gr.update(value=found.picture, visible=True)
-        prompts = gr.update(value=lines(found.words)) if interrogator else gr.update()
+        prompts = gr.update(value=lines(found.words)) if asked else gr.update()
         return [line, image, *Naming.updates(found.regions, found.words), prompts]
     except DinotileError as error:
         line = str(error)
@@ -291,7 +284,7 @@ def show(
     options: Mapping[str, Any],
     interrogator: str = "",
 ) -> PreviewResult:
-    """The preview of an image. DinotileError as in a run."""
+    """The preview of an image; interrogator: is asked for regions without words, if any. DinotileError as in a run."""
     if chosen == BATCH:
         raise DinotileError("a preview shows one image: choose a tab with one, Batch has many")
     source = sources.get(IMAGES[chosen])

@@ -392,9 +392,10 @@ class Takeover:
         return samples
 
     def _check_letters(self) -> None:
-        """DinotileError for words of a region that one of the images does not have."""
+        """DinotileError for words of a region that one of the images does not have, but for the first: that is seen
+        before its first tile."""
         if self._conditioner is not None and self._settings.region_words:
-            for source in self._sources:
+            for source in self._sources[1:]:
                 regions = self._conditioner.regions(self._area.cut(source), self._area.canvas)
                 check_letters(regions, self._settings.region_words)
 
