@@ -1,4 +1,4 @@
-"""Writes the table of options into README.md: python tools/options.py"""
+"""Writes the table of options into docs/options.md: python -m tools.options"""
 
 import re
 from pathlib import Path
@@ -6,7 +6,7 @@ from pathlib import Path
 from lib_dinotile.options import Option
 from lib_dinotile.settings import Settings, Txt2Img
 
-README = Path(__file__).parents[1] / "README.md"
+PAGE = Path(__file__).parents[1] / "docs" / "options.md"
 HEAD = "| name | in the UI | default | |\n|---|---|---|---|\n"
 
 
@@ -16,11 +16,11 @@ def row(option: Option) -> str:
 
 
 def with_table(text: str) -> str:
-    """The README's text with the table as it has to be."""
+    """The page's text with the table as it has to be."""
     rows = {option.name: option for option in (*Txt2Img.table(), *Settings.table())}
     table = HEAD + "".join(map(row, rows.values()))
     return re.sub(re.escape(HEAD) + r"(\|.*\n)*", lambda _: table, text)
 
 
 if __name__ == "__main__":
-    README.write_text(with_table(README.read_text(encoding="utf-8")), encoding="utf-8")
+    PAGE.write_text(with_table(PAGE.read_text(encoding="utf-8")), encoding="utf-8")

@@ -1,4 +1,4 @@
-"""The routes of its own: what is installed, a plan, and what DINO sees; and the README's examples."""
+"""The routes of its own: what is installed, a plan, and what DINO sees; and the examples of docs/api.md."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from lib_dinotile.settings import AUTOMATIC, NONE, Settings
 from lib_dinotile.tiling.plan import TilePlan
 
 ROOT = Path(__file__).parents[2]
-README = (ROOT / "README.md").read_text(encoding="utf-8")
+PAGE = (ROOT / "docs" / "api.md").read_text(encoding="utf-8")
 LISTS = ("version", "adapters", "heads", "encoders")
 QUESTIONS = ("plan", "semantic-map")
 ROUTES = {**dict.fromkeys(LISTS, "get"), **dict.fromkeys(QUESTIONS, "post")}
@@ -503,15 +503,15 @@ def test_they_are_behind_the_authentication_of_the_webui(webui: WebUI, request: 
         assert page["paths"][f"/dinotile/v1/{route}"][method]["security"]
 
 
-# The README's examples -------------------------------------------------------------------------------------------
+# The examples in docs/api.md -------------------------------------------------------------------------------------------
 
-SECTION = README.split("## API\n")[1].split("\n## ")[0]
-BLOCKS = re.findall(r"^```python\n(.*?)^```$", SECTION, re.S | re.M)
+
+BLOCKS = re.findall(r"^```python\n(.*?)^```$", PAGE, re.S | re.M)
 
 
 @pytest.fixture
 def run_example(tmp_path: Path, request: pytest.FixtureRequest) -> Callable[[str], str]:
-    """Runs code of the README beside a small photo.png, against this WebUI; what it prints."""
+    """Runs code of that page beside a small photo.png, against this WebUI; what it prints."""
     with Image.open(ROOT / "examples" / "photo.png") as photo:
         photo.convert("RGB").resize((112, 74)).save(tmp_path / "photo.png")
     url = urlparse(request.config.getoption("--webui"))
