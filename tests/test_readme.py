@@ -41,5 +41,5 @@ def test_files_that_a_page_links_to_are_there(page: Path):
 
 
 def test_every_page_is_reached_from_the_readme():
-    linked = {Path(link).name for page in PAGES for link in re.findall(r"\]\(([\w/.-]+\.md)\)", page.read_text("utf-8"))}
-    assert {page.name for page in PAGES[1:]} <= linked
+    links = [link for page in PAGES for link in re.findall(r"\]\(([\w/.-]+\.md)\)", page.read_text(encoding="utf-8"))]
+    assert {page.name for page in PAGES[1:]} <= {Path(link).name for link in links}

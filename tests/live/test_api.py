@@ -503,8 +503,7 @@ def test_they_are_behind_the_authentication_of_the_webui(webui: WebUI, request: 
         assert page["paths"][f"/dinotile/v1/{route}"][method]["security"]
 
 
-# The examples in docs/api.md -------------------------------------------------------------------------------------------
-
+# The examples in docs/api.md --------------------------------------------------------------------------------------
 
 BLOCKS = re.findall(r"^```python\n(.*?)^```$", PAGE, re.S | re.M)
 
