@@ -7,7 +7,6 @@ is adding a field.
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,6 +25,9 @@ MAX_SIDE = 65536
 
 SMALL = ("sd15", "sd2", "mini")
 """Families of checkpoints that are at home at 512 pixels; all others are at 1024."""
+
+LEAST = 0.75
+"""Least side of a tile as a share of what a checkpoint is at home at, where the tile size is automatic."""
 
 NONE = "None"
 """The choice that stands for no adapter, and for no captions."""
@@ -112,7 +114,8 @@ class Settings(Options):
     tile: int = option(
         0,
         "Tile size",
-        "Side of a tile in pixels. 0: as the checkpoint likes it, 512 for SD 1.5 and 2, 1024 for SDXL and newer ones.",
+        "Side of a tile in pixels. 0: as the checkpoint likes it, 512 for SD 1.5 and 2, 1024 for SDXL and newer ones; "
+        "less of its width or height, down to three quarters, where that paints fewer pixels.",
         minimum=64,
         maximum=2048,
         step=8,
@@ -458,9 +461,17 @@ class Settings(Options):
             )
         return super().option(name)
 
-    def for_base(self, base: str) -> Settings:
-        """With automatic values resolved for a checkpoint of that family, `sd15` and so on; see `Host.base`."""
-        return self if self.tile else dataclasses.replace(self, tile=512 if base in SMALL else 1024)
+    def tile_sides(self, base: str) -> tuple[int, int]:
+        """(largest, smallest) side of a tile for a checkpoint of that family, `sd15` and so on; see `Host.base`.
+
+        DinotileError if the overlap is too wide for it.
+        """
+        largest = self.tile or (512 if base in SMALL else 1024)
+        if self.overlap > largest // 2:
+            raise DinotileError(
+                f"overlap: {self.overlap} is not allowed with tile {largest}, give at most {largest // 2}"
+            )
+        return largest, self.tile or int(LEAST * largest)
 
     @property
     def looks(self) -> bool:
@@ -505,10 +516,8 @@ class Settings(Options):
         beyond = [letter for letter in parse_region_prompts(self.region_prompts) if self._lacks(letter)]
         if beyond:
             raise DinotileError(f"region_prompts: there is no region {beyond[0]} where regions is {self.regions}")
-        if self.tile and self.overlap > self.tile // 2:
-            raise DinotileError(
-                f"overlap: {self.overlap} is not allowed with tile {self.tile}, give at most {self.tile // 2}"
-            )
+        if self.tile:
+            self.tile_sides("")
         for kind in ("", "guidance_"):
             start, end = getattr(self, f"{kind}start"), getattr(self, f"{kind}end")
             if start > end:

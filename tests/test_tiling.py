@@ -9,6 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from lib_dinotile import DinotileError
+from lib_dinotile.engine.flow import plan_tiles
+from lib_dinotile.settings import Settings
 from lib_dinotile.tiling.blend import Blend
 from lib_dinotile.tiling.canvas import Canvas
 from lib_dinotile.tiling.noise import NoiseField, TileNoise
@@ -27,7 +30,17 @@ def plans(draw, largest=700):
         overlap=draw(st.integers(0, tile // 2)),
         factor=factor,
         order=draw(st.sampled_from(ORDERS)),
+        least=draw(st.none() | st.integers(factor, tile)),
     )
+
+
+@st.composite
+def automatic(draw):
+    """Plans with an automatic tile size, for both kinds of checkpoints."""
+    base, longest = draw(st.sampled_from([("sd15", 2500), ("sdxl", 5000)]))
+    overlap = draw(st.integers(0, 32 if base == "sd15" else 64)) * 8
+    size = draw(st.integers(1, longest)), draw(st.integers(1, longest))
+    return plan_tiles(size, Settings(overlap=overlap), base)
 
 
 def random_image(width, height, seed=0):
@@ -127,11 +140,71 @@ def test_a_tiles_rim_has_no_weight_where_a_neighbour_shows_it():
 
 @pytest.mark.parametrize(
     "wrong",
-    [{"width": 0}, {"height": -1}, {"tile": 7}, {"overlap": -8}, {"overlap": 40}, {"order": "spiral"}, {"factor": 0}],
+    [
+        {"width": 0},
+        {"height": -1},
+        {"tile": 7},
+        {"overlap": -8},
+        {"overlap": 40},
+        {"order": "spiral"},
+        {"factor": 0},
+        {"least": 7},
+        {"least": 65},
+    ],
 )
 def test_a_plan_that_makes_no_sense_is_refused(wrong):
     with pytest.raises(ValueError):
         TilePlan(**{"width": 100, "height": 100, "tile": 64, "overlap": 16, **wrong})
+
+
+@settings(max_examples=300)
+@given(automatic())
+def test_automatic_tiles_paint_as_few_pixels_as_the_overlap_allows(plan):
+    """Of all widths and heights from 3/4 of what the checkpoint likes on: any other one paints more, or as many and is
+    smaller."""
+    home = plan.tile
+    for side, starts, length in zip(plan.tile_size, (plan.columns, plan.rows), plan.padded):
+        if length <= home:
+            assert (side, starts) == (length, [0])
+            continue
+        assert side % 64 == 0 and 3 / 4 * home <= side <= home
+        assert all(left + side - right >= plan.overlap for left, right in itertools.pairwise(starts))
+        for other in range(int(3 / 4 * home), home + 1, 64):
+            if other >= 2 * plan.overlap:
+                count = 1
+                while count * other - (count - 1) * plan.overlap < length:
+                    count += 1
+                assert (count * other, -other) >= (len(starts) * side, -side)
+
+
+@pytest.mark.parametrize(
+    ("base", "size", "tiles", "side"),
+    [
+        ("sd15", (902, 600), (2, 2), (512, 384)),
+        ("sd15", (600, 902), (2, 2), (384, 512)),
+        ("sd15", (1024, 1024), (3, 3), (384, 384)),
+        ("sd15", (2048, 2048), (5, 5), (512, 512)),
+        ("sd15", (400, 300), (1, 1), (400, 304)),
+        ("sdxl", (902, 600), (1, 1), (904, 600)),
+        ("sdxl", (2048, 1536), (3, 2), (768, 832)),
+    ],
+)
+def test_an_automatic_tile_is_a_rectangle(base, size, tiles, side):
+    plan = plan_tiles(size, Settings(), base)
+    assert ((len(plan.columns), len(plan.rows)), plan.tile_size) == (tiles, side)
+
+
+@given(st.sampled_from(["sd15", "sdxl"]), st.integers(8, 256), st.integers(1, 5000), st.integers(1, 5000))
+def test_a_tile_size_that_is_set_stays_as_it_is(base, cells, width, height):
+    plan = plan_tiles((width, height), Settings(tile=8 * cells, overlap=0), base)
+    assert plan.tile_size == (min(8 * cells, plan.padded.width), min(8 * cells, plan.padded.height))
+
+
+@pytest.mark.parametrize(("base", "most"), [("mini", 256), ("sd15", 256), ("sdxl", 512), ("sd3", 512)])
+def test_an_overlap_too_wide_for_the_automatic_tile_is_refused(base, most):
+    assert plan_tiles((3000, 3000), Settings(overlap=most), base).tile_size == (2 * most, 2 * most)
+    with pytest.raises(DinotileError, match=f"overlap: {most + 8} is not allowed with tile {2 * most}, give at most"):
+        plan_tiles((3000, 3000), Settings(overlap=most + 8), base)
 
 
 def test_even_tiles_of_a_large_canvas():

@@ -11,11 +11,10 @@ from PIL import Image
 from lib_dinotile.cli.common import add_options, head_files, parse_options, quiet_transformers, silenced
 from lib_dinotile.condition.conditioner import Conditioner
 from lib_dinotile.dino.locks import models_folder
-from lib_dinotile.engine.flow import analyze, canvas_size, draw_regions
+from lib_dinotile.engine.flow import analyze, canvas_size, draw_regions, plan_tiles
 from lib_dinotile.engine.prompts import check_letters
 from lib_dinotile.images import check_writable, read_image, write_image
 from lib_dinotile.settings import BOTH, NO_REGIONS, NONE, SEMANTIC, Settings
-from lib_dinotile.tiling.plan import TilePlan
 
 OPTIONS = (
     "scale",
@@ -60,8 +59,7 @@ def run(arguments: argparse.Namespace) -> None:
     conditioner = Conditioner.without_model(settings, head_files(settings), encoders=models_folder("encoders"))
     drawn: dict[str, Image.Image] = {}
     if settings.regions != NO_REGIONS:
-        tiles = settings.for_base("sd15")
-        plan = TilePlan(*size, tiles.tile, tiles.overlap)
+        plan = plan_tiles(size, settings, "sd15")
         regions = conditioner.regions(source, plan.size)
         check_letters(regions, settings.region_words)
         drawn["regions"] = draw_regions(source, regions, plan, settings.region_words)

@@ -90,7 +90,7 @@ def run(arguments: argparse.Namespace) -> None:
 
     host = load_host(generation, progress, team.rank)
     generation = dataclasses.replace(generation, precision=precision_of(host.dtype))  # what auto stood for
-    settings = settings.for_base(host.base)
+    settings.tile_sides(host.base)  # an overlap that is too wide is said before anything else is loaded
 
     def getting_ready(text: str, share: float) -> None:
         bar.set_description(f"{text} ({share:.0%})")
@@ -143,7 +143,8 @@ def run(arguments: argparse.Namespace) -> None:
             line = json.dumps({"image": str(source), **result.report.json()})
             _add_line(Path(arguments.report), line + "\n")
         say(*(f"{source.name}: {line}" for line in result.report.lines))
-        say(f"{target}: {result.image.width}x{result.image.height}, tiles: {result.painted}")
+        tile = result.report.tiles[0].area
+        say(f"{target}: {size[0]}x{size[1]}, tiles: {result.painted} of up to {tile.width}x{tile.height}")
 
     failures: list[tuple[str, int]] = []
     for source, target in mine:

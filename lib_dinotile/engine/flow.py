@@ -80,8 +80,17 @@ def canvas_size(size: tuple[int, int], settings: Settings, given: tuple[int, int
 
 
 def make_plan(host: Host, size: tuple[int, int], settings: Settings) -> TilePlan:
-    """The tiles for a canvas of (width, height) on this host; the settings' tile size is known."""
-    return TilePlan(*size, settings.tile, settings.overlap, host.factor, settings.order)
+    """The tiles for a canvas of (width, height) on this host. DinotileError as `plan_tiles`."""
+    return plan_tiles(size, settings, host.base, host.factor)
+
+
+def plan_tiles(size: tuple[int, int], settings: Settings, base: str, factor: int = 8) -> TilePlan:
+    """The tiles for a canvas of (width, height) and a family of checkpoints; factor: pixels per latent cell.
+
+    DinotileError if the overlap is too wide for them.
+    """
+    largest, least = settings.tile_sides(base)
+    return TilePlan(*size, largest, settings.overlap, factor, settings.order, least)
 
 
 def workload(plan: TilePlan, settings: Settings) -> tuple[int, int]:
@@ -111,7 +120,6 @@ def upscale(
     DinotileError, before any work is done, for settings that this host cannot meet; UnfinishedError, with what is
     painted, for whatever breaks the run off later. If the user stops the host the result is not `complete`.
     """
-    settings = settings.for_base(host.base)
     check_name("upscaler", settings.upscaler, host.upscalers())
     size = size or canvas_size(source.size, settings)
     plan = make_plan(host, size, settings)
@@ -241,8 +249,7 @@ def analyze(
 ) -> dict[str, Image.Image]:
     """The maps that `settings` ask for, of a source (RGB) and its result of (width, height); without one, of the source
     itself enlarged by Lanczos."""
-    settings = settings.for_base("sd15")
-    plan = TilePlan(*size, settings.tile, settings.overlap)
+    plan = plan_tiles(size, settings, "sd15")
     check_memory(source.size, size)
     with torch.no_grad():
         features = conditioner.features(source, size)

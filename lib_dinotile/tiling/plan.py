@@ -13,6 +13,9 @@ from torch import Tensor
 
 ORDERS = ("chess", "linear", "fused", "none")
 
+STEP = 64
+"""Sides of tiles that a plan chooses by itself are multiples of this: what every UNet divides evenly."""
+
 
 class Size(NamedTuple):
     """Of an image or a tile, in pixels."""
@@ -82,11 +85,16 @@ def spread(length: int, tile: int, overlap: int, factor: int) -> list[int]:
     """
     if length <= tile:
         return [0]
-    cells, tile_cells, overlap_cells = length // factor, tile // factor, -(-overlap // factor)
-    count = math.ceil((cells - overlap_cells) / (tile_cells - overlap_cells))
+    cells, tile_cells, count = length // factor, tile // factor, _count(length, tile, overlap, factor)
     # Rounding down an even spread never makes a step longer than tile - overlap: steps are at most
     # ceil(room / (count - 1)), and room <= (count - 1) * (tile - overlap) in whole cells.
     return [i * (cells - tile_cells) // (count - 1) * factor for i in range(count)]
+
+
+def _count(length: int, tile: int, overlap: int, factor: int) -> int:
+    """The fewest tiles of that size that cover `length` and overlap by at least `overlap`."""
+    cells, tile_cells, overlap_cells = length // factor, tile // factor, -(-overlap // factor)
+    return math.ceil((cells - overlap_cells) / (tile_cells - overlap_cells)) if length > tile else 1
 
 
 def fewest(length: int, limit: int, overlap: int, factor: int) -> tuple[list[int], int]:
@@ -129,7 +137,8 @@ class Tiles:
     @property
     def tiles(self) -> list[Rect]:
         """All tiles, row by row."""
-        return [Rect(x, y, *self.tile_size) for y in self.rows for x in self.columns]
+        (width, height), columns = self.tile_size, self.columns
+        return [Rect(x, y, width, height) for y in self.rows for x in columns]
 
     def __len__(self) -> int:
         return len(self.rows) * len(self.columns)
@@ -193,7 +202,7 @@ class TilePlan(Tiles):
     height: int
     """Canvas height in pixels, at least 1."""
     tile: int
-    """Side of a tile in pixels. A canvas that is smaller in one direction gets tiles that are smaller there."""
+    """Side of a tile in pixels, at most. A canvas that is smaller in one direction gets smaller tiles there."""
     overlap: int = 0
     """Pixels that neighbours share at least; at most half a tile, so that a tile meets only its neighbours."""
     factor: int = 8
@@ -201,6 +210,9 @@ class TilePlan(Tiles):
     order: str = "chess"
     """`chess`: waves of tiles that do not overlap (up to four, nine where border tiles crowd; one without overlap);
     `linear`: one tile a wave, row by row; `fused`: all at once; `none`: none of them."""
+    least: int | None = None
+    """Smallest side of a tile in pixels; None: all of `tile`. Between the two, in steps of `STEP`, width and height are
+    those with which the fewest pixels are painted; the larger ones where that makes no difference."""
 
     def __post_init__(self) -> None:
         if self.width < 1 or self.height < 1 or self.factor < 1:
@@ -209,6 +221,8 @@ class TilePlan(Tiles):
             raise ValueError(f"tile {self.tile} is smaller than one latent cell ({self.factor} pixels)")
         if not 0 <= self.overlap <= self.tile // 2:
             raise ValueError(f"overlap {self.overlap} is not between 0 and half the tile ({self.tile // 2})")
+        if self.least is not None and not self.factor <= self.least <= self.tile:
+            raise ValueError(f"the smallest tile {self.least} is not between {self.factor} and {self.tile}")
         if self.order not in ORDERS:
             raise ValueError(f"order {self.order!r} is none of {', '.join(ORDERS)}")
 
@@ -229,18 +243,32 @@ class TilePlan(Tiles):
 
     @property
     def tile_size(self) -> Size:
-        side = self.tile // self.factor * self.factor
-        return Size(min(side, self.padded.width), min(side, self.padded.height))
+        return Size(self._side(self.padded.width), self._side(self.padded.height))
+
+    def _side(self, length: int) -> int:
+        """Side of a tile along an axis of the padded canvas. Each axis is by itself: what is painted is the widths of a
+        row of tiles summed up, times the heights of a column."""
+        largest, step = self.tile // self.factor * self.factor, math.lcm(STEP, self.factor)
+        if self.least is None or length <= largest:
+            return min(largest, length)
+        # A tile has to hold twice the overlap.
+        least = ceil_to(max(self.least, 2 * ceil_to(self.overlap, self.factor)), step)
+        sides = [largest, *range(least, largest, step)]
+        return min(sides, key=lambda side: (side * _count(length, side, self._overlap(side), self.factor), -side))
 
     @property
     def columns(self) -> list[int]:
         """Left edges of the tiles."""
-        return spread(self.padded[0], self.tile_size[0], self._overlap(self.tile_size[0]), self.factor)
+        return self._starts(self.padded.width)
 
     @property
     def rows(self) -> list[int]:
         """Upper edges of the tiles."""
-        return spread(self.padded[1], self.tile_size[1], self._overlap(self.tile_size[1]), self.factor)
+        return self._starts(self.padded.height)
+
+    def _starts(self, length: int) -> list[int]:
+        side = self._side(length)
+        return spread(length, side, self._overlap(side), self.factor)
 
     def _overlap(self, side: int) -> int:
         # On the latent grid, and always less than a tile: one of a single cell cannot overlap another.

@@ -93,18 +93,17 @@ class Preview:
     """How an image would be upscaled with these settings, and img2img's own size and resize mode."""
 
     settings: Settings
-    """With the tile size that belongs to the checkpoint, where it is automatic."""
     plan: TilePlan
 
     def __init__(
         self, size: tuple[int, int], settings: Settings, model: Any, given: tuple[int, int] = (0, 0), resize: int = 0
     ) -> None:
         """size, given: (width, height) of the image and of img2img's `Resize to`. DinotileError as in a run."""
-        self.settings = settings = settings.for_base(base_of(model))
+        self.settings = settings
         check_name("upscaler", settings.upscaler, upscalers.names())
         img2img = SimpleNamespace(width=given[0], height=given[1], resize_mode=resize, image_mask=None)
         self._area = Area(img2img, settings, size)
-        self.plan = TilePlan(*self._area.canvas, settings.tile, settings.overlap, processing.opt_f, settings.order)
+        self.plan = flow.plan_tiles(self._area.canvas, settings, base_of(model), processing.opt_f)
 
     @property
     def workload(self) -> tuple[int, int]:

@@ -106,9 +106,7 @@ class Plan(BaseModel):
 
     width: int = Field(..., description="Of the result, in pixels.")
     height: int = Field(..., description="Of the result, in pixels.")
-    options: dict[str, Any] = options_field(
-        ..., "All options as they would be used: with defaults, and the tile size that the checkpoint likes."
-    )
+    options: dict[str, Any] = options_field(..., "All options as they would be used, with defaults.")
     tiles: list[Tile] = Field(
         ...,
         description="Row by row. They overlap. The last may reach up to 7 pixels over the result, which are cut off.",

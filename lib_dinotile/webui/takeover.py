@@ -303,7 +303,7 @@ class Takeover:
             p.extra_generation_params["VAE Decoder"] = opts.sd_vae_decode_method
         self._host = make_host(p)
         self._host.check()
-        self._settings = self._settings.for_base(self._host.base)
+        plan = flow.make_plan(self._host, self._area.canvas, self._settings)
         self._conditioner = Conditioner.load(
             self._settings,
             self._host,
@@ -319,7 +319,6 @@ class Takeover:
             self._host.check_residuals()
         if self._settings.order == "fused":
             self._host.check_fused()
-        plan = flow.make_plan(self._host, self._area.canvas, self._settings)
         check_name("upscaler", self._settings.upscaler, self._host.upscalers())
         check_prompts(self._host, plan, self._settings)
 

@@ -33,8 +33,8 @@ PAGE = (ROOT / "docs" / "api.md").read_text(encoding="utf-8")
 LISTS = ("version", "adapters", "heads", "encoders")
 QUESTIONS = ("plan", "semantic-map")
 ROUTES = {**dict.fromkeys(LISTS, "get"), **dict.fromkeys(QUESTIONS, "post")}
-CHECKPOINTS = {"sd15": 512, "sd2": 512, "sdxl": 1024}
-"""The automatic tile size, by family."""
+CHECKPOINTS = {"sd15": (640, 512, 384), "sd2": (640, 512, 384), "sdxl": (1280, 1024, 768)}
+"""By family: (height) of a canvas and the (width, height) of its automatic tiles, where it is as wide as one."""
 
 
 def told(webui: WebUI, route: str, body: Mapping[str, Any] | None = None) -> Any:
@@ -205,10 +205,10 @@ def test_without_tiles_there_are_none(webui: WebUI, source: Image.Image):
 
 
 def test_the_automatic_tile_size_is_the_checkpoints(webui: WebUI, request: pytest.FixtureRequest):
-    planned = told(webui, "plan", {"width": 1000, "height": 1000})
-    side = CHECKPOINTS[request.config.getoption("--base")]
-    assert planned["options"]["tile"] == side
-    assert {(tile["width"], tile["height"]) for tile in planned["tiles"]} == {(side, side)}
+    long, *side = CHECKPOINTS[request.config.getoption("--base")]
+    planned = told(webui, "plan", {"width": side[0], "height": long, "options": {"scale": 1}})
+    assert planned["options"]["tile"] == 0 and len(planned["tiles"]) == 2
+    assert {(tile["width"], tile["height"]) for tile in planned["tiles"]} == {tuple(side)}
 
 
 def test_a_plan_of_one_pixel_and_of_the_largest_canvas(webui: WebUI):
