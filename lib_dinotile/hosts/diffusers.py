@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import os
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,7 +12,6 @@ import torch.nn.functional as F
 from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, UNet2DConditionModel
 from diffusers.utils import logging as diffusers_logging
 from PIL import Image
-from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from lib_dinotile import DinotileError, one_line
@@ -26,10 +23,10 @@ from lib_dinotile.engine.progress import Progress
 from lib_dinotile.hosts.devices import empty_cache, find_device, find_dtype
 from lib_dinotile.hosts.memory_format import fast
 from lib_dinotile.hosts.patched import in_float32, patched
-from lib_dinotile.settings import APPROXIMATE, AUTO, AUTOMATIC, FULL_VAE, LINEAR, TAESD, Generation
+from lib_dinotile.hosts.pipelines import load_pipeline
+from lib_dinotile.settings import APPROXIMATE, AUTO, FULL_VAE, LINEAR, TAESD, Generation
 from lib_dinotile.tiling.canvas import Canvas
 from lib_dinotile.tiling.noise import TileNoise
-from lib_dinotile.weights import open_tensors
 
 FAMILIES = {768: "sd15", 1024: "sd2", 2048: "sdxl"}
 """Width of the text conditioning -> family, for UNets with 4 latent channels."""
@@ -296,38 +293,6 @@ def _taesd(base: str, download: bool) -> Any:
     return tiny.float().eval().requires_grad_(False)
 
 
-def _single_file(path: Path, config: str) -> Any:
-    from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline  # slow to import, and mini needs none
-
-    if path.suffix != ".safetensors":
-        raise DinotileError(f"model: {path.name} is not a .safetensors file; other formats can run code, convert it")
-    try:
-        with open_tensors(path) as file:
-            names = set(file.keys())
-            sdxl = any(name.startswith("conditioner.embedders.") for name in names)
-    except (OSError, SafetensorError) as error:
-        raise DinotileError(f"model: {path.name} cannot be read as a safetensors file: {error}") from error
-    pipeline = StableDiffusionXLPipeline if sdxl else StableDiffusionPipeline
-    more: dict[str, Any] = {"config": config} if config else {}
-    if not sdxl:
-        more["safety_checker"] = None
-    pipe = pipeline.from_single_file(str(path), **more)
-    if "v_pred" in names:  # diffusers does not look at these marks
-        zero = "ztsnr" in names
-        pipe.scheduler = DDIMScheduler.from_config(
-            pipe.scheduler.config, prediction_type="v_prediction", rescale_betas_zero_snr=zero
-        )
-    return pipe
-
-
-def _pretrained(name: str) -> Any:
-    from diffusers import DiffusionPipeline
-
-    config = DiffusionPipeline.load_config(name)
-    more = {"safety_checker": None} if "safety_checker" in config else {}
-    return DiffusionPipeline.from_pretrained(name, use_safetensors=True, **more)
-
-
 def load_host(
     generation: Generation,
     progress: Callable[[float, str], None] = lambda done, text: None,
@@ -337,7 +302,7 @@ def load_host(
 
     DinotileError, one line, if the model or the device is not there, or it is no Stable Diffusion.
     """
-    name, path, is_file = generation.model, Path(generation.model), os.path.isfile(generation.model)
+    name = generation.model
     device = find_device(generation.device, number)
     dtype = find_dtype("fp32" if name == "mini" and generation.precision == AUTO else generation.precision, device)
     diffusers_logging.set_verbosity_error()
@@ -347,21 +312,7 @@ def load_host(
         return DiffusersHost(
             unet, DDIMScheduler.from_pretrained(MINI / "scheduler"), PixelCodec(), "mini", generation, progress=progress
         )
-    if path.suffix in (".safetensors", ".ckpt", ".pt", ".pth", ".bin") and not is_file:
-        raise DinotileError(f"model: there is no file {name}")
-    try:
-        pipe = _single_file(path, generation.config) if is_file else _pretrained(name)
-    except DinotileError:
-        raise
-    except Exception as error:  # whatever the libraries raise for what is missing or damaged
-        hint = " (--config FOLDER spares the Hugging Face Hub)" if is_file and not generation.config else ""
-        raise DinotileError(f"model: {name} cannot be loaded{hint}: {one_line(error)}") from error
-    if not isinstance(getattr(pipe, "unet", None), UNet2DConditionModel) or pipe.unet.config.in_channels != 4:
-        raise DinotileError(
-            f"model: {name} is a {type(pipe).__name__}; give a Stable Diffusion 1.5, 2 or XL checkpoint"
-        )
-    if generation.prediction != AUTOMATIC:
-        pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, prediction_type=generation.prediction)
+    pipe = load_pipeline(generation)
     codec = VaeCodec(pipe.vae)
     for part in pipe.components.values():  # before they move: the device may not have the memory for more
         if isinstance(part, nn.Module) and not (part is pipe.vae and part.config.get("force_upcast")):
