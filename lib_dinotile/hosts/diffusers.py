@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, UNet2DConditionModel
+from diffusers import DDIMScheduler, UNet2DConditionModel
 from diffusers.utils import logging as diffusers_logging
 from PIL import Image
 from torch import Tensor, nn
@@ -18,12 +18,13 @@ from lib_dinotile import DinotileError, one_line
 from lib_dinotile.condition.conditioner import MINI
 from lib_dinotile.condition.shape import UNetShape
 from lib_dinotile.engine.host import Batch, Host, TiledDenoiser
-from lib_dinotile.engine.prediction import coefficients, from_x0, noise_level, to_x0
+from lib_dinotile.engine.prediction import from_x0, to_x0
 from lib_dinotile.engine.progress import Progress
 from lib_dinotile.hosts.devices import empty_cache, find_device, find_dtype
 from lib_dinotile.hosts.memory_format import fast
 from lib_dinotile.hosts.patched import in_float32, patched
 from lib_dinotile.hosts.pipelines import load_pipeline
+from lib_dinotile.hosts.solvers import Solver, Step
 from lib_dinotile.settings import APPROXIMATE, AUTO, FULL_VAE, LINEAR, TAESD, Generation
 from lib_dinotile.tiling.canvas import Canvas
 from lib_dinotile.tiling.noise import TileNoise
@@ -73,7 +74,7 @@ class VaeCodec(nn.Module):
 
 
 class DiffusersHost(Host):
-    """img2img with a diffusers UNet and DPM-Solver++ 2M (arXiv 2211.01095), which draws no noise of its own.
+    """img2img with a diffusers UNet.
 
     Latents are float32, also between the steps: what the UNet in half precision rounds once a step, its input and its
     output, is not rounded again by guidance and by the solver, which extrapolates from differences of x0. Beside the
@@ -96,11 +97,9 @@ class DiffusersHost(Host):
         self.factor, self.channels, self.base = codec.factor, codec.channels, base
         self.shape = UNetShape.of_diffusers(unet)
         self.device, self.dtype = unet.device, unet.dtype
-        self._scheduler = DPMSolverMultistepScheduler.from_config(scheduler.config)
-        self.alphas = self._scheduler.alphas_cumprod
-        self._sigmas = noise_level(self.alphas).tolist()
-        self.prediction: str = self._scheduler.config.prediction_type
-        """Prediction type of the UNet: `epsilon`, `v_prediction` or `sample`."""
+        self._solver = Solver(generation, scheduler.config)
+        self.alphas, self.prediction = self._solver.alphas, self._solver.prediction
+        self.schedule = self._solver.schedule
         self._guided = text is not None and generation.cfg > 1
         self._text = functools.lru_cache(maxsize=64)(text) if text else None
         self.regional = text is not None
@@ -140,47 +139,40 @@ class DiffusersHost(Host):
         denoise: float | None = None,
         mask: Tensor | None = None,
     ) -> Tensor:
-        steps, scheduler = self._generation.steps, self._scheduler
         denoise = self._generation.denoise if denoise is None else denoise
         latents = latents.to(self.device, torch.float32)
-        scheduler.set_timesteps(steps)
         if denoise == 0:
             return latents
-        skipped = steps - self.steps(denoise)
-        timesteps = scheduler.timesteps[skipped:]
-        scheduler.set_begin_index(skipped)
-        start = noise.next().to(latents)
+        steps = self._solver.begin(denoise, self.steps(denoise))
         free = None if mask is None else mask.to(latents)
-        x = scheduler.add_noise(latents, start, timesteps[:1].repeat(len(latents)))
-        for number, timestep in enumerate(timesteps):
-            alpha, sigma = coefficients(self.alphas, timestep)
-            model = functools.partial(self._denoise_batch, timestep=timestep, number=number, total=len(timesteps))
-            known = functools.partial(from_x0, x, latents, alpha, sigma, self.prediction)
+        x = steps[0].alpha.to(latents) * latents + steps[0].sigma.to(latents) * noise.next().to(latents)
+        for number, step in enumerate(steps):
+            model = functools.partial(self._denoise_batch, step=step, number=number, total=len(steps))
+            known = functools.partial(from_x0, x, latents, step.alpha, step.sigma, self.prediction)
             prediction = tiled(x, model, known)
             if free is not None:
                 prediction = torch.lerp(known(), prediction, free)
-            x = scheduler.step(prediction, timestep, x, return_dict=False)[0]
-            self._show(self._progress.at((number + 1) / len(timesteps)), self._progress.text)
+            x = self._solver.step(prediction, step, x, noise)
+            self._show(self._progress.at((number + 1) / len(steps)), self._progress.text)
         return x if free is None else torch.lerp(latents, x, free)
 
-    def _denoise_batch(self, tiles: Tensor, batch: Batch, timestep: Tensor, number: int, total: int) -> Tensor:
+    def _denoise_batch(self, tiles: Tensor, batch: Batch, step: Step, number: int, total: int) -> Tensor:
         """The guided prediction for a batch at the step `number` of `total`; see `engine.host.Denoise`."""
         owners = [number for number, prompts in enumerate(batch.prompts) for _ in prompts]
         if self._text is None:
             owners = list(range(len(tiles)))
         rows = torch.tensor(owners + list(range(len(tiles))) * self._guided, device=tiles.device)
-        words, residuals = self._conditions(batch, rows, timestep, number / total)
-        x = self._scheduler.scale_model_input(tiles, timestep)
+        words, residuals = self._conditions(batch, rows, step.level, number / total)
         outputs, size = [], len(tiles) * (1 + self._guided)  # no more at once than without regions
         for start in range(0, len(rows), size):
             at = slice(start, start + size)
             own, added = [each[at] for each in words], residuals and [each[at] for each in residuals]
-            outputs.append(self.predict(x.index_select(0, rows[at]), timestep, own, added))
+            outputs.append(self.predict(tiles.index_select(0, rows[at]), step.timestep, own, added))
         found = torch.cat(outputs)
         prediction = found[: len(owners)]
         if len(owners) > len(tiles):  # each where its mask says, as A1111 adds the parts of AND
             masks = [prompt.mask for prompts in batch.prompts for prompt in prompts]
-            weights = torch.stack([torch.ones(x.shape[-2:]) if mask is None else mask for mask in masks])
+            weights = torch.stack([torch.ones(tiles.shape[-2:]) if mask is None else mask for mask in masks])
             weighted = prediction * weights[:, None].to(prediction)
             prediction = torch.zeros_like(tiles).index_add_(0, rows[: len(owners)], weighted)
         if self._guided:
@@ -188,16 +180,15 @@ class DiffusersHost(Host):
             prediction = negative + self._generation.cfg * (prediction - negative)
         if batch.guide is None:
             return prediction
-        alpha, sigma = coefficients(self.alphas, timestep)
-        moved = batch.guide(to_x0(tiles, prediction, alpha, sigma, self.prediction), number, total)
-        return prediction if moved is None else from_x0(tiles, moved, alpha, sigma, self.prediction)
+        moved = batch.guide(to_x0(tiles, prediction, step.alpha, step.sigma, self.prediction), number, total)
+        return prediction if moved is None else from_x0(tiles, moved, step.alpha, step.sigma, self.prediction)
 
     def _conditions(
-        self, batch: Batch, rows: Tensor, timestep: Tensor, progress: float
+        self, batch: Batch, rows: Tensor, level: float, progress: float
     ) -> tuple[Sequence[Tensor], Sequence[Tensor] | None]:
         """(embeddings, residuals) for the UNet's rows: those of all prompts, then a negative one of each tile, if any.
 
-        rows: the tile of each.
+        rows: the tile of each; level: of the noise, as in `Step`.
         """
         words: list[Tensor] = []
         if self._text is not None:
@@ -210,7 +201,7 @@ class DiffusersHost(Host):
             words = positive[::2]
             if self._guided:
                 words = [torch.cat(pair) for pair in zip(words, negative[1::2])]
-        residuals = batch.condition.residuals(self._sigmas[int(timestep)], progress) if batch.condition else None
+        residuals = batch.condition.residuals(level, progress) if batch.condition else None
         return words, residuals and [residual.index_select(0, rows) for residual in residuals]
 
     def steps(self, denoise: float | None = None) -> int:
