@@ -153,8 +153,7 @@ def _sgm_uniform(share: Share, training: Training) -> np.ndarray:
 
 
 def _simple(share: Share, training: Training) -> np.ndarray:
-    count = training.last + 1
-    return training.at(np.maximum(training.last - np.floor(count * (1 - share.left) + 1e-6), 0))
+    return training.at((training.last + 1) * share.left - 1)
 
 
 def _beta(share: Share, training: Training) -> np.ndarray:
@@ -163,7 +162,7 @@ def _beta(share: Share, training: Training) -> np.ndarray:
         from scipy.stats import beta
     except ImportError as error:
         raise DinotileError("scheduler: Beta needs scipy: pip install scipy") from error
-    return training.at(np.rint(training.last * beta.ppf(share.left, 0.6, 0.6)))
+    return training.at(training.last * beta.ppf(share.left, 0.6, 0.6))
 
 
 def _leading(share: Share, training: Training) -> np.ndarray:
