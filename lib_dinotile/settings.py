@@ -45,6 +45,8 @@ TAESD, APPROXIMATE, LINEAR, FULL_VAE = "TAESD", "approximate", "linear", "full V
 DECODERS = (AUTOMATIC, TAESD, APPROXIMATE, LINEAR, FULL_VAE)
 PREDICTIONS = (AUTOMATIC, "epsilon", "v_prediction")
 PRECISIONS = (AUTO, "fp32", "fp16", "bf16")
+SAMPLERS = ("DPM++ 2M", "DPM++ 2M SDE", "DPM++ 2M SDE Heun", "Euler", "Euler a", "DDIM", "UniPC", "LCM")
+SCHEDULERS = (AUTOMATIC, "Uniform", "Normal", "Karras", "Exponential", "SGM Uniform", "Simple", "Beta", "Leading")
 OFF, REPORT, BLEND, RETRY = "off", "report", "blend back", "retry"
 POLICIES = (OFF, REPORT, BLEND, RETRY)
 PATCHES, SELF_SIMILARITY = "patches", "self-similarity"
@@ -608,5 +610,17 @@ class Generation(Options):
         step=0.01,
     )
     steps: int = option(20, "Steps", "Sampling steps at denoising strength 1.", minimum=1, maximum=150, step=1)
+    sampler: str = option(
+        "DPM++ 2M",
+        "Sampler",
+        "As in the WebUIs; samplers that ask the model twice a step (Heun, DPM++ SDE ...) are not there.",
+        choices=SAMPLERS,
+    )
+    scheduler: str = option(
+        AUTOMATIC,
+        "Schedule type",
+        "How the noise falls from step to step. Automatic: as the checkpoint's configuration spaces its steps.",
+        choices=SCHEDULERS,
+    )
     cfg: float = option(5.0, "CFG scale", "How strongly the prompt counts.", minimum=1.0, maximum=30.0, step=0.5)
     seed: int = option(0, "Seed", "The same seed gives the same image.", minimum=0, maximum=2**32 - 1)

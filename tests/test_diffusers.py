@@ -296,7 +296,7 @@ def predicted(host, prompts):
 
 def by_hand(host, x, prompt, cfg):
     """The guided prediction for one tile (1, C, h, w) with one prompt."""
-    timestep = host._scheduler.timesteps[0]
+    timestep = host._solver.begin(1.0, 1)[0].timestep
     embeddings = host._text(host.prompt if prompt is None else prompt)
     with torch.no_grad():
         positive, negative = (host.predict(x, timestep, words) for words in (embeddings[::2], embeddings[1::2]))

@@ -128,13 +128,13 @@ def test_only_the_unet_sees_half_precision(models, precision, cfg, monkeypatch):
     host = load_host(Generation(models["sd15"], precision=precision, prompt="a cat", steps=4, cfg=cfg))
     seen, stepped = set(), set()
     host.unet.register_forward_pre_hook(lambda module, arguments: seen.add(arguments[0].dtype))
-    step = host._scheduler.step
+    step = host._solver.step
 
-    def watched(prediction, timestep, x, **more):
+    def watched(prediction, number, x, noise):
         stepped.update((prediction.dtype, x.dtype))
-        return step(prediction, timestep, x, **more)
+        return step(prediction, number, x, noise)
 
-    monkeypatch.setattr(host._scheduler, "step", watched)
+    monkeypatch.setattr(host._solver, "step", watched)
     latents = host.encode(torch.rand(1, 3, 64, 64))
     tiled = TileBatch(Batch([Rect(0, 0, 64, 64)], [[Prompt()]], None), lambda: None)
     noise = TileNoise(NoiseField(1, 4), [Rect(0, 0, 8, 8)])

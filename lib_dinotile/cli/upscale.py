@@ -89,7 +89,8 @@ def run(arguments: argparse.Namespace) -> None:
         bar.refresh()
 
     host = load_host(generation, progress, team.rank)
-    generation = dataclasses.replace(generation, precision=precision_of(host.dtype))  # what auto stood for
+    # What auto and Automatic stood for.
+    generation = dataclasses.replace(generation, precision=precision_of(host.dtype), scheduler=host.schedule)
     settings.tile_sides(host.base)  # an overlap that is too wide is said before anything else is loaded
 
     def getting_ready(text: str, share: float) -> None:
@@ -200,7 +201,8 @@ def _parameters(settings: Settings, generation: Generation, size: tuple[int, int
     """PNG info in the WebUIs' form; notes: on the tiles."""
     values = {
         "Steps": generation.steps,
-        "Sampler": "DPM++ 2M",
+        "Sampler": generation.sampler,
+        "Schedule type": generation.scheduler,
         "CFG scale": generation.cfg,
         "Seed": generation.seed,
         "Size": f"{size[0]}x{size[1]}",

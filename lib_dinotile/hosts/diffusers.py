@@ -4,32 +4,30 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import os
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, UNet2DConditionModel
+from diffusers import DDIMScheduler, UNet2DConditionModel
 from diffusers.utils import logging as diffusers_logging
 from PIL import Image
-from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from lib_dinotile import DinotileError, one_line
 from lib_dinotile.condition.conditioner import MINI
 from lib_dinotile.condition.shape import UNetShape
 from lib_dinotile.engine.host import Batch, Host, TiledDenoiser
-from lib_dinotile.engine.prediction import coefficients, from_x0, noise_level, to_x0
+from lib_dinotile.engine.prediction import from_x0, to_x0
 from lib_dinotile.engine.progress import Progress
 from lib_dinotile.hosts.devices import empty_cache, find_device, find_dtype
 from lib_dinotile.hosts.memory_format import fast
 from lib_dinotile.hosts.patched import in_float32, patched
-from lib_dinotile.settings import APPROXIMATE, AUTO, AUTOMATIC, FULL_VAE, LINEAR, TAESD, Generation
+from lib_dinotile.hosts.pipelines import load_pipeline
+from lib_dinotile.hosts.solvers import Solver, Step
+from lib_dinotile.settings import APPROXIMATE, AUTO, FULL_VAE, LINEAR, TAESD, Generation
 from lib_dinotile.tiling.canvas import Canvas
 from lib_dinotile.tiling.noise import TileNoise
-from lib_dinotile.weights import open_tensors
 
 FAMILIES = {768: "sd15", 1024: "sd2", 2048: "sdxl"}
 """Width of the text conditioning -> family, for UNets with 4 latent channels."""
@@ -76,7 +74,7 @@ class VaeCodec(nn.Module):
 
 
 class DiffusersHost(Host):
-    """img2img with a diffusers UNet and DPM-Solver++ 2M (arXiv 2211.01095), which draws no noise of its own.
+    """img2img with a diffusers UNet.
 
     Latents are float32, also between the steps: what the UNet in half precision rounds once a step, its input and its
     output, is not rounded again by guidance and by the solver, which extrapolates from differences of x0. Beside the
@@ -99,11 +97,9 @@ class DiffusersHost(Host):
         self.factor, self.channels, self.base = codec.factor, codec.channels, base
         self.shape = UNetShape.of_diffusers(unet)
         self.device, self.dtype = unet.device, unet.dtype
-        self._scheduler = DPMSolverMultistepScheduler.from_config(scheduler.config)
-        self.alphas = self._scheduler.alphas_cumprod
-        self._sigmas = noise_level(self.alphas).tolist()
-        self.prediction: str = self._scheduler.config.prediction_type
-        """Prediction type of the UNet: `epsilon`, `v_prediction` or `sample`."""
+        self._solver = Solver(generation, scheduler.config)
+        self.alphas, self.prediction = self._solver.alphas, self._solver.prediction
+        self.schedule = self._solver.schedule
         self._guided = text is not None and generation.cfg > 1
         self._text = functools.lru_cache(maxsize=64)(text) if text else None
         self.regional = text is not None
@@ -143,47 +139,40 @@ class DiffusersHost(Host):
         denoise: float | None = None,
         mask: Tensor | None = None,
     ) -> Tensor:
-        steps, scheduler = self._generation.steps, self._scheduler
         denoise = self._generation.denoise if denoise is None else denoise
         latents = latents.to(self.device, torch.float32)
-        scheduler.set_timesteps(steps)
         if denoise == 0:
             return latents
-        skipped = steps - self.steps(denoise)
-        timesteps = scheduler.timesteps[skipped:]
-        scheduler.set_begin_index(skipped)
-        start = noise.next().to(latents)
+        steps = self._solver.begin(denoise, self.steps(denoise))
         free = None if mask is None else mask.to(latents)
-        x = scheduler.add_noise(latents, start, timesteps[:1].repeat(len(latents)))
-        for number, timestep in enumerate(timesteps):
-            alpha, sigma = coefficients(self.alphas, timestep)
-            model = functools.partial(self._denoise_batch, timestep=timestep, number=number, total=len(timesteps))
-            known = functools.partial(from_x0, x, latents, alpha, sigma, self.prediction)
+        x = steps[0].alpha.to(latents) * latents + steps[0].sigma.to(latents) * noise.next().to(latents)
+        for number, step in enumerate(steps):
+            model = functools.partial(self._denoise_batch, step=step, number=number, total=len(steps))
+            known = functools.partial(from_x0, x, latents, step.alpha, step.sigma, self.prediction)
             prediction = tiled(x, model, known)
             if free is not None:
                 prediction = torch.lerp(known(), prediction, free)
-            x = scheduler.step(prediction, timestep, x, return_dict=False)[0]
-            self._show(self._progress.at((number + 1) / len(timesteps)), self._progress.text)
+            x = self._solver.step(prediction, step, x, noise)
+            self._show(self._progress.at((number + 1) / len(steps)), self._progress.text)
         return x if free is None else torch.lerp(latents, x, free)
 
-    def _denoise_batch(self, tiles: Tensor, batch: Batch, timestep: Tensor, number: int, total: int) -> Tensor:
+    def _denoise_batch(self, tiles: Tensor, batch: Batch, step: Step, number: int, total: int) -> Tensor:
         """The guided prediction for a batch at the step `number` of `total`; see `engine.host.Denoise`."""
         owners = [number for number, prompts in enumerate(batch.prompts) for _ in prompts]
         if self._text is None:
             owners = list(range(len(tiles)))
         rows = torch.tensor(owners + list(range(len(tiles))) * self._guided, device=tiles.device)
-        words, residuals = self._conditions(batch, rows, timestep, number / total)
-        x = self._scheduler.scale_model_input(tiles, timestep)
+        words, residuals = self._conditions(batch, rows, step.level, number / total)
         outputs, size = [], len(tiles) * (1 + self._guided)  # no more at once than without regions
         for start in range(0, len(rows), size):
             at = slice(start, start + size)
             own, added = [each[at] for each in words], residuals and [each[at] for each in residuals]
-            outputs.append(self.predict(x.index_select(0, rows[at]), timestep, own, added))
+            outputs.append(self.predict(tiles.index_select(0, rows[at]), step.timestep, own, added))
         found = torch.cat(outputs)
         prediction = found[: len(owners)]
         if len(owners) > len(tiles):  # each where its mask says, as A1111 adds the parts of AND
             masks = [prompt.mask for prompts in batch.prompts for prompt in prompts]
-            weights = torch.stack([torch.ones(x.shape[-2:]) if mask is None else mask for mask in masks])
+            weights = torch.stack([torch.ones(tiles.shape[-2:]) if mask is None else mask for mask in masks])
             weighted = prediction * weights[:, None].to(prediction)
             prediction = torch.zeros_like(tiles).index_add_(0, rows[: len(owners)], weighted)
         if self._guided:
@@ -191,16 +180,15 @@ class DiffusersHost(Host):
             prediction = negative + self._generation.cfg * (prediction - negative)
         if batch.guide is None:
             return prediction
-        alpha, sigma = coefficients(self.alphas, timestep)
-        moved = batch.guide(to_x0(tiles, prediction, alpha, sigma, self.prediction), number, total)
-        return prediction if moved is None else from_x0(tiles, moved, alpha, sigma, self.prediction)
+        moved = batch.guide(to_x0(tiles, prediction, step.alpha, step.sigma, self.prediction), number, total)
+        return prediction if moved is None else from_x0(tiles, moved, step.alpha, step.sigma, self.prediction)
 
     def _conditions(
-        self, batch: Batch, rows: Tensor, timestep: Tensor, progress: float
+        self, batch: Batch, rows: Tensor, level: float, progress: float
     ) -> tuple[Sequence[Tensor], Sequence[Tensor] | None]:
         """(embeddings, residuals) for the UNet's rows: those of all prompts, then a negative one of each tile, if any.
 
-        rows: the tile of each.
+        rows: the tile of each; level: of the noise, as in `Step`.
         """
         words: list[Tensor] = []
         if self._text is not None:
@@ -213,7 +201,7 @@ class DiffusersHost(Host):
             words = positive[::2]
             if self._guided:
                 words = [torch.cat(pair) for pair in zip(words, negative[1::2])]
-        residuals = batch.condition.residuals(self._sigmas[int(timestep)], progress) if batch.condition else None
+        residuals = batch.condition.residuals(level, progress) if batch.condition else None
         return words, residuals and [residual.index_select(0, rows) for residual in residuals]
 
     def steps(self, denoise: float | None = None) -> int:
@@ -296,38 +284,6 @@ def _taesd(base: str, download: bool) -> Any:
     return tiny.float().eval().requires_grad_(False)
 
 
-def _single_file(path: Path, config: str) -> Any:
-    from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline  # slow to import, and mini needs none
-
-    if path.suffix != ".safetensors":
-        raise DinotileError(f"model: {path.name} is not a .safetensors file; other formats can run code, convert it")
-    try:
-        with open_tensors(path) as file:
-            names = set(file.keys())
-            sdxl = any(name.startswith("conditioner.embedders.") for name in names)
-    except (OSError, SafetensorError) as error:
-        raise DinotileError(f"model: {path.name} cannot be read as a safetensors file: {error}") from error
-    pipeline = StableDiffusionXLPipeline if sdxl else StableDiffusionPipeline
-    more: dict[str, Any] = {"config": config} if config else {}
-    if not sdxl:
-        more["safety_checker"] = None
-    pipe = pipeline.from_single_file(str(path), **more)
-    if "v_pred" in names:  # diffusers does not look at these marks
-        zero = "ztsnr" in names
-        pipe.scheduler = DDIMScheduler.from_config(
-            pipe.scheduler.config, prediction_type="v_prediction", rescale_betas_zero_snr=zero
-        )
-    return pipe
-
-
-def _pretrained(name: str) -> Any:
-    from diffusers import DiffusionPipeline
-
-    config = DiffusionPipeline.load_config(name)
-    more = {"safety_checker": None} if "safety_checker" in config else {}
-    return DiffusionPipeline.from_pretrained(name, use_safetensors=True, **more)
-
-
 def load_host(
     generation: Generation,
     progress: Callable[[float, str], None] = lambda done, text: None,
@@ -337,7 +293,7 @@ def load_host(
 
     DinotileError, one line, if the model or the device is not there, or it is no Stable Diffusion.
     """
-    name, path, is_file = generation.model, Path(generation.model), os.path.isfile(generation.model)
+    name = generation.model
     device = find_device(generation.device, number)
     dtype = find_dtype("fp32" if name == "mini" and generation.precision == AUTO else generation.precision, device)
     diffusers_logging.set_verbosity_error()
@@ -347,21 +303,7 @@ def load_host(
         return DiffusersHost(
             unet, DDIMScheduler.from_pretrained(MINI / "scheduler"), PixelCodec(), "mini", generation, progress=progress
         )
-    if path.suffix in (".safetensors", ".ckpt", ".pt", ".pth", ".bin") and not is_file:
-        raise DinotileError(f"model: there is no file {name}")
-    try:
-        pipe = _single_file(path, generation.config) if is_file else _pretrained(name)
-    except DinotileError:
-        raise
-    except Exception as error:  # whatever the libraries raise for what is missing or damaged
-        hint = " (--config FOLDER spares the Hugging Face Hub)" if is_file and not generation.config else ""
-        raise DinotileError(f"model: {name} cannot be loaded{hint}: {one_line(error)}") from error
-    if not isinstance(getattr(pipe, "unet", None), UNet2DConditionModel) or pipe.unet.config.in_channels != 4:
-        raise DinotileError(
-            f"model: {name} is a {type(pipe).__name__}; give a Stable Diffusion 1.5, 2 or XL checkpoint"
-        )
-    if generation.prediction != AUTOMATIC:
-        pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, prediction_type=generation.prediction)
+    pipe = load_pipeline(generation)
     codec = VaeCodec(pipe.vae)
     for part in pipe.components.values():  # before they move: the device may not have the memory for more
         if isinstance(part, nn.Module) and not (part is pipe.vae and part.config.get("force_upcast")):
