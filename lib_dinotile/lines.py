@@ -1,26 +1,41 @@
-"""Prompts of tiles and of regions as text, one line each."""
+"""Prompts of tiles and of regions as text, one line each.
+
+What stands before a colon may come from any keyboard and editor: full-width characters (`３：`, `Ａ：`), Greek and
+Cyrillic capitals that look like Latin ones, spaces of all kinds, byte order marks.
+"""
 
 from __future__ import annotations
 
 import re
+import unicodedata
 
 from lib_dinotile import DinotileError
 
 LETTERS = "ABCDEFGHIJKL"
 """Names of regions."""
-_BREAKS = re.compile(rf"\n|;(?=\s*[{LETTERS}{LETTERS.lower()}]\s*:)")
+ALIKE = dict(zip("АВСЕНІЈКΑΒΕΗΙΚ", "ABCEHIJKABEHIK"))
+"""Cyrillic and Greek capitals, and the Latin ones that they look like."""
+_TYPED = "".join(ALIKE) + "".join(chr(ord(letter) + 0xFEE0) for letter in LETTERS) + LETTERS
+COLON = "[:：﹕︓]"
+SPACE = "[\\s\ufeff\u200b-\u200f\u2060]"
+"""A space, or what shows nothing at all. As a regular expression, like the others here, for Python and JavaScript."""
+LETTER = f"[{_TYPED}{_TYPED.lower()}]"
+"""A region's, as it may be typed."""
+BREAK = f"[;；﹔︔](?={SPACE}*{LETTER}{SPACE}*{COLON})"
+"""What stands for a line break in front of a letter with a colon."""
+_ENDS = re.compile(f"^{SPACE}+|{SPACE}+$")
 
 
 def parse_tile_prompts(text: str) -> dict[int, str]:
     """Number and prompt of each line of "3: whiskers"; DinotileError for any other line."""
-    found = {}
-    for line in filter(None, map(str.strip, text.splitlines())):
-        number, colon, words = line.partition(":")
-        if not colon or not number.strip().isdecimal() or len(number) > 9 or int(number) < 1:
-            raise DinotileError(f'tile_prompts: {line[:60]!r} is not a line like "3: whiskers"')
+    found: dict[int, str] = {}
+    for line in filter(None, map(_stripped, text.splitlines())):
+        number, words = _parts(line)
+        if words is None or not number.isdecimal() or len(number) > 9 or int(number) < 1:
+            raise DinotileError(f'{line[:60]!r} is not a line like "3: whiskers"')
         if int(number) in found:
-            raise DinotileError(f"tile_prompts: tile {int(number)} has two lines, give it one")
-        found[int(number)] = words.strip()
+            raise DinotileError(f"tile {int(number)} has two lines, give it one")
+        found[int(number)] = words
     return found
 
 
@@ -30,11 +45,23 @@ def parse_region_prompts(text: str) -> dict[str, str]:
     Instead of a line break there may be a semicolon in front of a letter with a colon.
     """
     found: dict[str, str] = {}
-    for line in filter(None, map(str.strip, _BREAKS.split(text))):
-        letter, colon, words = (part.strip() for part in line.partition(":"))
-        if not colon or len(letter) != 1 or letter.upper() not in LETTERS:
-            raise DinotileError(f'region_prompts: {line[:60]!r} is not a line like "A: tabby fur"')
-        if letter.upper() in found:
-            raise DinotileError(f"region_prompts: region {letter.upper()} has two lines, give it one")
-        found[letter.upper()] = words
+    parts = (part for line in text.splitlines() for part in re.split(BREAK, line))
+    for line in filter(None, map(_stripped, parts)):
+        typed, words = _parts(line)
+        letter = "".join(ALIKE.get(each, each) for each in typed.upper())
+        if words is None or len(letter) != 1 or letter not in LETTERS:
+            raise DinotileError(f'{line[:60]!r} is not a line like "A: tabby fur"')
+        if letter in found:
+            raise DinotileError(f"region {letter} has two lines, give it one")
+        found[letter] = words
     return {letter: words for letter, words in found.items() if words}
+
+
+def _stripped(text: str) -> str:
+    return _ENDS.sub("", text)
+
+
+def _parts(line: str) -> tuple[str, str | None]:
+    """What is before the first colon, in plain characters, and what is behind it; None if there is no colon."""
+    head, *words = re.split(COLON, line, maxsplit=1)
+    return unicodedata.normalize("NFKC", _stripped(head)), _stripped(words[0]) if words else None

@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 from lib_dinotile import DinotileError
 
 T = TypeVar("T")
+Table = TypeVar("Table", bound="Options")
 
 _short = reprlib.Repr()
 _short.maxstring = _short.maxother = _short.maxlong = 80
@@ -45,6 +46,11 @@ class Option:
     """Whether it has a part in the image with these settings."""
     lines: int = 1
     """Lines that its text box shows."""
+
+    @property
+    def labelled(self) -> Option:
+        """Itself by its label: what it refuses, it refuses in the words of the UI."""
+        return dataclasses.replace(self, name=self.label)
 
     @property
     def allowed(self) -> str:
@@ -136,12 +142,44 @@ class Options:
         if name in rows:
             return rows[name]
         near = difflib.get_close_matches(name[:80], rows, n=1) if isinstance(name, str) else ()
-        hint = f"did you mean {near[0]!r}?" if near else "there are " + ", ".join(rows)
-        raise DinotileError(f"{_shown(name)} is no option of DINO Tile: {hint}")
+        hint = f": did you mean {near[0]!r}?" if near else cls._listed()
+        raise DinotileError(f"{_shown(name)} is no option of DINO Tile{hint}")
 
     @classmethod
-    def parse(cls: Callable[..., T], values: Mapping[str, Any]) -> T:
-        """Options from a dict, defaults for what is left out. DinotileError for a wrong name, type or range."""
+    def _listed(cls) -> str:
+        return ": there are " + ", ".join(row.name for row in cls.table())
+
+    @classmethod
+    def parse(cls: type[Table], values: Mapping[str, Any], labels: bool = False, texts: bool = False) -> Table:
+        """Options from a dict, defaults for what is left out.
+
+        DinotileError, one line, for all wrong names, types and ranges, and all values that do not go together; labels:
+        with the labels of options in place of their names; texts: the values are texts, see `Option.parse`.
+        """
         if not isinstance(values, Mapping):
             raise DinotileError(f"{_shown(values)} is not allowed, give one dict of options")
-        return cls(**{name: cls.option(name).check(value) for name, value in values.items()})  # type: ignore[attr-defined]
+        checked, faults = {}, []
+        for name, value in values.items():
+            try:
+                option = cls.option(name).labelled if labels else cls.option(name)
+                checked[name] = option.parse(value) if texts else option.check(value)
+            except DinotileError as error:
+                faults.append(str(error))
+        draft = cls()
+        vars(draft).update(checked)
+        found = draft.conflicts((lambda name: cls.option(name).label) if labels else str)
+        faults += [line for names, line in found if all(name in checked or name not in values for name in names)]
+        if faults:
+            every = cls._listed()  # is told once, at the end
+            faults.sort(key=lambda line: line.endswith(every))
+            raise DinotileError("; ".join([*(line.removesuffix(every) for line in faults[:-1]), faults[-1]]))
+        return cls(**checked)
+
+    def conflicts(self, called: Callable[[str], str] = str) -> Iterator[tuple[tuple[str, ...], str]]:
+        """Values that do not go together: names of the options, and a line. called: how it is to call an option."""
+        return iter(())
+
+    def __post_init__(self) -> None:
+        faults = [line for _, line in self.conflicts()]
+        if faults:
+            raise DinotileError("; ".join(faults))

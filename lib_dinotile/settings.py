@@ -7,6 +7,8 @@ is adding a field.
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -513,19 +515,26 @@ class Settings(Options):
             if row.infotext and getattr(self, row.name) != "" and row.only_with(self)
         }
 
-    def __post_init__(self) -> None:
-        parse_tile_prompts(self.tile_prompts)
-        beyond = [letter for letter in parse_region_prompts(self.region_prompts) if self._lacks(letter)]
-        if beyond:
-            raise DinotileError(f"region_prompts: there is no region {beyond[0]} where regions is {self.regions}")
+    def conflicts(self, called: Callable[[str], str] = str) -> Iterator[tuple[tuple[str, ...], str]]:
+        for name, read in (("tile_prompts", parse_tile_prompts), ("region_prompts", parse_region_prompts)):
+            try:
+                read(getattr(self, name))
+            except DinotileError as error:
+                yield (name,), f"{called(name)}: {error}"
+        with contextlib.suppress(DinotileError):  # told already
+            beyond = [letter for letter in parse_region_prompts(self.region_prompts) if self._lacks(letter)]
+            if beyond:
+                names = "region_prompts", "regions"
+                line = f"there is no region {beyond[0]} where {called('regions')} is {self.regions}"
+                yield names, f"{called('region_prompts')}: {line}"
+        pairs = [(f"{kind}start", f"{kind}end", getattr(self, f"{kind}end")) for kind in ("", "guidance_")]
         if self.tile:
-            self.tile_sides("")
-        for kind in ("", "guidance_"):
-            start, end = getattr(self, f"{kind}start"), getattr(self, f"{kind}end")
-            if start > end:
-                raise DinotileError(
-                    f"{kind}start: {start:g} is not allowed with {kind}end {end:g}, give at most {end:g}"
-                )
+            pairs.insert(0, ("overlap", "tile", self.tile // 2))
+        for name, other, most in pairs:
+            value = getattr(self, name)
+            if value > most:
+                beside = f"{called(other)} {getattr(self, other):g}"
+                yield (name, other), f"{called(name)}: {value:g} is not allowed with {beside}, give at most {most:g}"
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """The table of options: what is allowed, and one line for what is not."""
 
 import math
+import re
 
 import pytest
 from hypothesis import given
@@ -68,6 +69,44 @@ def test_what_is_not_allowed_is_refused_with_one_line(values, line):
         Settings.parse(values)
     assert str(error.value) == line
     assert error.value.status_code == 422 and error.value.detail == line
+
+
+@pytest.mark.parametrize(
+    "values, lines",
+    [
+        ({"tile": 100, "overlap": 7}, ("tile: 100 is not", "overlap: 7 is not")),
+        ({"scal": 2, "tile": 100, "x": 1, "y": 2}, ("'scal' is no option", "tile: 100", "'x' is no", "'y' is no")),
+        ({"tile": 64, "overlap": 64, "start": 0.5, "end": 0.2}, ("overlap: 64 is not allowed with tile 64", "start:")),
+        (
+            {"guidance": 9, "start": 0.5, "end": 0.2, "tile_prompts": "fur"},
+            ("guidance: 9", "tile_prompts: 'f", "start:"),
+        ),
+        ({"tile_prompts": "x", "region_prompts": "x"}, ("tile_prompts: 'x'", "region_prompts: 'x'")),
+    ],
+)
+def test_all_faults_are_named_at_once(values, lines):
+    with pytest.raises(DinotileError) as error:
+        Settings.parse(values)
+    told = str(error.value)
+    assert told.isprintable() and all(re.search(rf"(^|; ){re.escape(line)}", told) for line in lines), told
+    assert told.count("there are enabled") == ("x" in values)
+
+
+def test_a_fault_is_not_held_against_another_option():
+    with pytest.raises(DinotileError) as error:
+        Settings.parse({"guidance_start": 0.9, "guidance_end": 3})  # its default is 0.7
+    assert str(error.value) == "guidance_end: 3 is not allowed, give a number from 0 to 1"
+
+
+def test_the_ui_is_answered_with_its_labels():
+    values = {"tile": 100, "overlap": 40, "start": 0.5, "end": 0.2, "region_prompts": "D: fur", "regions": "3"}
+    with pytest.raises(DinotileError) as error:
+        Settings.parse(values, labels=True)
+    label = {option.name: option.label for option in Settings.table()}
+    tile, regions, first = str(error.value).split("; ")
+    assert tile == f"{label['tile']}: 100 is not allowed, give {TILE}"
+    assert first == f"{label['start']}: 0.5 is not allowed with {label['end']} 0.2, give at most 0.2", first
+    assert regions == f"{label['region_prompts']}: there is no region D where {label['regions']} is 3"
 
 
 def test_regions_are_how_many_and_their_words_are_lines():

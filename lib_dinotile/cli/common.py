@@ -35,8 +35,23 @@ def add_options(parser: argparse.ArgumentParser, table: type[Options], names: Se
 
 
 def parse_options(table: type[Options], arguments: argparse.Namespace) -> Any:
-    given = {option.name: getattr(arguments, option.name, None) for option in table.table()}
-    return table.parse({name: table.option(name).parse(text) for name, text in given.items() if text is not None})
+    """The options of a table; DinotileError for all that is wrong among them."""
+    (parsed,) = parse_tables((table,), arguments)
+    return parsed
+
+
+def parse_tables(tables: Sequence[type[Options]], arguments: argparse.Namespace) -> list[Any]:
+    """The options of several tables; DinotileError for all that is wrong in any of them."""
+    parsed, faults = [], []
+    for table in tables:
+        given = {option.name: getattr(arguments, option.name, None) for option in table.table()}
+        try:
+            parsed.append(table.parse({name: text for name, text in given.items() if text is not None}, texts=True))
+        except DinotileError as error:
+            faults.append(str(error))
+    if faults:
+        raise DinotileError("; ".join(faults))
+    return parsed
 
 
 @contextlib.contextmanager

@@ -17,7 +17,7 @@ from typing import Any
 from PIL import Image, PngImagePlugin
 
 from lib_dinotile import DinotileError, __version__
-from lib_dinotile.cli.common import add_options, head_files, parse_options, quiet_transformers, silenced
+from lib_dinotile.cli.common import add_options, head_files, parse_tables, quiet_transformers, silenced
 from lib_dinotile.condition.conditioner import MINI, Conditioner
 from lib_dinotile.dino.calibrated import Store
 from lib_dinotile.dino.locks import models_folder
@@ -57,7 +57,7 @@ def run(arguments: argparse.Namespace) -> None:
     quiet_transformers()
     if arguments.model in (None, "mini") and arguments.adapter is None:
         arguments.adapter = "mini"
-    settings, generation = parse_options(Settings, arguments), parse_options(Generation, arguments)
+    settings, generation = parse_tables((Settings, Generation), arguments)
     jobs = _jobs(Path(arguments.IN), Path(arguments.OUT))
     adapters = {"mini": MINI / "adapter.safetensors"}
     if settings.adapter not in (NONE, *adapters):

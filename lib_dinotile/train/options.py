@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from lib_dinotile import DinotileError
 from lib_dinotile.options import Options, option
 from lib_dinotile.settings import AUTOMATIC, PREDICTIONS
 
@@ -103,10 +103,11 @@ class Training(Options):
     seed: int = option(0, "Seed", "Of everything that is drawn at random.", minimum=0, maximum=2**31 - 1)
     cache: str = option("", "Cache", "Folder for latents and features; empty: beside OUT, with .cache in its name.")
 
-    def __post_init__(self) -> None:
+    def conflicts(self, called: Callable[[str], str] = str) -> Iterator[tuple[tuple[str, ...], str]]:
         if 0 < self.tile < 64:
-            raise DinotileError(f"tile: {self.tile} is not allowed, give 0 or at least 64")
+            yield ("tile",), f"{called('tile')}: {self.tile} is not allowed, give 0 or at least 64"
         for low, high in (("scale_low", "scale_high"), ("denoise_low", "denoise_high")):
             least, most = getattr(self, low), getattr(self, high)
             if least > most:
-                raise DinotileError(f"{low}: {least:g} is not allowed with {high} {most:g}, give at most {most:g}")
+                beside = f"{called(high)} {most:g}"
+                yield (low, high), f"{called(low)}: {least:g} is not allowed with {beside}, give at most {most:g}"

@@ -213,7 +213,8 @@ def settings_from(args: tuple[Any, ...], axes: Mapping[str, Any], table: type[Se
     """Settings from the script's arguments: one value per option of the table, or, from the API, one dict in front.
 
     axes: options that an X/Y/Z plot sets for this image; they turn dinotile on. While it is off, what the controls are
-    at is nobody's business. DinotileError if a value is not allowed.
+    at is nobody's business. DinotileError if a value is not allowed: it calls options as the caller does, by their
+    names in the API, and by their labels in the UI.
     """
     first = args[0] if args else False
     if isinstance(first, Mapping):
@@ -223,4 +224,4 @@ def settings_from(args: tuple[Any, ...], axes: Mapping[str, Any], table: type[Se
     names = [option.name for option in table.table()]
     if len(args) > len(names):
         raise DinotileError(f"DINO Tile takes {len(names)} arguments, not {len(args)}: give one dict of options")
-    return table.parse({**dict(zip(names, args)), **({"enabled": True} if axes else {}), **axes})
+    return table.parse({**dict(zip(names, args)), **({"enabled": True} if axes else {}), **axes}, labels=True)

@@ -290,7 +290,7 @@ def show(
     source = source["image"] if isinstance(source, dict) else source  # with a mask drawn on it
     if source is None:
         raise DinotileError("there is no image to upscale: drop one into the img2img tab")
-    source, settings = flat(source), Settings.parse({**options, "enabled": True})
+    source, settings = flat(source), Settings.parse({**options, "enabled": True}, labels=True)
     given = int(img2img.get("width") or 0), int(img2img.get("height") or 0)
     if sizing == 1:  # Resize by, as img2img counts it
         width, height = (int(side * img2img["scale"]) // 8 * 8 for side in source.size)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import inspect
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,16 +20,18 @@ from lib_dinotile.engine.flow import map_scale
 from lib_dinotile.engine.host import Interrupted
 from lib_dinotile.hosts.interrogators import interrogators
 from lib_dinotile.hosts.patched import patched
-from lib_dinotile.lines import LETTERS
+from lib_dinotile.lines import ALIKE, BREAK, COLON, LETTER, LETTERS, SPACE
 
 TO_LINES = f"""(...words) => words.slice(0, {len(LETTERS)}).map((text, n) => [{LETTERS!r}[n],
-        (text ?? "").replace(/\\s+/g, " ").replace(/;(?=\\s*[{LETTERS}]\\s*:)/gi, ",").trim()])
+        (text ?? "").replace(/\\s+/g, " ").replace(/{BREAK}/g, ",").trim()])
     .filter(([, text]) => text).map(([letter, text]) => `${{letter}}: ${{text}}`).join("\\n")"""
 """The option's text from the fields, in the browser, so that nothing typed waits for the server. (Some WebUIs hand it
 what comes out, too.)"""
-FROM_LINES = f"""(text) => [...{LETTERS!r}].map(letter => text.split(/\\n|;(?=\\s*[{LETTERS}]\\s*:)/i)
-    .map(line => line.match(/^\\s*(\\w)\\s*:(.*)$/)).filter(found => found && found[1].toUpperCase() === letter)
-    .map(found => found[2].trim()).join(" "))"""
+FROM_LINES = f"""(text) => [...{LETTERS!r}].map(letter => text.split(/[\\r\\n]|{BREAK}/)
+    .map(line => line.match(/^{SPACE}*({LETTER}){SPACE}*{COLON}(.*)$/))
+    .map(found => found && [found[1].normalize("NFKC").toUpperCase(), found[2].trim()])
+    .filter(found => found && ({json.dumps(ALIKE)}[found[0]] ?? found[0]) === letter)
+    .map(found => found[1]).join(" "))"""
 """The other way round."""
 
 

@@ -156,7 +156,7 @@ def test_regions_are_named_on_the_preview_and_told_to_the_tiles(tab: Tab, shots:
     tab.fold("Prompts by region")
     prompts = tab.control("region_prompts").locator("textarea")
     assert prompts.input_value() == "A: tabby fur: soft\nB: wall"
-    prompts.fill("B: a blurred room\nA: fur")
+    prompts.fill("Ｂ：a blurred room\nA: fur")
     expect(boxes[0]).to_have_value("fur")
     expect(boxes[1]).to_have_value("a blurred room")
     tab.shot(shots / "regions.png")
