@@ -610,6 +610,28 @@ class Generation(Options):
     mask: str = option("", "Mask", "Image that is white where the result may change, as large as the source.")
     prompt: str = option("", "Prompt", "What the picture shows.")
     negative: str = option("", "Negative prompt", "What it should not show.")
+    clip_skip: int = option(
+        1,
+        "Clip skip",
+        "Layer of the text encoder whose output is used, counted from the end: 1 is the last. SDXL begins at 2.",
+        minimum=1,
+        maximum=12,
+        step=1,
+    )
+    lora: str = option(
+        "",
+        "LoRA",
+        "LoRAs as FILE.safetensors or FILE.safetensors:WEIGHT, separated by commas; the weight is 1 if left out.",
+    )
+    vae: str = option("", "VAE", "A VAE in place of the checkpoint's: a .safetensors file, or a diffusers folder.")
+    controlnet: str = option(
+        "",
+        "ControlNet",
+        "A ControlNet of the Tile kind: a .safetensors file, or a diffusers folder. Every tile is its own hint.",
+    )
+    controlnet_strength: float = option(
+        1.0, "ControlNet strength", "0 is off, 1 as trained.", minimum=0.0, maximum=2.0, step=0.05
+    )
     denoise: float = option(
         0.35,
         "Denoising strength",

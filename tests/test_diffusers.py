@@ -410,20 +410,6 @@ def test_a_model_that_is_not_there_is_refused_with_one_line(model, says, monkeyp
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("name", ["prompt", "negative"])
-def test_a_prompt_that_would_be_cut_off_is_refused_with_one_line(sd15, name):
-    with pytest.raises(DinotileError, match=f"{name}: 'a a.* has 82 tokens, this checkpoint reads no more than 77"):
-        load_host(Generation(model=str(sd15), **{name: "a " * 80}))
-
-
-@pytest.mark.parametrize("more", [{"tile_prompts": "2: " + "a " * 80}, {"tile_prompt": "a " * 80}])
-def test_so_is_that_of_a_tile_before_any_is_sampled(sd15, more, monkeypatch):
-    monkeypatch.setattr("lib_dinotile.hosts.diffusers.DiffusersHost.sample", None)
-    with pytest.raises(DinotileError, match="prompt: 'cat, a a") as error:
-        run(sd15, prompt="cat", settings=more)
-    assert error.value.status_code == 422
-
-
 def test_a_file_that_is_no_checkpoint_is_refused_with_one_line(tmp_path):
     for name in ("text.safetensors", "model.ckpt"):
         (tmp_path / name).write_text("no tensors in here")

@@ -21,7 +21,6 @@ from safetensors.torch import load_file
 
 pytest.importorskip("tensorboard")
 
-from lib_dinotile import DinotileError
 from lib_dinotile import __main__ as cli
 from lib_dinotile.condition.adapter_file import load_adapter, read_config, read_metadata
 from lib_dinotile.condition.conditioner import MINI, Conditioner, to_tensor
@@ -337,12 +336,19 @@ def test_a_picture_that_cannot_be_read_is_left_out(photos: Path, tmp_path: Path,
 def test_as_much_of_a_caption_is_taken_as_the_text_encoder_reads(request: pytest.FixtureRequest) -> None:
     host = load_host(Generation(request.getfixturevalue("sd15")))
     assert fitting(host, "a cat") == "a cat"
+    once = host.words("")[0].shape
     for caption in ("ab " * 100, "a" * 300):
         short = fitting(host, caption)
         assert len(short) > 30 and caption.startswith(short)
-        host.words(short)
-        with pytest.raises(DinotileError):
-            host.words(caption[: len(short) + 1])
+        assert host.words(short)[0].shape == once != host.words(caption[: len(short) + 1])[0].shape
+
+
+def test_nothing_in_a_caption_is_syntax(request: pytest.FixtureRequest) -> None:
+    host = load_host(Generation(request.getfixturevalue("sd15")))
+    for caption in ("a cat (by c (d)) AND e BREAK f", "a cat [by c|d] AND", "a cat <lora:by:1> [e:f:0.5]"):
+        assert host.words(fitting(host, caption))[0].shape == host.words("")[0].shape
+    assert torch.equal(host.words(fitting(host, "a AND b BREAK c"))[0], host.words("a and b break c")[0])
+    assert not torch.equal(host.words(fitting(host, "a (cat:1.5)"))[0], host.words("a (cat:1.5)")[0])
 
 
 def test_a_head_is_trained_and_an_adapter_in_the_same_file_reads_through_it(photos: Path, tmp_path: Path) -> None:

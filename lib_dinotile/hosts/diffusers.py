@@ -21,6 +21,7 @@ from lib_dinotile.engine.host import Batch, Host, TiledDenoiser
 from lib_dinotile.engine.prediction import from_x0, to_x0
 from lib_dinotile.engine.progress import Progress
 from lib_dinotile.hosts.devices import empty_cache, find_device, find_dtype
+from lib_dinotile.hosts.diffusers_prompts import PromptEncoder, by_length
 from lib_dinotile.hosts.memory_format import fast
 from lib_dinotile.hosts.patched import in_float32, patched
 from lib_dinotile.hosts.pipelines import load_pipeline
@@ -162,13 +163,14 @@ class DiffusersHost(Host):
         if self._text is None:
             owners = list(range(len(tiles)))
         rows = torch.tensor(owners + list(range(len(tiles))) * self._guided, device=tiles.device)
-        words, residuals = self._conditions(batch, rows, step.level, number / total)
-        outputs, size = [], len(tiles) * (1 + self._guided)  # no more at once than without regions
-        for start in range(0, len(rows), size):
-            at = slice(start, start + size)
-            own, added = [each[at] for each in words], residuals and [each[at] for each in residuals]
-            outputs.append(self.predict(tiles.index_select(0, rows[at]), step.timestep, own, added))
-        found = torch.cat(outputs)
+        words, residuals = self._conditions(batch, step.level, number / total)
+        words = words or [()] * len(rows)
+        found, size = tiles.new_empty(len(rows), *tiles.shape[1:]), len(tiles) * (1 + self._guided)
+        for part in by_length(words, size):  # no more at once than without regions
+            own = [torch.cat(kind) for kind in zip(*(words[row] for row in part))]
+            at = rows[part]
+            added = residuals and [residual.index_select(0, at) for residual in residuals]
+            found[part] = self.predict(tiles.index_select(0, at), step.timestep, own, added)
         prediction = found[: len(owners)]
         if len(owners) > len(tiles):  # each where its mask says, as A1111 adds the parts of AND
             masks = [prompt.mask for prompts in batch.prompts for prompt in prompts]
@@ -184,25 +186,20 @@ class DiffusersHost(Host):
         return prediction if moved is None else from_x0(tiles, moved, step.alpha, step.sigma, self.prediction)
 
     def _conditions(
-        self, batch: Batch, rows: Tensor, level: float, progress: float
-    ) -> tuple[Sequence[Tensor], Sequence[Tensor] | None]:
-        """(embeddings, residuals) for the UNet's rows: those of all prompts, then a negative one of each tile, if any.
+        self, batch: Batch, level: float, progress: float
+    ) -> tuple[list[tuple[Tensor, ...]], Sequence[Tensor] | None]:
+        """(embeddings, residuals): those of all prompts, then of a negative one for each tile, if any; of each tile.
 
-        rows: the tile of each; level: of the noise, as in `Step`.
+        level: of the noise, as in `Step`.
         """
-        words: list[Tensor] = []
+        words: list[tuple[Tensor, ...]] = []
         if self._text is not None:
             texts = [
                 [self._text(self.prompt if one.text is None else one.text) for one in own] for own in batch.prompts
             ]
-            # Of each kind of embedding: those of the prompts, and of the negative one.
-            kinds = zip(*(text for own in texts for text in own)), zip(*(own[0] for own in texts))
-            positive, negative = ([torch.cat(kind) for kind in each] for each in kinds)
-            words = positive[::2]
-            if self._guided:
-                words = [torch.cat(pair) for pair in zip(words, negative[1::2])]
-        residuals = batch.condition.residuals(level, progress) if batch.condition else None
-        return words, residuals and [residual.index_select(0, rows) for residual in residuals]
+            # Of each kind of embedding: that of the prompt, and of the negative one.
+            words = [text[::2] for own in texts for text in own] + [own[0][1::2] for own in texts] * self._guided
+        return words, batch.condition.residuals(level, progress) if batch.condition else None
 
     def steps(self, denoise: float | None = None) -> int:
         steps, denoise = self._generation.steps, self._generation.denoise if denoise is None else denoise
@@ -310,23 +307,8 @@ def load_host(
             part.to(dtype)
     pipe.to(device)
 
-    def text(prompt: str) -> tuple[Tensor, ...]:
-        for name, words in (("prompt", prompt), ("negative", generation.negative)):
-            count = len(pipe.tokenizer(words, truncation=False, verbose=False).input_ids)
-            if count > pipe.tokenizer.model_max_length:
-                raise DinotileError(
-                    f"{name}: {words[:40]!r}... has {count} tokens, this checkpoint reads no more than "
-                    f"{pipe.tokenizer.model_max_length}: make it shorter"
-                )
-        return pipe.encode_prompt(
-            prompt=prompt,
-            negative_prompt=generation.negative,
-            device=device,
-            num_images_per_prompt=1,
-            do_classifier_free_guidance=True,
-        )
-
     base = FAMILIES.get(pipe.unet.config.cross_attention_dim, "unknown")
+    text = PromptEncoder(pipe, generation.negative, generation.clip_skip)
     host = DiffusersHost(pipe.unet, pipe.scheduler, codec, base, generation, text, progress)
-    text(generation.prompt)  # says at once if it is too long
+    host.check_prompt(None)  # says at once what it cannot read
     return host

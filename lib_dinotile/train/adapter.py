@@ -18,7 +18,6 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from lib_dinotile import DinotileError
 from lib_dinotile.condition.adapter import Adapter, AdapterConfig
 from lib_dinotile.condition.conditioner import Conditioner, to_tensor
 from lib_dinotile.dino.encoder import PatchEncoder, without_autocast
@@ -29,6 +28,7 @@ from lib_dinotile.engine.latents import SourceLatents
 from lib_dinotile.engine.memory import PieceSize
 from lib_dinotile.engine.prediction import coefficients, to_x0
 from lib_dinotile.hosts.diffusers import DiffusersHost
+from lib_dinotile.hosts.diffusers_prompts import literal
 from lib_dinotile.settings import Settings
 from lib_dinotile.tiling.canvas import Canvas
 from lib_dinotile.tiling.noise import NoiseField
@@ -53,20 +53,18 @@ def encode_image(host: DiffusersHost, image: Image.Image, tile: int) -> Tensor:
 
 
 def fitting(host: DiffusersHost, caption: str) -> str:
-    """As much of a caption's beginning as the text encoder reads."""
-    try:
-        host.words(caption)
-        return caption
-    except DinotileError:
-        fits, too_long = 0, len(caption)
-        while too_long - fits > 1:
-            middle = (fits + too_long) // 2
-            try:
-                host.words(caption[:middle])
-                fits = middle
-            except DinotileError:
-                too_long = middle
-        return caption[:fits]
+    """As much of a caption's beginning as the text encoder reads at once, as a prompt in which nothing is syntax."""
+
+    def fits(count: int) -> bool:
+        own, empty = host.words(literal(caption[:count])), host.words("")
+        return all(one.shape == other.shape for one, other in zip(own, empty))
+
+    least, too_long = 0, len(caption) + 1
+    middle = len(caption)
+    while too_long - least > 1:
+        least, too_long = (middle, too_long) if fits(middle) else (least, middle)
+        middle = (least + too_long) // 2
+    return literal(caption[:least])
 
 
 def prepared_tiles(
