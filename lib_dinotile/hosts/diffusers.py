@@ -18,8 +18,10 @@ from lib_dinotile import DinotileError, one_line
 from lib_dinotile.condition.conditioner import MINI
 from lib_dinotile.condition.shape import UNetShape
 from lib_dinotile.engine.host import Batch, Host, TiledDenoiser
+from lib_dinotile.engine.memory import is_out_of_memory
 from lib_dinotile.engine.prediction import from_x0, to_x0
 from lib_dinotile.engine.progress import Progress
+from lib_dinotile.hosts.checkpoints import ASK
 from lib_dinotile.hosts.devices import empty_cache, find_device, find_dtype
 from lib_dinotile.hosts.diffusers_prompts import PromptEncoder, by_length
 from lib_dinotile.hosts.memory_format import fast
@@ -64,14 +66,19 @@ class VaeCodec(nn.Module):
         self.vae = vae.float() if vae.config.get("force_upcast") else vae
         self.factor = 2 ** (len(vae.config.block_out_channels) - 1)
         self.channels = vae.config.latent_channels
-        self._scale, self._shift = vae.config.scaling_factor, vae.config.get("shift_factor") or 0.0
+        scale, shift = vae.config.scaling_factor, vae.config.get("shift_factor") or 0.0
+        mean, std = vae.config.get("latents_mean") or [shift], vae.config.get("latents_std") or [1.0]
+        self._shift = torch.tensor(mean).view(1, -1, 1, 1)
+        """Mean of the latents, of all channels or by channel."""
+        self._scale = scale / torch.tensor(std).view(1, -1, 1, 1)
 
     def encode(self, pixels: Tensor) -> Tensor:
         latents = self.vae.encode(pixels.to(self.vae.dtype)).latent_dist.mode().float()
-        return (latents - self._shift) * self._scale
+        return (latents - self._shift.to(latents)) * self._scale.to(latents)
 
     def decode(self, latents: Tensor) -> Tensor:
-        return self.vae.decode((latents / self._scale + self._shift).to(self.vae.dtype)).sample.float()
+        latents = latents / self._scale.to(latents) + self._shift.to(latents)
+        return self.vae.decode(latents.to(self.vae.dtype)).sample.float()
 
 
 class DiffusersHost(Host):
@@ -310,5 +317,22 @@ def load_host(
     base = FAMILIES.get(pipe.unet.config.cross_attention_dim, "unknown")
     text = PromptEncoder(pipe, generation.negative, generation.clip_skip)
     host = DiffusersHost(pipe.unet, pipe.scheduler, codec, base, generation, text, progress)
-    host.check_prompt(None)  # says at once what it cannot read
+    _try_out(host, name)
     return host
+
+
+@torch.no_grad()
+def _try_out(host: DiffusersHost, name: str) -> None:
+    """Every part of a model at work once, on a few pixels; DinotileError if they do not go with each other."""
+    side = 8 * host.factor
+    try:
+        latents = host.encode(torch.zeros(1, 3, side, side))
+        shape = host.decode(host.predict(latents, torch.tensor(500), host.words(host.prompt))).shape
+    except (DinotileError, MemoryError):
+        raise
+    except Exception as error:  # whatever they raise for what does not fit
+        if is_out_of_memory(error):
+            raise
+        raise DinotileError(f"model: the parts of {name} do not fit each other: {one_line(error)}") from error
+    if shape != (1, 3, side, side):
+        raise DinotileError(f"model: {name} makes {side}x{side} pixels {shape[-1]}x{shape[-2]}; {ASK}")

@@ -1,17 +1,46 @@
-"""Stable Diffusion checkpoints, files or folders, as diffusers' pipelines."""
+"""Stable Diffusion checkpoints as diffusers' pipelines: files, folders, and models of the Hugging Face Hub.
+
+Of a folder only weights and numbers are read, by classes that are named here. So no code that comes with a model is
+run, whatever diffusers and transformers do about classes of a folder's own; and what does not fit is said before a tile
+is painted.
+"""
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 from typing import Any
 
-from diffusers import DDIMScheduler, UNet2DConditionModel
-from safetensors import SafetensorError
+from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+from torch import nn
 
 from lib_dinotile import DinotileError, one_line
+from lib_dinotile.hosts.checkpoints import ASK, by_channels, check_checkpoint, is_pointer
+from lib_dinotile.hosts.solvers import trained
 from lib_dinotile.settings import AUTOMATIC, Generation
-from lib_dinotile.weights import open_tensors
+
+PARTS = {
+    "unet": ("diffusers", {"UNet2DConditionModel"}),
+    "vae": ("diffusers", {"AutoencoderKL"}),
+    "text_encoder": ("transformers", {"CLIPTextModel"}),
+    "tokenizer": ("transformers", {"CLIPTokenizer", "CLIPTokenizerFast"}),
+}
+"""Parts of a pipeline: their library, and the classes that may be named where the one above is loaded."""
+SDXL_PARTS = {
+    **PARTS,
+    "text_encoder_2": ("transformers", {"CLIPTextModelWithProjection"}),
+    "tokenizer_2": PARTS["tokenizer"],
+}
+UNUSED = {"scheduler", "safety_checker", "feature_extractor", "image_encoder"}
+"""Parts that are not loaded; the scheduler's configuration is only read."""
+
+LIBRARIES = ("diffusers", "transformers", "stable_diffusion")
+"""The last one is diffusers' own, for safety checkers."""
+INPUTS = ("class_embed_type", "num_class_embeds", "encoder_hid_dim_type", "time_cond_proj_dim")
+"""Keys of a UNet's configuration that ask for inputs which are not given here."""
+VARIANTS = (None, "fp16")
+"""In the names of files with weights; the first that is there is loaded."""
 
 
 def load_pipeline(generation: Generation) -> Any:
@@ -23,16 +52,12 @@ def load_pipeline(generation: Generation) -> Any:
     if path.suffix in (".safetensors", ".ckpt", ".pt", ".pth", ".bin") and not is_file:
         raise DinotileError(f"model: there is no file {name}")
     try:
-        pipe = _single_file(path, generation.config) if is_file else _pretrained(name)
+        pipe = _single_file(path, generation.config) if is_file else _pretrained(_Source("model", name))
     except DinotileError:
         raise
     except Exception as error:  # whatever the libraries raise for what is missing or damaged
         hint = " (--config FOLDER spares the Hugging Face Hub)" if is_file and not generation.config else ""
         raise DinotileError(f"model: {name} cannot be loaded{hint}: {one_line(error)}") from error
-    if not isinstance(getattr(pipe, "unet", None), UNet2DConditionModel) or pipe.unet.config.in_channels != 4:
-        raise DinotileError(
-            f"model: {name} is a {type(pipe).__name__}; give a Stable Diffusion 1.5, 2 or XL checkpoint"
-        )
     if generation.prediction != AUTOMATIC:
         pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, prediction_type=generation.prediction)
     return pipe
@@ -41,30 +66,167 @@ def load_pipeline(generation: Generation) -> Any:
 def _single_file(path: Path, config: str) -> Any:
     from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline  # slow to import, and mini needs none
 
-    if path.suffix != ".safetensors":
-        raise DinotileError(f"model: {path.name} is not a .safetensors file; other formats can run code, convert it")
-    try:
-        with open_tensors(path) as file:
-            names = set(file.keys())
-            sdxl = any(name.startswith("conditioner.embedders.") for name in names)
-    except (OSError, SafetensorError) as error:
-        raise DinotileError(f"model: {path.name} cannot be read as a safetensors file: {error}") from error
-    pipeline = StableDiffusionXLPipeline if sdxl else StableDiffusionPipeline
-    more: dict[str, Any] = {"config": config} if config else {}
-    if not sdxl:
-        more["safety_checker"] = None
-    pipe = pipeline.from_single_file(str(path), **more)
-    if "v_pred" in names:  # diffusers does not look at these marks
-        zero = "ztsnr" in names
+    marks = check_checkpoint(path)
+    more: dict[str, Any] = {} if marks.sdxl else {"safety_checker": None}
+    if config:
+        source = _Source("config", config)
+        if source.sdxl != marks.sdxl:
+            raise source.refuse(f"is for another kind of Stable Diffusion than {path.name}")
+        more |= {"config": config, "scheduler": source.scheduler()}
+    kind = StableDiffusionXLPipeline if marks.sdxl else StableDiffusionPipeline
+    pipe = kind.from_single_file(str(path), **more)
+    for name, part in pipe.components.items():
+        if isinstance(part, nn.Module):  # weights that the file lacks are on no device
+            _check_whole(path.name, name, [key for key, weight in part.named_parameters() if weight.is_meta])
+    if marks.v_prediction:  # diffusers does not look at these marks
         pipe.scheduler = DDIMScheduler.from_config(
-            pipe.scheduler.config, prediction_type="v_prediction", rescale_betas_zero_snr=zero
+            pipe.scheduler.config, prediction_type="v_prediction", rescale_betas_zero_snr=marks.zero_snr
         )
     return pipe
 
 
-def _pretrained(name: str) -> Any:
-    from diffusers import DiffusionPipeline
+def _pretrained(source: _Source) -> Any:
+    from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
+    from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-    config = DiffusionPipeline.load_config(name)
-    more = {"safety_checker": None} if "safety_checker" in config else {}
-    return DiffusionPipeline.from_pretrained(name, use_safetensors=True, **more)
+    parts: dict[str, Any] = {
+        "scheduler": source.scheduler(),
+        "tokenizer": CLIPTokenizer.from_pretrained(source.name, subfolder="tokenizer"),
+        "text_encoder": source.weights(CLIPTextModel, "text_encoder"),
+        "unet": source.weights(UNet2DConditionModel, "unet"),
+        "vae": source.weights(AutoencoderKL, "vae"),
+    }
+    if not source.sdxl:
+        return StableDiffusionPipeline(
+            **parts, safety_checker=None, feature_extractor=None, requires_safety_checker=False
+        )
+    parts["tokenizer_2"] = CLIPTokenizer.from_pretrained(source.name, subfolder="tokenizer_2")
+    parts["text_encoder_2"] = source.weights(CLIPTextModelWithProjection, "text_encoder_2")
+    zeros = bool(source.index.get("force_zeros_for_empty_prompt", True))
+    return StableDiffusionXLPipeline(**parts, force_zeros_for_empty_prompt=zeros, add_watermarker=False)
+
+
+def _check_whole(name: str, part: str, missing: list[str]) -> None:
+    if missing:
+        raise DinotileError(f"model: {name} lacks weights of its {part.replace('_', ' ')}: {missing[0]}")
+
+
+class _Source:
+    """A folder in diffusers' layout, or a model of the Hugging Face Hub in it: known to have all that a Stable
+    Diffusion 1.5, 2 or XL has, and nothing that asks for more."""
+
+    def __init__(self, option: str, name: str) -> None:
+        """option: the command line's, which it was given with. DinotileError if it is another kind of model."""
+        self._option, self.name = option, name
+        self.index = self._read_index()
+        """What its model_index.json has."""
+        self._check_index()
+        self.sdxl = "text_encoder_2" in self.index
+        self._check_unet(dict(UNet2DConditionModel.load_config(name, subfolder="unet")))
+
+    def refuse(self, text: str, hint: str = f"; {ASK}") -> DinotileError:
+        return DinotileError(f"{self._option}: {self.name} {text}{hint}")
+
+    def scheduler(self) -> DDIMScheduler:
+        """One that has nothing but what the UNet was trained with."""
+        config = DDIMScheduler.load_config(self.name, subfolder="scheduler")  # of any class: it only reads
+        return DDIMScheduler(**trained(config, f"{self._option}: {self.name}"))
+
+    def weights(self, kind: Any, part: str) -> Any:
+        """A part of the pipeline with all its weights; DinotileError if some are not there."""
+        first: OSError | None = None
+        if any(is_pointer(file) for file in Path(self.name, part).glob("*.safetensors")):
+            raise self.refuse(f"has only a Git LFS pointer for its {part}", ": download the file itself")
+        for variant in VARIANTS:
+            try:
+                model, found = kind.from_pretrained(
+                    self.name, subfolder=part, use_safetensors=True, variant=variant, output_loading_info=True
+                )
+            except OSError as error:  # also where there are no such files
+                first = first or error
+                continue
+            _check_whole(self.name, part, sorted(found["missing_keys"]))
+            return model.eval()
+        raise first or AssertionError
+
+    def _read_index(self) -> dict[str, Any]:
+        file = Path(self.name) / "model_index.json" if os.path.isdir(self.name) else _from_hub(self._option, self.name)
+        if not file.is_file():
+            inside = sorted(each.name for each in Path(self.name).glob("*.safetensors"))
+            hint = f"the file in it, {inside[0]}" if inside else "the folder of a whole diffusers pipeline"
+            raise self.refuse("has no model_index.json", f": give {hint}")
+        try:
+            index = json.loads(file.read_text(encoding="utf-8"))
+            entries = {key: value for key, value in index.items() if value not in (None, [None, None])}
+        except (OSError, ValueError, RecursionError, AttributeError) as error:
+            raise self.refuse(f"has a damaged model_index.json: {one_line(error)}", "") from error
+        return entries
+
+    def _check_index(self) -> None:
+        kind = self.index.get("_class_name")
+        parts = {key: value for key, value in self.index.items() if isinstance(value, (list, dict))}
+        foreign = [key for key, value in parts.items() if not _is_of_library(value)]
+        if foreign or not isinstance(kind, str):
+            part = (foreign or ["_class_name"])[0].replace("_class_name", "pipeline")
+            raise self.refuse(f"brings code of its own for the {part}, which is not run here")
+        if "text_encoder_2" in parts and "text_encoder" not in parts:
+            raise self.refuse("is an SDXL refiner")
+        wanted = SDXL_PARTS if "text_encoder_2" in parts else PARTS
+        for part, (library, kinds) in wanted.items():
+            if part not in parts:
+                raise self.refuse(f"is a {kind} without {part}")
+            if parts[part][0] != library or parts[part][1] not in kinds:
+                raise self.refuse(f"has a {parts[part][1]} for its {part}")
+        odd = sorted(parts.keys() - wanted.keys() - UNUSED)
+        if odd:
+            raise self.refuse(f"is a {kind} with {odd[0]}")
+
+    def _check_unet(self, config: dict[str, Any]) -> None:
+        channels = config.get("in_channels", 4), config.get("out_channels", 4)
+        if channels != (4, 4):
+            raise self.refuse(f"is {by_channels(channels[0])}")
+        asked = {key: config[key] for key in INPUTS if config.get(key) is not None}
+        if config.get("addition_embed_type") != ("text_time" if self.sdxl else None):
+            asked["addition_embed_type"] = config.get("addition_embed_type")
+        for key, value in asked.items():
+            raise self.refuse(f"has a UNet with inputs that are not given here ({key}: {value})")
+        if not isinstance(config.get("layers_per_block", 2), int):
+            raise self.refuse("has a UNet with another number of blocks at every level")
+
+
+def _is_of_library(entry: Any) -> bool:
+    """Whether an entry of model_index.json names a class of diffusers or transformers."""
+    named = isinstance(entry, list) and len(entry) == 2 and all(isinstance(each, str) for each in entry)
+    return named and entry[0] in LIBRARIES and entry[1].isidentifier()
+
+
+def _from_hub(option: str, name: str) -> Path:
+    """The model_index.json of a model of the Hub."""
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.utils import (
+        EntryNotFoundError,
+        GatedRepoError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+    )
+
+    try:
+        return Path(hf_hub_download(name, "model_index.json"))
+    except HFValidationError as error:
+        raise DinotileError(f"{option}: there is no file or folder {name}") from error
+    except LocalEntryNotFoundError as error:  # a subclass of EntryNotFoundError that means no network
+        line = (
+            f"{option}: there is no folder {name}, Hugging Face's cache has no such model, and its Hub is not reached"
+        )
+        raise DinotileError(line) from error
+    except GatedRepoError as error:  # a subclass of RepositoryNotFoundError
+        raise DinotileError(
+            f"{option}: accept the licence at https://huggingface.co/{name} first, and log in with: hf auth login"
+        ) from error
+    except RepositoryNotFoundError as error:
+        raise DinotileError(
+            f"{option}: there is no folder {name}, and no such model on the Hugging Face Hub"
+        ) from error
+    except EntryNotFoundError as error:
+        raise DinotileError(f"{option}: {name} on the Hugging Face Hub is no diffusers pipeline; {ASK}") from error

@@ -6,16 +6,18 @@ trained with is taken over; whether it draws noise, clips x0 or ends at another 
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import diffusers
 import numpy as np
 import torch
 from diffusers import DPMSolverMultistepScheduler, UniPCMultistepScheduler
 from torch import Tensor
 
-from lib_dinotile import DinotileError
+from lib_dinotile import DinotileError, one_line
 from lib_dinotile.engine.prediction import noise_level, to_x0
 from lib_dinotile.settings import AUTOMATIC, Generation
 from lib_dinotile.tiling.noise import TileNoise
@@ -30,9 +32,50 @@ TRAINED = (
     "rescale_betas_zero_snr",
 )
 """Keys of a scheduler's configuration that say how the UNet was trained."""
+SPACED = ("timestep_spacing", "steps_offset")
+"""Keys that say how its steps are best spaced."""
 
-BETAS = ("linear", "scaled_linear", "squaredcos_cap_v2")
-PREDICTIONS = ("epsilon", "v_prediction", "sample")
+SCHEDULERS = (
+    *("DDIM", "DDIMParallel", "DDPM", "DDPMParallel", "PNDM", "LMSDiscrete", "HeunDiscrete", "KDPM2Discrete"),
+    *("KDPM2AncestralDiscrete", "EulerDiscrete", "EulerAncestralDiscrete", "DPMSolverMultistep"),
+    *("DPMSolverSinglestep", "DPMSolverSDE", "DEISMultistep", "UniPCMultistep", "SASolver", "LCM", "TCD"),
+)
+"""Those of diffusers for UNets trained on alpha * x0 + sigma * noise at whole timesteps; neither EDM nor flow."""
+
+
+SPACINGS = {"leading": "Leading", "linspace": "SGM Uniform", "trailing": "Simple"}
+"""By a configuration's `timestep_spacing`, what Automatic stands for."""
+
+
+def trained(config: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """What the configuration of a checkpoint's scheduler says of its UNet's training, defaults for what it leaves out.
+
+    DinotileError, beginning with `name`, if the UNet was trained in another way than the samplers here are for.
+    """
+    kind = str(config.get("_class_name"))
+    if kind.removesuffix("Scheduler") not in SCHEDULERS:
+        raise DinotileError(f"{name} asks for a {kind}, which stands for a noise that is not supported")
+    parameters = inspect.signature(getattr(diffusers, kind).__init__).parameters
+    defaults = {key: parameters[key].default for key in (*TRAINED, *SPACED) if key in parameters}
+    found = {**defaults, **{key: config[key] for key in (*TRAINED, *SPACED) if config.get(key) is not None}}
+    allowed = {
+        "prediction_type": ("epsilon", "v_prediction", "sample"),
+        "beta_schedule": ("linear", "scaled_linear", "squaredcos_cap_v2"),
+        "timestep_spacing": tuple(SPACINGS),
+        "timestep_type": ("discrete",),
+        "use_flow_sigmas": (False,),
+    }
+    for key, values in allowed.items():
+        value = config.get(key) if config.get(key) is not None else found.get(key, values[0])
+        if value not in values:
+            raise DinotileError(f"{name}: its scheduler's {key} {value!r} is not supported")
+    try:
+        known = DPMSolverMultistepScheduler(**found)
+        if not bool(noise_level(known.alphas_cumprod).isfinite().all()) or not 0 <= found.get("steps_offset", 0) < 1000:
+            raise ValueError("its noise levels are no numbers")
+    except Exception as error:  # whatever a wrong type leads to
+        raise DinotileError(f"{name}: its scheduler's configuration is damaged: {one_line(error)}") from error
+    return found
 
 
 def coefficients(level: Tensor) -> tuple[Tensor, Tensor]:
@@ -182,9 +225,6 @@ SCHEDULES: Mapping[str, Callable[[Share, Training], np.ndarray]] = {
     "Leading": _leading,
 }
 """Noise levels at which the model is asked, falling; the step after the last ends at 0."""
-
-SPACINGS = {"leading": "Leading", "linspace": "SGM Uniform", "trailing": "Simple"}
-"""By a configuration's `timestep_spacing`, what Automatic stands for."""
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,377 @@
+"""Models for the command line: loaded and right, or refused in one line that helps; nothing of them is run."""
+
+import json
+import os
+import re
+import shutil
+import sys
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+from lib_dinotile import DinotileError
+from lib_dinotile import __main__ as cli
+from lib_dinotile.hosts.diffusers import load_host
+from lib_dinotile.settings import Generation
+from tests.hub import Hub, ask, serve
+from tests.test_diffusers import SOURCE, run, sd15, sdxl  # noqa: F401
+
+HELPS = "give a Stable Diffusion 1.5, 2 or XL checkpoint"
+
+
+@pytest.fixture
+def copied(tmp_path, request):
+    """Makes a folder that is a copy of a model's, with configurations changed: {"unet/config.json": {...}}."""
+
+    def copy(model, **changes):
+        folder = tmp_path / f"model {len(list(tmp_path.iterdir()))}"
+        shutil.copytree(request.getfixturevalue(model), folder, copy_function=os.link)
+        for part, values in changes.items():
+            file = folder / part / "config.json"
+            if part in ("scheduler", "index"):
+                file = folder / ("model_index.json" if part == "index" else "scheduler/scheduler_config.json")
+            found = {**json.loads(file.read_text()), **values}
+            file.unlink()  # it is a link
+            file.write_text(json.dumps(found))
+        return folder
+
+    return copy
+
+
+def rewritten(file, change):
+    """The weights of a file, changed."""
+    weights = change(load_file(file))
+    file.unlink()
+    save_file(weights, file, metadata={"format": "pt"})
+
+
+def refusal(model, **generation):
+    with pytest.raises(DinotileError) as error:
+        load_host(Generation(model=str(model), **generation))
+    line = str(error.value)
+    assert line.isprintable() and len(line) < 600 and line.startswith(("model: ", "config: "))
+    return line
+
+
+# Schedulers of a folder ----------------------------------------------------------------------------------------------
+
+ODD_SOLVERS = {
+    "sde": {
+        "_class_name": "DPMSolverMultistepScheduler",
+        "algorithm_type": "sde-dpmsolver++",
+        "use_karras_sigmas": True,
+        "solver_order": 3,
+    },
+    "deis": {
+        "_class_name": "DEISMultistepScheduler",
+        "algorithm_type": "deis",
+        "solver_type": "logrho",
+        "final_sigmas_type": "zero",
+        "solver_order": 2,
+    },
+    "ancestral": {"_class_name": "EulerAncestralDiscreteScheduler"},
+    "thresholding": {"_class_name": "DDIMScheduler", "thresholding": True, "clip_sample": True},
+    "singlestep": {"_class_name": "DPMSolverSinglestepScheduler", "lower_order_final": False},
+    "unipc": {"_class_name": "UniPCMultistepScheduler", "solver_p": ["diffusers", "DDPMScheduler"]},
+    "lcm": {"_class_name": "LCMScheduler", "original_inference_steps": 4},
+}
+
+
+@pytest.mark.parametrize("name", ODD_SOLVERS)
+def test_a_folder_s_solver_makes_no_difference(sd15, copied, name):  # noqa: F811
+    spaced = {"timestep_spacing": "leading", "steps_offset": 1}
+    folder = str(copied("sd15", scheduler={**spaced, **ODD_SOLVERS[name]}))
+    plain = run(str(copied("sd15", scheduler=spaced)))
+    torch.manual_seed(7)
+    assert (run(folder) == plain).all()
+    assert abs(run(folder, 1) - plain).max() <= 1
+
+
+@pytest.mark.parametrize(
+    "config, says",
+    [
+        ({"_class_name": "EDMEulerScheduler", "sigma_max": 80.0}, "asks for a EDMEulerScheduler"),
+        ({"_class_name": "EDMDPMSolverMultistepScheduler"}, "asks for a EDMDPMSolverMultistepScheduler"),
+        ({"_class_name": "FlowMatchEulerDiscreteScheduler"}, "asks for a FlowMatchEulerDiscreteScheduler"),
+        ({"_class_name": "CosineDPMSolverMultistepScheduler"}, "asks for a CosineDPMSolverMultistepScheduler"),
+        ({"_class_name": ["scheduler", "Mine"]}, "asks for a"),
+        ({"_class_name": "EulerDiscreteScheduler", "timestep_type": "continuous"}, "timestep_type 'continuous'"),
+        ({"_class_name": "UniPCMultistepScheduler", "use_flow_sigmas": True}, "use_flow_sigmas True"),
+        ({"prediction_type": "flow_prediction"}, "prediction_type 'flow_prediction'"),
+        ({"beta_schedule": "sigmoid"}, "beta_schedule 'sigmoid'"),
+        ({"timestep_spacing": "anyhow"}, "timestep_spacing 'anyhow'"),
+        ({"beta_start": "small"}, "its scheduler's configuration is damaged"),
+        ({"num_train_timesteps": -5}, "its scheduler's configuration is damaged"),
+        ({"trained_betas": [0.5, 2.0, 0.1]}, "its scheduler's configuration is damaged"),
+        ({"steps_offset": "x"}, "its scheduler's configuration is damaged"),
+    ],
+)
+def test_another_noise_than_the_samplers_are_for_is_refused(sd15, copied, config, says):  # noqa: F811
+    assert says in refusal(copied("sd15", scheduler=config))
+
+
+# Other folders -------------------------------------------------------------------------------------------------------
+
+
+def test_a_folder_with_nothing_but_fp16_files_is_loaded(sd15, copied, tmp_path):  # noqa: F811
+    folder = copied("sd15")
+    for part, kind in (
+        ("unet", "diffusion_pytorch_model"),
+        ("vae", "diffusion_pytorch_model"),
+        ("text_encoder", "model"),
+    ):
+        rewritten(folder / part / f"{kind}.safetensors", lambda weights: {k: v.half() for k, v in weights.items()})
+        (folder / part / f"{kind}.safetensors").rename(folder / part / f"{kind}.fp16.safetensors")
+    assert abs(run(str(folder)) - run(sd15)).max() <= 3
+    (folder / "unet" / "diffusion_pytorch_model.fp16.safetensors").unlink()
+    assert "diffusion_pytorch_model.safetensors" in refusal(folder)
+
+
+def test_latents_with_a_mean_and_a_spread_by_channel_are_what_the_unet_was_trained_with(sd15, copied):  # noqa: F811
+    mean, spread = [0.3, -0.2, 0.0, 0.1], [1.5, 0.5, 1.0, 2.0]
+    pixels = torch.rand(1, 3, 64, 64)
+    plain = load_host(Generation(model=sd15))
+    other = load_host(Generation(model=str(copied("sd15", vae={"latents_mean": mean, "latents_std": spread}))))
+    with torch.no_grad():
+        latents = plain.encode(pixels)
+        moved = other.encode(pixels)
+        scale = plain._codec.vae.config.scaling_factor
+        wanted = (latents / scale - torch.tensor(mean).view(1, 4, 1, 1)) / torch.tensor(spread).view(1, 4, 1, 1) * scale
+        assert torch.allclose(moved, wanted, atol=1e-5)
+        assert torch.allclose(other.decode(moved), plain.decode(latents), atol=1e-5)
+
+
+TIME = {"addition_time_embed_dim": 8, "projection_class_embeddings_input_dim": 5 * 8 + 1024}
+FOLDERS = {
+    "inpainting": ("sd15", {"unet": {"in_channels": 9}}, "is an inpainting model"),
+    "pix2pix": ("sd15", {"unet": {"in_channels": 8}}, "is an InstructPix2Pix model"),
+    "learned variance": ("sd15", {"unet": {"out_channels": 8}}, "is another kind of model"),
+    "classes": ("sd15", {"unet": {"class_embed_type": "projection"}}, "inputs .*class_embed_type: projection"),
+    "counted classes": ("sd15", {"unet": {"num_class_embeds": 1000}}, "inputs .*num_class_embeds: 1000"),
+    "Kandinsky": ("sd15", {"unet": {"encoder_hid_dim_type": "image_proj"}}, "inputs .*encoder_hid_dim_type"),
+    "images": ("sd15", {"unet": {"addition_embed_type": "image"}}, "inputs .*addition_embed_type: image"),
+    "distilled": ("sd15", {"unet": {"time_cond_proj_dim": 256}}, "inputs .*time_cond_proj_dim: 256"),
+    "SDXL without sizes": ("sdxl", {"unet": {"addition_embed_type": None}}, "inputs .*addition_embed_type: None"),
+    "scores": ("sdxl", {"unet": TIME}, "lacks weights|cannot be loaded|do not fit"),
+    "uneven": ("sd15", {"unet": {"layers_per_block": [1, 2]}}, "another number of blocks at every level"),
+    "refiner": ("sdxl", {"index": {"text_encoder": [None, None], "tokenizer": [None, None]}}, "is an SDXL refiner"),
+    "no words": ("sd15", {"index": {"text_encoder": [None, None]}}, "without text_encoder"),
+    "prior": ("sd15", {"index": {"unet": ["diffusers", "PriorTransformer"]}}, "has a PriorTransformer for its unet"),
+    "flux": ("sd15", {"index": {"unet": None, "transformer": ["diffusers", "FluxTransformer2DModel"]}}, "without unet"),
+    "kolors": (
+        "sd15",
+        {"index": {"text_encoder": ["transformers", "ChatGLMModel"]}},
+        "has a ChatGLMModel for its text",
+    ),
+    "motion": ("sd15", {"index": {"motion_adapter": ["diffusers", "MotionAdapter"]}}, "with motion_adapter"),
+    "controlnet": ("sd15", {"index": {"controlnet": ["diffusers", "ControlNetModel"]}}, "with controlnet"),
+    "wrong width": ("sd15", {"unet": {"cross_attention_dim": 1024}}, "cannot be loaded|lacks weights"),
+    "VAE of 16": ("sd15", {"vae": {"latent_channels": 16}}, "cannot be loaded|lacks weights"),
+}
+
+
+@pytest.mark.parametrize("kind", FOLDERS)
+def test_folders_of_other_models_are_refused_with_words_that_help(copied, kind):
+    model, changes, says = FOLDERS[kind]
+    line = refusal(copied(model, **changes))
+    assert re.search(says, line), line
+
+
+PARTS = ["unet", "vae", "text_encoder"]
+
+
+@pytest.mark.parametrize("part", PARTS)
+@pytest.mark.parametrize(
+    "harm", ["a weight is missing", "a layer is missing", "a wrong shape", "no file", "cut off", "text"]
+)
+def test_folders_with_a_part_that_is_not_whole_are_refused(sd15, copied, part, harm):  # noqa: F811
+    folder = copied("sd15")
+    (file,) = (folder / part).glob("*.safetensors")
+    name = max(name for name in load_file(file) if name.endswith("weight"))
+    if harm == "a weight is missing":
+        rewritten(file, lambda weights: {key: value for key, value in weights.items() if key != name})
+    elif harm == "a layer is missing":
+        layer = {"unet": "mid_block.", "vae": "decoder.mid_block.", "text_encoder": "encoder.layers.1."}[part]
+        rewritten(file, lambda weights: {key: value for key, value in weights.items() if layer not in key})
+    elif harm == "a wrong shape":
+        rewritten(file, lambda weights: {**weights, name: torch.zeros(3, 5)})
+    else:
+        data = {"no file": b"", "cut off": file.read_bytes()[:5000], "text": b"<html>not found</html>"}[harm]
+        file.unlink()
+        if data:
+            file.write_bytes(data)
+    line = refusal(folder)
+    if "missing" in harm:
+        assert f"lacks weights of its {part.replace('_', ' ')}: " in line
+
+
+def test_parts_that_do_not_fit_each_other_are_refused(sd15, sdxl, copied):  # noqa: F811
+    folder = copied("sd15")
+    shutil.rmtree(folder / "text_encoder")
+    shutil.copytree(f"{sdxl}/text_encoder", folder / "text_encoder")
+    assert "do not fit each other" in refusal(folder)
+
+
+def test_a_folder_without_a_pipeline_is_told_what_to_give(tmp_path, sd15):  # noqa: F811
+    assert "has no model_index.json: give the folder of a whole diffusers pipeline" in refusal(tmp_path)
+    save_file({"x": torch.zeros(1)}, tmp_path / "dream.safetensors")
+    assert "give the file in it, dream.safetensors" in refusal(tmp_path)
+    for text in ("", "[]", "{", '{"_class_name": 3}', "[" * 100_000):
+        (tmp_path / "model_index.json").write_text(text)
+        refusal(tmp_path)
+
+
+# Code ----------------------------------------------------------------------------------------------------------------
+
+EVIL = """
+import pathlib
+pathlib.Path(__file__).with_name("was run").touch()
+from diffusers import *
+from transformers import *
+class Mine(UNet2DConditionModel, StableDiffusionPipeline): pass
+"""
+
+
+@pytest.mark.parametrize(
+    "index",
+    [
+        {"unet": ["mine", "Mine"]},
+        {"unet": ["unet.mine", "Mine"]},
+        {"text_encoder": ["mine", "Mine"]},
+        {"scheduler": ["mine", "Mine"]},
+        {"safety_checker": ["mine", "Mine"]},
+        {"extra": ["mine", "Mine"]},
+        {"extra": ["mine", "Mine", "more"]},
+        {"extra": {"mine": "Mine"}},
+        {"unet": ["diffusers", "Mine.__class__"]},
+        {"unet": ["os", "system"]},
+        {"_class_name": ["mine", "Mine"]},
+        {"_class_name": ["pipeline", "Mine"]},
+    ],
+)
+@pytest.mark.parametrize("option", ["model", "config"])
+def test_no_code_of_a_folder_is_run(sd15, copied, index, option, monkeypatch, tmp_path):  # noqa: F811
+    folder = copied("sd15", index=index)
+    for place in (folder, folder / "unet"):
+        for name in ("mine.py", "pipeline.py", "Mine.py"):
+            (place / name).write_text(EVIL)
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(sys, "path", ["", *sys.path])
+    if option == "model":
+        line = refusal(folder)
+    else:
+        weights = {name: torch.zeros(4, 4, 3, 3) for name in WHOLE}
+        save_file(weights, tmp_path / "whole.safetensors")
+        line = refusal(tmp_path / "whole.safetensors", config=str(folder))
+    assert "brings code of its own" in line or "for its unet" in line
+    assert not list(folder.rglob("was run"))
+
+
+def test_nor_code_that_a_part_s_configuration_names(sd15, copied):  # noqa: F811
+    auto = {"auto_map": {"AutoConfig": "mine.Mine", "AutoModel": "mine.Mine", "AutoTokenizer": ["mine.Mine", None]}}
+    folder = copied("sd15", text_encoder=auto, unet={**auto, "_class_name": ["mine", "Mine"]}, vae=auto)
+    file = folder / "tokenizer" / "tokenizer_config.json"
+    found = {**json.loads(file.read_text()), **auto}
+    file.unlink()
+    file.write_text(json.dumps(found))
+    for place in (folder, *(folder / part for part in (*PARTS, "tokenizer"))):
+        (place / "mine.py").write_text(EVIL)
+    assert (run(str(folder)) == run(sd15)).all()
+    assert not list(folder.rglob("was run"))
+
+
+# Files ---------------------------------------------------------------------------------------------------------------
+
+UNET = "model.diffusion_model.input_blocks.0.0.weight"
+WHOLE = (UNET, "first_stage_model.decoder.conv_in.weight", "cond_stage_model.transformer.text_model.x")
+FILES = {
+    "LoRA": (
+        ["lora_unet_down_blocks_0.lora_down.weight", "lora_unet_down_blocks_0.lora_up.weight"],
+        "is a LoRA: give it",
+    ),
+    "PEFT LoRA": (["unet.down_blocks.0.to_q.lora_A.weight"], "is a LoRA"),
+    "LyCORIS": (["lora_te_text_model.hada_w1_a"], "is a LoRA"),
+    "ControlNet": (["control_model.input_blocks.0.0.weight"], "is a ControlNet: give it"),
+    "diffusers ControlNet": (["controlnet_cond_embedding.conv_in.weight", "down_blocks.0.x"], "is a ControlNet"),
+    "VAE": (["first_stage_model.encoder.conv_in.weight"], "is a VAE: give it"),
+    "bare VAE": (["encoder.conv_in.weight", "decoder.conv_in.weight"], "is a VAE"),
+    "embedding": (["emb_params"], "is a textual inversion"),
+    "SD3": (["model.diffusion_model.joint_blocks.0.x_block.attn.qkv.weight"], "is an SD3 model"),
+    "Flux": (["double_blocks.0.img_attn.qkv.weight", "img_in.weight"], "is a Flux model"),
+    "UNet of diffusers": (["down_blocks.0.resnets.0.conv1.weight", "conv_in.weight"], "is a UNet alone"),
+    "text encoder": (["text_model.encoder.layers.0.mlp.fc1.weight"], "is a text encoder"),
+    "classifier": (["classifier.weight", "vit.layer.0.weight"], "is no checkpoint: it has no UNet"),
+    "nothing": ([], "is no checkpoint: it has no UNet"),
+    "EDM": ([*WHOLE, "edm_vpred.sigma_max", "edm_vpred.sigma_min"], "was trained with EDM's noise"),
+    "Playground": ([*WHOLE, "edm_mean", "edm_std"], "was trained with EDM's noise"),
+    "refiner": ([UNET, WHOLE[1], "conditioner.embedders.0.model.transformer.x"], "is an SDXL refiner"),
+    "unCLIP": ([*WHOLE, "model.diffusion_model.label_emb.0.0.weight"], "needs images"),
+    "no VAE": ([UNET, WHOLE[2]], "has no VAE"),
+    "no text encoder": (WHOLE[:2], "has no text encoder"),
+}
+
+
+@pytest.mark.parametrize("kind", FILES)
+def test_files_of_other_kinds_are_refused_with_words_that_help(kind, tmp_path):
+    names, says = FILES[kind]
+    save_file({name: torch.zeros(4, 4, 3, 3) for name in names}, tmp_path / "x.safetensors")
+    line = refusal(tmp_path / "x.safetensors")
+    assert says in line and HELPS in line
+
+
+@pytest.mark.parametrize(
+    "channels, says", [(9, "an inpainting model"), (8, "an InstructPix2Pix model"), (5, "a depth")]
+)
+def test_so_are_checkpoints_with_more_inputs(channels, says, tmp_path):
+    weights = {name: torch.zeros(4, channels, 3, 3) for name in WHOLE}
+    save_file(weights, tmp_path / "x.safetensors")
+    assert f"x.safetensors is {says}" in refusal(tmp_path / "x.safetensors")
+
+
+def test_a_git_lfs_pointer_is_called_one(tmp_path):
+    pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a2146\nsize 2132625894\n"
+    (tmp_path / "x.safetensors").write_text(pointer)
+    assert "x.safetensors is only a Git LFS pointer: download the file itself" in refusal(tmp_path / "x.safetensors")
+
+
+def test_pointers_in_a_folder_are_refused_too(sd15, copied):  # noqa: F811
+    folder = copied("sd15")
+    (file,) = (folder / "unet").glob("*.safetensors")
+    file.unlink()
+    file.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:4d7a2146\nsize 2132625894\n")
+    assert "has only a Git LFS pointer for its unet: download the file itself" in refusal(folder)
+
+
+def test_the_configuration_of_another_kind_is_refused(sdxl, tmp_path):  # noqa: F811
+    save_file({name: torch.zeros(4, 4, 3, 3) for name in WHOLE}, tmp_path / "x.safetensors")
+    line = refusal(tmp_path / "x.safetensors", config=sdxl)
+    assert line.startswith("config: ") and "another kind of Stable Diffusion than x.safetensors" in line
+
+
+# The Hub -------------------------------------------------------------------------------------------------------------
+
+
+def test_what_the_hub_says_is_reported_as_what_it_is(tmp_path, monkeypatch):
+    with serve(Hub({"me/files": {"README.md": b""}}, gated={"me/gated": 401})) as hub:
+        ask(hub.url, str(tmp_path / "cache"), monkeypatch)
+        assert "no such model on the Hugging Face Hub" in refusal("me/none")
+        assert "accept the licence at https://huggingface.co/me/gated" in refusal("me/gated")
+        assert "me/files on the Hugging Face Hub is no diffusers pipeline" in refusal("me/files")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    line = refusal("me/none")
+    assert "there is no folder me/none" in line and "cache has no such model" in line and "index" not in line
+    assert "there is no file or folder not/a/model" in refusal("not/a/model")
+
+
+def test_the_command_line_says_it_in_one_line_and_ends_with_2(tmp_path, copied, sd15, capsys):  # noqa: F811
+    SOURCE.save(tmp_path / "in.png")
+    folder = copied("sd15", unet={"in_channels": 9})
+    code = cli.main(["upscale", str(tmp_path / "in.png"), str(tmp_path / "out.png"), "--model", str(folder), "--quiet"])
+    assert code == 2 and capsys.readouterr().err.strip() == (
+        f"dinotile: model: {folder} is an inpainting model (9 channels); {HELPS}"
+    )
+    assert not (tmp_path / "out.png").exists()
+    assert np.asarray(Image.open(tmp_path / "in.png")).shape == (45, 70, 3)
