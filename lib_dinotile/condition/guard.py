@@ -72,6 +72,10 @@ class Guard:
         shown = torch.stack([self._canvas.crop(tile, image) for tile, image in zip(tiles, pixels)])
         return 1 - self._tile_features.similarity(self._canvas.crop, tiles, shown).cpu()
 
+    def window(self, tile: Rect) -> Rect:
+        """The part of the canvas that a tile is judged by: itself and what is around it."""
+        return self._tile_features.window(tile)
+
     def plain(self, tile: Rect) -> Tensor:
         """The distances (h, w) of the plain enlarged source."""
         return self.distances([tile], self._canvas.source(tile)[None])[0]
@@ -107,7 +111,7 @@ class Guard:
         own[self._tile_features.own(tile)] = True
         if free is None:
             return own
-        window = self._tile_features.window(tile)
+        window = self.window(tile)
         whole = torch.zeros(window.height, window.width)
         whole[tile.within(window).slices] = free
         mine = own & (F.adaptive_avg_pool2d(whole[None, None], distances.shape)[0, 0] > 0.5)

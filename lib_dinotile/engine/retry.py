@@ -94,6 +94,8 @@ class Judged:
     """(h, w), true for those in doubt."""
     excess: float
     """How far those are beyond the limit, summed up: how much the tile is in doubt."""
+    mended: int = 0
+    """How many tiles of the pass were mended before that was found."""
 
     @property
     def doubtful(self) -> bool:
@@ -176,6 +178,8 @@ class RetryPolicy:
         self._guard, self._canvas, self._settings, self._host, self._noise = guard, canvas, settings, host, noise
         self._size, self._team, self._report, self._budget = size, team, report, budget
         self._pass, self._painter, self._record = done, painter, record
+        self._mended: list[Rect] = []
+        """The tiles that were mended, one after the other, some more than once."""
 
     def __call__(self, tiles: Sequence[Rect], stopped: bool) -> None:
         """Judges these tiles, mends what is in doubt, and reports.
@@ -229,17 +233,28 @@ class RetryPolicy:
                 for (one, _), distances in zip(part, self._guard.distances(tiles, shown)):
                     doubt = self._guard.doubt(one.tile, distances, one.free, one.plain)
                     beyond = (distances - self._guard.limit).nan_to_num(nan=2.0)
-                    judged.append(Judged(distances, doubt, float(beyond[doubt].sum())))
+                    judged.append(Judged(distances, doubt, float(beyond[doubt].sum()), len(self._mended)))
                 found += judged
         return found
 
     def _shown(self, watched: Sequence[_Watched]) -> list[tuple[Tensor, Judged]]:
-        """The tiles as the canvas shows them, judged."""
+        """The tiles as the canvas shows them, judged: once more only where other tiles were mended since."""
         pixels = [self._canvas.painted(one.tile) for one in watched]
-        return list(zip(pixels, self._judged(watched, pixels)))
+        judged = [one.judged for one in watched]
+        old = [number for number, one in enumerate(watched) if self._outdated(one)]
+        found = self._judged([watched[number] for number in old], [pixels[number] for number in old])
+        for number, each in zip(old, found):
+            judged[number] = each
+        return list(zip(pixels, judged))
+
+    def _outdated(self, one: _Watched) -> bool:
+        """Whether a neighbour that shows in its window was mended since it was judged."""
+        window = self._guard.window(one.tile)
+        return any(tile != one.tile and tile.meets(window) for tile in self._mended[one.judged.mended :])
 
     def _judge(self, watched: Sequence[_Watched]) -> list[Change]:
-        return [Change(judged) for _, judged in self._shown(watched)]
+        pixels = [self._canvas.painted(one.tile) for one in watched]
+        return [Change(judged) for judged in self._judged(watched, pixels)]
 
     def _apart(self, watched: Sequence[_Watched]) -> list[list[_Watched]]:
         """The tiles in groups of which no two overlap."""
@@ -250,6 +265,7 @@ class RetryPolicy:
     def _apply(self, one: _Watched, change: Change) -> None:
         if change.pixels is not None:
             self._canvas.add(one.tile, change.pixels.to(self._canvas.device))
+            self._mended.append(one.tile)
         one.take(change)
 
     def _retry(self, watched: Sequence[_Watched]) -> None:

@@ -59,6 +59,10 @@ class Rect:
             raise ValueError(f"{self} does not lie on a grid of {factor} pixels")
         return Rect(self.x // factor, self.y // factor, self.width // factor, self.height // factor)
 
+    def meets(self, other: Rect) -> bool:
+        """Whether they have a pixel in common."""
+        return self.x < other.right and other.x < self.right and self.y < other.bottom and other.y < self.bottom
+
     def intersection(self, other: Rect) -> Rect:
         """The rectangle that both cover. ValueError if there is none."""
         left, top = max(self.x, other.x), max(self.y, other.y)
