@@ -55,8 +55,17 @@ PATCHES, SELF_SIMILARITY = "patches", "self-similarity"
 DISTANCES = (PATCHES, SELF_SIMILARITY)
 """`patches`: one minus the cosine, patch by patch. `self-similarity`: how patches resemble each other (keys of the
 attention, their cosines, as in DiffuseIT, arXiv 2209.15264), which a change of style leaves as it is."""
-SEMANTIC, CONSISTENCY, BOTH = "semantic", "consistency", "both"
-MAPS = ("none", SEMANTIC, CONSISTENCY, BOTH)
+SOURCE, SEMANTIC, CONSISTENCY, BOTH = "source", "semantic", "consistency", "both"
+MAPS = {
+    "none": (),
+    SOURCE: (SOURCE,),
+    SEMANTIC: (SEMANTIC,),
+    CONSISTENCY: (CONSISTENCY,),
+    BOTH: (SEMANTIC, CONSISTENCY),
+    "all": (SOURCE, SEMANTIC, CONSISTENCY),
+}
+"""The pictures that each choice shows besides the result: the enlarged source as it was before the tiles were painted,
+what DINO sees in it, and how well the result agrees with that."""
 NO_REGIONS, AS_MANY_AS_SEEN = "0", "automatic"
 REGIONS = (NO_REGIONS, AS_MANY_AS_SEEN, *map(str, range(2, len(LETTERS) + 1)))
 
@@ -415,8 +424,9 @@ class Settings(Options):
     maps: str = option(
         "none",
         "Show maps",
-        "Besides the image: what DINO sees in the source, with the tiles; how well the result agrees with it.",
-        choices=MAPS,
+        "Besides the image: the enlarged source, to compare; what DINO sees in it, with the tiles; how well the result "
+        "agrees with that. both: the last two.",
+        choices=tuple(MAPS),
     )
     head: str = option(
         AUTOMATIC,
@@ -480,8 +490,12 @@ class Settings(Options):
     @property
     def looks(self) -> bool:
         """Whether anything looks at the source with DINO."""
-        shown = self.maps != "none" or bool(self.region_words)
-        return bool(self.guidance) or self.adapter != NONE or self.guard != OFF or shown
+        shown = self.shows(SEMANTIC) or bool(self.region_words)
+        return bool(self.guidance) or self.adapter != NONE or self.judges or shown
+
+    def shows(self, picture: str) -> bool:
+        """Whether that picture is wanted besides the result: SOURCE, SEMANTIC or CONSISTENCY."""
+        return picture in MAPS[self.maps]
 
     @property
     def region_words(self) -> dict[str, str]:
@@ -496,7 +510,7 @@ class Settings(Options):
     @property
     def judges(self) -> bool:
         """Whether the result is compared with the source."""
-        return self.guard != OFF or self.maps in (CONSISTENCY, BOTH)
+        return self.guard != OFF or self.shows(CONSISTENCY)
 
     def _lacks(self, letter: str) -> bool:
         return self.region_count is not None and LETTERS.index(letter) >= self.region_count

@@ -31,7 +31,7 @@ from lib_dinotile.dino.head import Floor, RestorationHead, forget_heads, heads_i
 from lib_dinotile.dino.locks import Progress, silent
 from lib_dinotile.dino.regions import FINEST, Regions, find_regions
 from lib_dinotile.dino.tile_features import TileFeatures
-from lib_dinotile.settings import AUTOMATIC, BOTH, DECODERS, LINEAR, NONE, SELF_SIMILARITY, SEMANTIC, Settings
+from lib_dinotile.settings import AUTOMATIC, DECODERS, LINEAR, NONE, SELF_SIMILARITY, SEMANTIC, Settings
 from lib_dinotile.tiling.canvas import Canvas
 from lib_dinotile.tiling.plan import Rect, TilePlan
 from lib_dinotile.weights import Stamp, stamp
@@ -245,7 +245,7 @@ class Conditioner:
             "adapter": (self._adapter.config.layer, "tokens") if self._adapter else None,
             "guidance": self._guided if settings.guidance else None,
             "guard": (self._guarded, "tokens") if settings.judges else None,
-            "shown": (-1, "tokens") if settings.maps in (SEMANTIC, BOTH) else None,
+            "shown": (-1, "tokens") if settings.shows(SEMANTIC) else None,
         }
         asked = {name: each for name, each in wanted.items() if each}
         fields: dict[str, FeatureField | None] = dict.fromkeys(wanted)

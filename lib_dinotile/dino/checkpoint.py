@@ -90,7 +90,7 @@ def automatic_encoder(folder: Path | None) -> str:
     DINOv3, with which the defaults were not measured; else the built-in one, so that nothing is downloaded that nobody
     has asked for."""
     found = [name for name in installed(folder) if name != BUILT_IN]
-    return min(found, key=lambda name: (is_dinov3(name), _size(name)), default=BUILT_IN)
+    return min(found, key=lambda name: (is_dinov3(name), size_class(name)), default=BUILT_IN)
 
 
 def is_dinov3(name: str) -> bool:
@@ -98,10 +98,13 @@ def is_dinov3(name: str) -> bool:
     return "dinov3" in name.lower()
 
 
-def _size(name: str) -> int:
-    """0 for a small model, 1 for a base one, 2 for a large one, 3 if its name does not say."""
-    sizes = (("small", "vits16"), ("base", "vitb16"), ("large", "vitl16"))
-    return next((n for n, words in enumerate(sizes) if any(word in name for word in words)), len(sizes))
+SIZES = {"small": "vits16", "base": "vitb16", "large": "vitl16"}
+"""Of models, as their names say them in transformers and, of DINOv3, in the Hub."""
+
+
+def size_class(name: str) -> int:
+    """The number of an encoder's size in `SIZES`, or their count if its name does not say."""
+    return next((n for n, words in enumerate(SIZES.items()) if any(word in name for word in words)), len(SIZES))
 
 
 def locate(name: str, folder: Path | None, download: bool = True, progress: Progress = silent) -> tuple[str, Path]:

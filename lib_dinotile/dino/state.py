@@ -7,14 +7,30 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lib_dinotile import DinotileError
+from lib_dinotile.dino import hub
 from lib_dinotile.dino.calibrated import Store
-from lib_dinotile.dino.checkpoint import BUILT_IN, KNOWN, automatic_encoder, encoders, fingerprint, locate
+from lib_dinotile.dino.checkpoint import (
+    BUILT_IN,
+    CONFIG,
+    KNOWN,
+    SIZES,
+    WEIGHTS,
+    automatic_encoder,
+    encoders,
+    fingerprint,
+    installed,
+    locate,
+    size_class,
+)
 
 FIRST = KNOWN[0]
 """The DINOv2 that is offered where there is none."""
 _DINOV2 = (88, 346, 1218)
 _DINOV3 = (86, 115, 343, 1213)
 MEGABYTES = dict(zip(KNOWN, (*_DINOV2, *_DINOV2, *_DINOV3, *_DINOV3)))
+"""Of the published encoders' `model.safetensors`, as https://huggingface.co/facebook/dinov2-small/tree/main and the
+other repositories' pages have them: four bytes for each of 22, 87 and 304 million weights (DINOv2), of 22, 29, 86 and
+303 million (DINOv3)."""
 
 
 @dataclass(frozen=True)
@@ -41,6 +57,29 @@ class EncoderState:
 def megabytes(name: str) -> int:
     """To download of a published encoder."""
     return MEGABYTES[name]
+
+
+def _is_here(name: str, folder: Path) -> bool:
+    """Whether an encoder needs no download."""
+    return name in installed(folder) or hub.cached(name, (CONFIG, WEIGHTS)) is not None
+
+
+def marked(name: str, folder: Path) -> str:
+    """An encoder in a list of them: whether it is on this machine, and how large the download is if not."""
+    short = name.split("/")[-1] if name in MEGABYTES else name
+    if name == BUILT_IN:
+        return f"{short} (built in)"
+    return f"{short} (installed)" if _is_here(name, folder) else f"{short} (download, {megabytes(name)} MB)"
+
+
+def summary(folder: Path) -> str:
+    """The same of all encoders, in two short sentences."""
+    here = [name.split("/")[-1] for name in encoders(folder) if _is_here(name, folder)]
+    sizes = []
+    for number, word in enumerate(SIZES):
+        found = [megabytes(name) for name in KNOWN if size_class(name) == number]
+        sizes.append(f"{word} {min(found)} to {max(found)} MB")
+    return f"Installed: {', '.join(here)}. Downloads: {', '.join(sizes)}."
 
 
 def state_of(name: str, folder: Path, store: Store) -> EncoderState:

@@ -21,7 +21,7 @@ from lib_dinotile.engine.report import Report
 from lib_dinotile.engine.run import Run
 from lib_dinotile.engine.team import Team
 from lib_dinotile.images import enough_memory
-from lib_dinotile.settings import BOTH, CONSISTENCY, MAX_SIDE, SEMANTIC, Settings
+from lib_dinotile.settings import CONSISTENCY, MAX_SIDE, SEMANTIC, SOURCE, Settings
 from lib_dinotile.tiling.canvas import Canvas
 from lib_dinotile.tiling.noise import NoiseField
 from lib_dinotile.tiling.plan import Rect, TilePlan
@@ -42,7 +42,7 @@ class Result:
     """Tiles to paint; more than are painted if the run was stopped."""
     report: Report
     maps: Mapping[str, Image.Image] = field(default_factory=dict)
-    """Pictures of what DINO sees, by name, as far as they are asked for; none of an unfinished run."""
+    """Pictures besides it, by name, as `Settings.maps` asks for them; none of an unfinished run."""
 
     @property
     def complete(self) -> bool:
@@ -127,7 +127,10 @@ def upscale(
     check_memory(source.size, size)
     with torch.no_grad():
         with _before_the_first_tile(size):
-            canvas, conditions, stopped = _canvas(host, source, plan, settings, mask, fill), Conditions(), False
+            image = host.upscale(source, plan.size, settings.upscaler)
+            canvas, conditions, stopped = _canvas(host, image, plan, mask, fill), Conditions(), False
+            enlarged = image if settings.shows(SOURCE) else None
+            del image
             try:
                 if conditioner:
                     conditions = conditioner.conditions(source, conditioner.features(source, size), canvas, plan)
@@ -141,7 +144,7 @@ def upscale(
         try:
             run.paint()
             if settings.maps != "none" and run.done == run.total:
-                maps = _maps(settings, conditions, run, plan)
+                maps = _maps(settings, conditions, run, plan, enlarged)
         except Interrupted:
             pass
         except (Exception, KeyboardInterrupt) as error:
@@ -162,25 +165,35 @@ def _before_the_first_tile(size: tuple[int, int]) -> Handling:
     return Handling(tell)
 
 
-def _maps(settings: Settings, conditions: Conditions, run: Run, plan: TilePlan) -> Mapping[str, Image.Image]:
+def _maps(
+    settings: Settings, conditions: Conditions, run: Run, plan: TilePlan, enlarged: Image.Image | None
+) -> Mapping[str, Image.Image]:
     """The maps that are asked for; none, and a note, if they cannot be drawn: the image is not to be lost for them."""
     try:
-        return draw_maps(settings, conditions, run.canvas, plan, run.painted)
+        return draw_maps(settings, conditions, run.canvas, plan, run.painted, enlarged)
     except Exception as error:
         run.report.note(f"maps: they cannot be drawn: {one_line(error)}")
         return {}
 
 
 def draw_maps(
-    settings: Settings, conditions: Conditions, canvas: Canvas, plan: TilePlan, tiles: Sequence[Rect]
+    settings: Settings,
+    conditions: Conditions,
+    canvas: Canvas,
+    plan: TilePlan,
+    tiles: Sequence[Rect],
+    enlarged: Image.Image | None = None,
 ) -> dict[str, Image.Image]:
-    """The maps that `settings` ask for, by name; consistency where these tiles are painted."""
+    """The maps that `settings` ask for, by name; consistency where these tiles are painted.
+
+    enlarged: the upscaled source, of the canvas's size, which is shown as it is.
+    """
     from lib_dinotile.engine import maps  # matplotlib takes long to load
 
-    found, image = {}, canvas.preview(MAP_SIDE)
+    found, image = {SOURCE: enlarged} if enlarged else {}, canvas.preview(MAP_SIDE)
     if conditions.shown:
         found[SEMANTIC] = maps.semantic_map(image, conditions.shown, plan)
-    if settings.maps in (CONSISTENCY, BOTH):
+    if settings.shows(CONSISTENCY):
         assert conditions.guard is not None  # these maps ask for one
         found[CONSISTENCY] = maps.consistency_map(image, *maps.consistency(conditions.guard, canvas, plan, tiles))
     return found
@@ -201,15 +214,12 @@ def _too_large(size: tuple[int, int]) -> OutOfMemoryError:
 
 def _canvas(
     host: Host,
-    source: Image.Image,
+    image: Image.Image,
     plan: TilePlan,
-    settings: Settings,
     mask: Image.Image | None,
     fill: Callable[[Image.Image, Image.Image], Image.Image] | None,
 ) -> Canvas:
-    size = plan.width, plan.height
-    image = host.upscale(source, size, settings.upscaler)
-    mask = mask and mask.resize(size, Image.Resampling.BILINEAR)
+    mask = mask and mask.resize(plan.size, Image.Resampling.BILINEAR)
     return Canvas(image, plan, mask, fill(image, mask) if fill and mask else None, host.device)
 
 

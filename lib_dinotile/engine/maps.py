@@ -200,9 +200,14 @@ def _border(mask: np.ndarray, width: int) -> np.ndarray:
 
 
 def _with_legend(picture: Image.Image, colormap: Colormap, doubts: bool) -> Image.Image:
-    """The picture over a bar with the scale's colours, its numbers, and what they say."""
-    width, margin = max(picture.width, 260), 10
-    whole = Image.new("RGB", (width, picture.height + 62), "white")
+    """The picture over a bar with the scale's colours, its numbers, and what they say: in as many lines as it takes."""
+    width, margin, font = max(picture.width, 260), 10, _font(11)
+    draw = ImageDraw.Draw(picture)
+    low, high, border = "shows something else than the source", "shows the same", "red border: in doubt"
+    beside = draw.textlength(f"{low}    {high}", font) <= width - 2 * margin
+    lines = [(low, high)] if beside else [(low, ""), ("", high)]
+    lines += [(border, "")] if doubts else []
+    whole = Image.new("RGB", (width, picture.height + 45 + 17 * len(lines)), "white")
     whole.paste(picture, ((width - picture.width) // 2, 0))
     bar = (colormap(np.linspace(0, 1, width - 2 * margin))[:, :3] * 255).astype(np.uint8)
     whole.paste(Image.fromarray(np.repeat(bar[None], 14, axis=0)), (margin, picture.height + 8))
@@ -210,11 +215,12 @@ def _with_legend(picture: Image.Image, colormap: Colormap, doubts: bool) -> Imag
     for number in range(5):
         value = LEAST + (MOST - LEAST) * number / 4
         text = f"{value:.2f}"
-        length = draw.textlength(text, font=_font(11))
+        length = draw.textlength(text, font=font)
         left = margin + (width - 2 * margin) * number / 4 - length / 2
-        draw.text((min(max(left, 2), width - length - 2), top), text, "black", _font(11))
-    words = "shows something else than the source  ...  the same" + ("     red border: in doubt" if doubts else "")
-    draw.text((margin, top + 17), words, "black", _font(11))
+        draw.text((min(max(left, 2), width - length - 2), top), text, "black", font)
+    for number, (left_words, right_words) in enumerate(lines, 1):
+        draw.text((margin, top + 17 * number), left_words, "black", font)
+        draw.text((width - margin, top + 17 * number), right_words, "black", font, anchor="ra")
     return whole
 
 

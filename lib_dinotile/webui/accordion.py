@@ -20,6 +20,8 @@ from lib_dinotile.hosts.interrogators import interrogators
 from lib_dinotile.options import Option
 from lib_dinotile.settings import AUTOMATIC, CALIBRATED, NONE, Settings, Txt2Img
 from lib_dinotile.webui import first_minute, folders
+from lib_dinotile.webui.javascript import in_the_browser, to_allowed
+from lib_dinotile.webui.notices import Notices
 from lib_dinotile.webui.preview import Captions, Img2Img
 from lib_dinotile.webui.regions import Naming
 
@@ -101,7 +103,10 @@ def _component(option: Option, prefix: str) -> Any:
     if option.type is str:
         return gr.Textbox(lines=option.lines, **common)
     least = option.minimum if option.zero is None else 0
-    return gr.Slider(minimum=least, maximum=option.maximum, step=option.step, **common)
+    slider = gr.Slider(minimum=least, maximum=option.maximum, step=option.step, **common)
+    if option.type is int:
+        in_the_browser(slider.release, to_allowed(option), [slider], [slider])  # also when its number box is left
+    return slider
 
 
 def build(tab: str) -> dict[str, Any]:
@@ -110,6 +115,7 @@ def build(tab: str) -> dict[str, Any]:
     components: dict[str, Any] = {}
     enabled = options["enabled"]
     with InputAccordion(enabled.default, label=TITLE, elem_id=f"{prefix}enabled") as components["enabled"]:
+        notices = Notices(components["enabled"], prefix)
         status = first_minute.add(prefix)
         for title, rows in GROUPS:
             with gr.Accordion(title, open=False) if title else contextlib.nullcontext():
@@ -128,7 +134,9 @@ def build(tab: str) -> dict[str, Any]:
                         _add_captions(components["tile_prompts"], tab)
     _follow_target(components)
     if tab == "img2img":
-        img2img.show_in(*shown, components)
+        img2img.show_in(*shown, notices, components)
+    else:
+        notices.connect(components["denoise"])
     first_minute.connect(*status, components)
     return {name: components[name] for name in options}
 
@@ -159,7 +167,10 @@ def _add_captions(prompts: Any, tab: str) -> None:
 
 
 def _add_refresh(name: str, component: Any, prefix: str) -> None:
-    create_refresh_button(component, lambda: None, lambda: {"choices": CHOICES[name]()}, f"{prefix}refresh_{name}")
+    def looked_up() -> dict[str, Any]:
+        return first_minute.listed() if name == "encoder" else {"choices": CHOICES[name]()}
+
+    create_refresh_button(component, lambda: None, looked_up, f"{prefix}refresh_{name}")
 
 
 def infotext_fields(components: Mapping[str, Any], tab: str) -> list[tuple[Any, Any]]:

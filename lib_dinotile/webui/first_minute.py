@@ -23,14 +23,30 @@ from lib_dinotile.condition.conditioner import installed_weights
 from lib_dinotile.dino.checkpoint import BUILT_IN, automatic_encoder, encoders, install, installed
 from lib_dinotile.dino.encoder import encoder_dtype, load_encoder
 from lib_dinotile.dino.locks import Progress
-from lib_dinotile.dino.state import FIRST, EncoderState, megabytes, state_of
-from lib_dinotile.settings import AUTOMATIC, NONE
+from lib_dinotile.dino.state import FIRST, EncoderState, marked, megabytes, state_of, summary
+from lib_dinotile.settings import AUTOMATIC, NONE, Settings
 from lib_dinotile.webui import folders
 
 SCALE = 2.0
 """That is calibrated for: the default option's."""
 PAUSE = 0.5
 """Seconds between two looks at how far it is."""
+
+
+PAIRS = isinstance(gr.Dropdown(["a"], render=False).choices[0], tuple)
+"""Whether a list of this gradio can show other words than its values, as from 4 on."""
+
+
+def listed() -> dict[str, Any]:
+    """What the list of encoders shows of them: what is installed, and how large the others are to download.
+
+    Values stay plain names. A page is built without the marks: the WebUI looks for the user's default among the words.
+    """
+    folder, option = folders.encoders(), Settings.option("encoder")
+    names = encoders(folder)
+    if PAIRS:
+        return {"choices": [(AUTOMATIC, AUTOMATIC), *((marked(name, folder), name) for name in names)]}
+    return {"choices": [AUTOMATIC, *names], "info": f"{option.help} {summary(folder)}"}
 
 
 class Stopped(Exception):
@@ -152,8 +168,7 @@ def follow(encoder: str, adapter: str, started: bool = False) -> Iterator[list[A
     if started and job.failure:
         shown = f"<div class='error'>{html.escape(job.failure)}</div>{shown}"
     button = gr.update(value=words or "Calibrate now", visible=bool(words))
-    listed = [AUTOMATIC, *encoders(folders.encoders())]
-    yield [gr.update(value=shown), button, gr.update(visible=False), gr.update(choices=listed)]
+    yield [gr.update(value=shown), button, gr.update(visible=False), gr.update(**listed())]
 
 
 def _bar(job: Job) -> str:

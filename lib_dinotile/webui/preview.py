@@ -38,8 +38,9 @@ from lib_dinotile.settings import NO_REGIONS, OFF, SEMANTIC, Settings
 from lib_dinotile.tiling.plan import TilePlan
 from lib_dinotile.webui import folders
 from lib_dinotile.webui.area import Area
+from lib_dinotile.webui.notices import Notices, as_html, notices
 from lib_dinotile.webui.regions import Naming, ask, lines
-from lib_dinotile.webui.speed import guess
+from lib_dinotile.webui.speed import Estimate, guess
 
 IMAGES = ("img2img_image", "img2img_sketch", "img2maskimg", "inpaint_sketch", "img_inpaint_base")
 """The places for a source, in the order of img2img's tabs."""
@@ -54,8 +55,11 @@ NUMBERS = {
     "height": "img2img_height",
     "resize": "resize_mode",
     "scale": "img2img_scale",
+    "area": "img2img_inpaint_full_res",
 }
 """img2img's own controls that a preview depends on."""
+INPAINTING = tuple(IMAGES.index(name) for name in ("img2maskimg", "inpaint_sketch", "img_inpaint_base"))
+"""Numbers of the tabs that have a mask."""
 LAST = "img2img_gallery"
 """By the time that this is there, all of them are."""
 PROMPTS = Settings.option("region_prompts")
@@ -158,7 +162,7 @@ class Img2Img:
         self._found: dict[str, Any] = {}
         self._place: str | None = None
         self._hidden: list[Any] = []
-        self._own: tuple[Any, Any, Any, Naming, Mapping[str, Any]] | None = None
+        self._own: tuple[Any, Any, Any, Naming, Notices, Mapping[str, Any]] | None = None
 
     def on_component(self, component: Any, **arguments: Any) -> None:
         """Called with every component that is built, and the arguments that it is built with."""
@@ -178,14 +182,17 @@ class Img2Img:
         elif name == LAST:
             self._connect()
 
-    def show_in(self, button: Any, text: Any, picture: Any, naming: Naming, options: Mapping[str, Any]) -> None:
-        """Set the button, the line, the image and the fields of the preview, and the controls of the options."""
-        self._own = button, text, picture, naming, options
+    def show_in(
+        self, button: Any, text: Any, picture: Any, naming: Naming, notices: Notices, options: Mapping[str, Any]
+    ) -> None:
+        """Set the button, the line, the image and the fields of the preview, the notices, and the controls of the
+        options."""
+        self._own = button, text, picture, naming, notices, options
 
     def _connect(self) -> None:
         if self._own is None:
             return
-        button, text, picture, naming, options = self._own
+        button, text, picture, naming, notices, options = self._own
         places = [name for name in IMAGES if name in self._found]
         numbers = [key for key, name in NUMBERS.items() if name in self._found]
         tabs = self._hidden[:2]
@@ -212,6 +219,8 @@ class Img2Img:
         for name, each in {"": button, **naming.buttons}.items():
             each.click(fn=clicked(name), inputs=inputs, outputs=[text, picture, *naming.outputs, prompts])
         naming.connect(picture, prompts)
+        denoise, area = (self._found.get(NUMBERS[key]) for key in ("denoise", "area"))
+        notices.connect(denoise, area, tabs[0] if tabs else None, INPAINTING)
 
 
 class Captions:
@@ -251,7 +260,8 @@ def answer(make: Callable[[], PreviewResult], asked: bool = False) -> list[Any]:
         with call_queue.queue_lock:  # after what is being generated
             found = make()
         ui_tempdir.on_tmpdir_changed()  # Forge Neo puts pictures into a folder that it makes only when that is set
-        line, image = gr.update(value=f"<p>{html.escape(found.line)}</p>"), gr.update(value=found.picture, visible=True)
+        said = f"<p>{html.escape(found.line)}</p>{as_html(found.notices)}"
+        line, image = gr.update(value=said), gr.update(value=found.picture, visible=True)
         prompts = gr.update(value=lines(found.words)) if asked else gr.update()
         return [line, image, *Naming.updates(found.regions, found.words), prompts]
     except DinotileError as error:
@@ -273,6 +283,7 @@ class PreviewResult:
     regions: Regions | None
     words: Mapping[str, str]
     """Of the regions."""
+    notices: Sequence[str] = ()
 
 
 def show(
@@ -311,24 +322,35 @@ def show(
     line = describe(preview, guess(model, preview.workload[1], preview.plan.tile_size, steps))
     if beyond:
         line += f" There is no region {beyond[0]} in this image: take its line out of {PROMPTS.label}."
-    return PreviewResult(line, picture, regions, words)
+    only_masked = chosen in INPAINTING and bool(img2img.get("area"))
+    if only_masked:
+        line += " These are the tiles of the whole image; Only masked paints the masked part alone."
+    return PreviewResult(line, picture, regions, words, notices(img2img.get("denoise"), only_masked))
 
 
-def describe(preview: Preview, seconds: float | None) -> str:
+def describe(preview: Preview, estimate: Estimate | None) -> str:
     """The preview in a line."""
     plan, (tiles, _) = preview.plan, preview.workload
     main = 0 if plan.order == "none" else len(plan)
-    parts = [f"{main} tiles of {plan.tile_size[0]} x {plan.tile_size[1]}"] if main else []
+    parts = [f"{main} tile{'s' * (main > 1)} of {plan.tile_size[0]} x {plan.tile_size[1]}"] if main else []
     if tiles > main:
         parts.append(f"{tiles - main} for the seam pass")
     work = " and ".join(parts) or "nothing to paint"
-    time = "" if not tiles else ", time not known yet" if seconds is None else f", about {in_words(seconds)}"
-    more = reserve(preview.settings) * (seconds or 0)
-    time += f", and up to {in_words(more)} more for tiles that the guard paints again" if more else ""
+    time = f", {duration(estimate, preview.settings)}" if tiles else ""
     colours = "what DINO sees; alike is what looks alike."
     if preview.settings.regions != NO_REGIONS:
         colours = "regions that look alike to DINO. Name them below, and every tile is told what it shows."
     return f"{plan.width} x {plan.height} pixels: {work}{time}. In colours: {colours}"
+
+
+def duration(estimate: Estimate | None, settings: Settings) -> str:
+    """How long it will take, with all that the guard may paint again."""
+    if estimate is None:
+        return "time not known yet"
+    more = reserve(settings)
+    most = f", up to {in_words(estimate.seconds * (1 + more))} if the guard repaints tiles" if more else ""
+    missing = "; guidance adds to that, how much is known after the first run"
+    return f"about {in_words(estimate.seconds)}{most}{missing if estimate.tried and settings.guidance else ''}"
 
 
 def in_words(seconds: float) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import html
-import inspect
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ from lib_dinotile.engine.host import Interrupted
 from lib_dinotile.hosts.interrogators import interrogators
 from lib_dinotile.hosts.patched import patched
 from lib_dinotile.lines import ALIKE, BREAK, COLON, LETTER, LETTERS, SPACE
+from lib_dinotile.webui.javascript import in_the_browser
 
 TO_LINES = f"""(...words) => words.slice(0, {len(LETTERS)}).map((text, n) => [{LETTERS!r}[n],
         (text ?? "").replace(/\\s+/g, " ").replace(/{BREAK}/g, ",").trim()])
@@ -91,8 +91,8 @@ class Naming:
         """picture: the preview; prompts: the control of the option `region_prompts`."""
         picture.select(fn=where, inputs=[self.shown], outputs=[self.place], show_progress=False)
         for field in self.fields:
-            _in_the_browser(field.input, TO_LINES, self.fields, [prompts])
-        _in_the_browser(prompts.input, FROM_LINES, [prompts], self.fields)
+            in_the_browser(field.input, TO_LINES, self.fields, [prompts])
+        in_the_browser(prompts.input, FROM_LINES, [prompts], self.fields)
 
 
 def where(shown: KeptRegions | None, event: gr.SelectData) -> str:
@@ -133,9 +133,3 @@ def crop(source: Image.Image, regions: Regions, letter: str) -> Image.Image:
 def lines(words: Mapping[str, str]) -> str:
     """Words of regions as the option `region_prompts` takes them."""
     return "\n".join(f"{letter}: {text}" for letter, text in sorted(words.items()) if text)
-
-
-def _in_the_browser(listen: Any, script: str, inputs: Sequence[Any], outputs: Sequence[Any]) -> None:
-    """Connects an event with JavaScript alone. Gradio 3 has another name for it."""
-    name = "js" if "js" in inspect.signature(listen).parameters else "_js"
-    listen(fn=None, inputs=list(inputs), outputs=list(outputs), **{name: script})

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from typing import Any
+from typing import Any, NamedTuple
 
 from modules import errors, processing, scripts, shared
 from PIL import Image
@@ -13,24 +13,41 @@ SLOW = 5.0
 STEPS = 1, 4
 """Of the other trials."""
 
-_speed: dict[str, tuple[float, float]] = {}
-"""By checkpoint: seconds for a megapixel, and for each step of it."""
+
+class Speed(NamedTuple):
+    """A checkpoint's speed."""
+
+    once: float
+    """Seconds for a megapixel."""
+    step: float
+    """For each step of it."""
+    tried: bool
+    """Whether it is known from tiles that were tried out only: the WebUI painted them, without guidance."""
+
+    def seconds(self, pixels: int, steps: int) -> float:
+        return (self.once + self.step * steps) * pixels / 1e6
+
+
+class Estimate(NamedTuple):
+    """Seconds that a run will take, without retries."""
+
+    seconds: float
+    tried: bool
+    """As `Speed.tried`."""
+
+
+_speed: dict[str, Speed] = {}
+"""By checkpoint."""
 
 
 def _checkpoint(model: Any) -> str:
     return model.sd_checkpoint_info.filename
 
 
-def learn_speed(model: Any, seconds: float, pixels: float, steps: int) -> None:
+def learn_speed(model: Any, seconds: float, pixels: float, steps: int, tried: bool = False) -> None:
     """Keep the time that it took to paint so many pixels in so many steps each, retries and all else included."""
     if seconds > 0 and pixels and steps:
-        _speed[_checkpoint(model)] = 0.0, seconds * 1e6 / (pixels * steps)
-
-
-def known_seconds(model: Any, pixels: int, steps: int) -> float | None:
-    """Seconds that it will take, if anything was painted with this checkpoint before."""
-    known = _speed.get(_checkpoint(model))
-    return None if known is None else (known[0] + known[1] * steps) * pixels / 1e6
+        _speed[_checkpoint(model)] = Speed(0.0, seconds * 1e6 / (pixels * steps), tried)
 
 
 def _try_out(model: Any, tile: tuple[int, int]) -> None:
@@ -41,12 +58,12 @@ def _try_out(model: Any, tile: tuple[int, int]) -> None:
     """
     seconds = _seconds(model, tile, 1)
     if seconds > SLOW:
-        learn_speed(model, seconds, tile[0] * tile[1], 1)
+        learn_speed(model, seconds, tile[0] * tile[1], 1, tried=True)
         return
     few, many = (_seconds(model, tile, steps) for steps in STEPS)
     step = max(0.0, many - few) / (STEPS[1] - STEPS[0])
     megapixels = tile[0] * tile[1] / 1e6
-    _speed[_checkpoint(model)] = max(0.0, few - step * STEPS[0]) / megapixels, step / megapixels
+    _speed[_checkpoint(model)] = Speed(max(0.0, few - step * STEPS[0]) / megapixels, step / megapixels, tried=True)
 
 
 def _seconds(model: Any, tile: tuple[int, int], steps: int) -> float:
@@ -76,13 +93,12 @@ def _seconds(model: Any, tile: tuple[int, int], steps: int) -> float:
     return time.perf_counter() - began
 
 
-def guess(model: Any, pixels: int, tile: tuple[int, int], steps: int) -> float | None:
-    """Seconds that it will take to paint so many pixels in tiles of (width, height), or None if that cannot be said."""
-    known = known_seconds(model, pixels, steps)
-    if known is None and pixels:
+def guess(model: Any, pixels: int, tile: tuple[int, int], steps: int) -> Estimate | None:
+    """How long it will take to paint so many pixels in tiles of (width, height), or None if that cannot be said."""
+    if pixels and _checkpoint(model) not in _speed:
         try:
             _try_out(model, tile)
         except Exception:
             errors.report("DINO Tile: a tile could not be tried out", exc_info=True)
-        known = known_seconds(model, pixels, steps)
-    return known
+    known = _speed.get(_checkpoint(model))
+    return None if known is None else Estimate(known.seconds(pixels, steps), known.tried)

@@ -29,7 +29,7 @@ from lib_dinotile.engine.prompts import check_letters, check_prompts
 from lib_dinotile.hosts import bars
 from lib_dinotile.hosts.patched import patched
 from lib_dinotile.hosts.webui import LATENT_NOISE, LATENT_NOTHING, ORIGINAL, WebUIHost
-from lib_dinotile.settings import NONE, OFF, Settings
+from lib_dinotile.settings import NONE, OFF, SOURCE, Settings
 from lib_dinotile.tiling.noise import NoiseField
 from lib_dinotile.webui import folders
 from lib_dinotile.webui.area import Area
@@ -375,7 +375,10 @@ class Takeover:
             except DinotileError as error:  # before its first tile
                 where = self._keep(results, seeds, prompts)
                 raise DinotileError(f"{error.detail}{where}", error.status_code) from error
-            p.__dict__[FOUND].append((result.report, result.maps))
+            maps = dict(result.maps)
+            if SOURCE in maps:
+                maps[SOURCE] = self._area.finish(maps[SOURCE], source)
+            p.__dict__[FOUND].append((result.report, maps))
             self._painted += result.painted
             for line in result.report.lines:
                 p.comment(f"DINO Tile: {line}")
