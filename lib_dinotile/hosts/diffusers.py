@@ -24,7 +24,7 @@ from lib_dinotile.engine.host import Batch, Host, TiledDenoiser
 from lib_dinotile.engine.prediction import coefficients, from_x0, noise_level, to_x0
 from lib_dinotile.engine.progress import Progress
 from lib_dinotile.hosts.devices import empty_cache, find_device, find_dtype
-from lib_dinotile.hosts.diffusers_addons import check_unused, load_loras, load_vae
+from lib_dinotile.hosts.diffusers_addons import load_loras, load_vae
 from lib_dinotile.hosts.diffusers_controlnet import ControlNet, load_controlnet
 from lib_dinotile.hosts.diffusers_prompts import PromptEncoder, by_length
 from lib_dinotile.hosts.memory_format import fast
@@ -353,7 +353,6 @@ def load_host(
     diffusers_logging.set_verbosity_error()
     diffusers_logging.disable_progress_bar()
     if name == "mini":
-        check_unused(generation)
         unet = UNet2DConditionModel.from_pretrained(MINI / "unet", use_safetensors=True).to(device, dtype).eval()
         return DiffusersHost(
             unet, DDIMScheduler.from_pretrained(MINI / "scheduler"), PixelCodec(), "mini", generation, progress=progress
