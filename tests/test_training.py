@@ -72,7 +72,7 @@ def few_measured() -> Iterator[None]:
 
 
 def train(photos: Path, out: Path, *more: str, code: int = 0) -> None:
-    base = [] if "--head" in more else ["--base", "mini"]
+    base = ["--dino", "mini"] if "--head" in more else ["--base", "mini"]
     assert cli.main(["train", "--images", str(photos), "--out", str(out), *base, *QUICK, *more]) == code
 
 
