@@ -15,7 +15,7 @@ from PIL import Image
 
 from lib_dinotile import DinotileError, __version__, one_line, printable
 from lib_dinotile.cli import analyze, calibrate, encoders, info, train, upscale
-from lib_dinotile.images import MAX_PIXELS
+from lib_dinotile.images import MAX_PIXELS, register_plugins
 
 
 class Parser(argparse.ArgumentParser):
@@ -46,6 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a file's name must not be what a run breaks off at
             stream.reconfigure(errors="backslashreplace")
+    register_plugins()
     Image.MAX_IMAGE_PIXELS = MAX_PIXELS  # the files are the user's own: more than Pillow reads unasked
     warnings.filterwarnings("ignore", module="PIL")
     warnings.simplefilter("error", Image.DecompressionBombWarning)

@@ -6,7 +6,7 @@ import contextlib
 import io
 import os
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import BinaryIO
 
@@ -33,9 +33,14 @@ MAX_PIXELS = 2**30
 """Of an image that is read: 32768x32768, say, which take 4 GiB as Pillow keeps them and over 12 as the encoder is given
 them. A file of a few bytes can say that it holds any number; it is refused before memory is taken."""
 
-FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "AVIF", "TIFF", "BMP", "GIF", "ICO", "PPM", "PSD", "QOI", "TGA")
+FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "AVIF", "TIFF", "BMP", "GIF", "ICO", "PPM", "PSD", "QOI", "TGA", "HEIF")
 """Formats that are read, by Pillow's names. Not all that it can: it has programs such as Ghostscript open EPS, and of
 JPEG 2000 files that were cut off it may show nothing as if that were all."""
+UNREAD = (
+    *(".heic", ".heif", ".hif", ".avif", ".jxl", ".jp2", ".j2k", ".exr", ".hdr", ".eps", ".svg"),
+    *(".dng", ".cr2", ".cr3", ".nef", ".arw", ".orf", ".rw2", ".raf"),
+)
+"""Endings of pictures that are not read, or only where Pillow or a plug-in of it does."""
 PAGED = ("GIF", "PNG", "WEBP", "AVIF", "TIFF")
 """Those of them that can hold several images of equal rank."""
 
@@ -51,6 +56,10 @@ TURNS = {
 """Transpositions that make a picture upright, by its EXIF orientation."""
 
 
+SHOWN = 5
+"""Files that a line names."""
+
+
 LONGEST_NAME = 200
 """Of a file that is written, in bytes without its ending: most file systems hold 255, and files beside it add to it."""
 
@@ -58,6 +67,26 @@ LONGEST_NAME = 200
 def endings() -> set[str]:
     """Endings of the files that can be read, in lower case."""
     return {ending for ending, kind in Image.registered_extensions().items() if kind in FORMATS}
+
+
+def register_plugins() -> None:
+    """Have Pillow read HEIC, too, if pillow-heif is installed."""
+    with contextlib.suppress(ImportError):
+        import pillow_heif
+
+        pillow_heif.register_heif_opener()
+
+
+def unread(files: Iterable[Path]) -> str:
+    """A line on the pictures among some files that are of no kind that is read; nothing if there are none."""
+    kinds = set(UNREAD) - endings()
+    found = sorted(file.name for file in files if file.suffix.lower() in kinds)
+    if not found:
+        return ""
+    shown = ", ".join(found[:SHOWN]) + (f" and {len(found) - SHOWN} more" if len(found) > SHOWN else "")
+    heif = any(name.lower().endswith((".heic", ".heif", ".hif")) for name in found)
+    help = "pip install pillow-heif, or save them as PNG or JPEG" if heif else "save them as PNG or JPEG"
+    return f"{shown}: not a kind of image that is read: {help}"
 
 
 def read_image(
@@ -130,14 +159,19 @@ def _found(file: Path | BinaryIO, name: str, limit: int) -> Iterator[Image.Image
     """The image as its header tells of it, not decoded yet."""
     if isinstance(file, Path) and not os.path.isfile(file):  # a pipe would be waited for
         raise DinotileError(f"{name} is no file" if os.path.lexists(file) else f"{name} is not there")
-    Image.init()
     with contextlib.ExitStack() as stack:
         # Not by its path: Pillow would map a TIFF into memory then, and scrambles those that lie on their side.
         stream = stack.enter_context(file.open("rb")) if isinstance(file, Path) else file
-        opened = Image.open(stream, formats=[kind for kind in FORMATS if kind in Image.OPEN])
+        opened = Image.open(stream, formats=_formats())
         if opened.width * opened.height > limit:
             raise Image.DecompressionBombError
         yield opened
+
+
+def _formats() -> list[str]:
+    """Those of FORMATS that this Pillow has."""
+    Image.init()
+    return [kind for kind in FORMATS if kind in Image.OPEN]
 
 
 def _told(name: str, limit: int) -> Handling:
@@ -151,7 +185,7 @@ def _told(name: str, limit: int) -> Handling:
         elif isinstance(error, MemoryError):
             line = "needs more memory than there is: make it smaller"
         elif isinstance(error, UnidentifiedImageError):
-            line = f"cannot be read as an image: it is damaged, or none of {', '.join(FORMATS)}"
+            line = f"cannot be read as an image: it is damaged, or none of {', '.join(_formats())}"
         else:  # decoders of damaged files raise whatever they like
             line = f"cannot be read as an image: {one_line(error)}"
         raise DinotileError(f"{name} {line}") from error

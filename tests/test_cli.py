@@ -345,15 +345,15 @@ def test_an_image_of_an_encoder_that_was_exchanged_since_is_done_again(photo, tm
     assert run(*arguments, "--resume") == 0 and sampled
 
 
-def test_what_else_differs_is_counted_and_no_prompt_is_told_in_full(photo, tmp_path, sampled, capsys):
+def test_what_else_differs_is_counted_and_no_text_is_told_in_full(photo, tmp_path, sampled, capsys):
     sampled.stop = 2
     with pytest.raises(SystemExit):
-        run(photo, tmp_path / "out.png", *QUICK, "--batch", 1, "--prompt", "a\nlong " * 99)
+        run(photo, tmp_path / "out.png", *QUICK, "--batch", 1, "--config", "a\nlong " * 99)
     photo.write_bytes(photo.read_bytes() + b" ")
-    other = [*QUICK, "--overlap", 8, "--seed", 3, "--prompt", "fur"]
+    other = [*QUICK, "--overlap", 8, "--seed", 3, "--config", "fur"]
     assert run(photo, tmp_path / "out.png", *other) == 2
     said = capsys.readouterr().err
-    assert "another overlap (16, now 8), prompt ('a\\nlong " in said and " and 1 more: --resume" in said
+    assert "another overlap (16, now 8), config ('a\\nlong " in said and " and 1 more: --resume" in said
     assert len(said) < 400 + len(str(tmp_path)) and said.count("\n") == 1
 
 

@@ -39,7 +39,7 @@ from tests.processes import run_two
 from tests.test_diffusers import sd15, sdxl  # noqa: F401
 from tools.mini.textures import TEXTURES
 
-_FEW = {"dino": "mini", "tile": 64, "patches": 8, "width": 16, "variants": 1, "held-out": 2, "precision": "no"}
+_FEW = {"tile": 64, "patches": 8, "width": 16, "variants": 1, "held-out": 2, "precision": "no"}
 _SHORT = {"steps": 4, "batch": 2, "accumulate": 2, "warmup": 1, "report-every": 99}
 QUICK = [f"--{name}={value}" for name, value in {**_FEW, **_SHORT}.items()]
 
@@ -72,8 +72,27 @@ def few_measured() -> Iterator[None]:
 
 
 def train(photos: Path, out: Path, *more: str, code: int = 0) -> None:
-    base = [] if "--head" in more else ["--base", "mini"]
+    base = ["--dino", "mini"] if "--head" in more else ["--base", "mini"]
     assert cli.main(["train", "--images", str(photos), "--out", str(out), *base, *QUICK, *more]) == code
+
+
+def test_without_dino_the_built_in_model_s_own_encoder_is_trained_with(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And for other bases that which was the default before."""
+    loaded: list[str] = []
+
+    def told(name: str, **more: Any) -> Any:
+        loaded.append(name)
+        return load_encoder("mini", **more)
+
+    monkeypatch.setattr("lib_dinotile.train.command.load_encoder", told)
+    out = tmp_path / "a.safetensors"
+    train(photos, out, "--steps", "1")
+    assert loaded == ["mini"] and read_config(out).encoder == "mini"
+    assert "--dino mini" in read_metadata(out)["options"]
+    train(photos, tmp_path / "b.safetensors", "--base", "nothing/such", code=2)
+    assert loaded[1:] == ["facebook/dinov2-small"]
 
 
 def log(out: Path) -> list[dict[str, float]]:

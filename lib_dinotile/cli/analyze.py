@@ -9,12 +9,13 @@ from pathlib import Path
 from PIL import Image
 
 from lib_dinotile.cli.common import add_options, head_files, parse_options, quiet_transformers, silenced
+from lib_dinotile.cli.files import check_files
 from lib_dinotile.condition.conditioner import Conditioner
 from lib_dinotile.dino.locks import models_folder
 from lib_dinotile.engine.flow import analyze, canvas_size, draw_regions, plan_tiles
 from lib_dinotile.engine.prompts import check_letters
 from lib_dinotile.images import check_writable, read_image, write_image
-from lib_dinotile.settings import BOTH, NO_REGIONS, NONE, SEMANTIC, Settings
+from lib_dinotile.settings import BOTH, CONSISTENCY, NO_REGIONS, NONE, SEMANTIC, Settings
 
 OPTIONS = (
     "scale",
@@ -52,6 +53,9 @@ def run(arguments: argparse.Namespace) -> None:
     settings = dataclasses.replace(parse_options(Settings, arguments), maps=BOTH, adapter=NONE)
     target = Path(arguments.OUT)
     check_writable(target)
+    files = {name: _file(target, name) for name in (SEMANTIC, CONSISTENCY, "regions")}
+    reads = [Path(path) for path in (arguments.IN, arguments.result) if path]
+    check_files({"IN or --result": reads}, [("OUT", file) for file in files.values()])
     with silenced():
         source = read_image(Path(arguments.IN))
         result = read_image(Path(arguments.result)) if arguments.result else None
@@ -65,6 +69,10 @@ def run(arguments: argparse.Namespace) -> None:
         drawn["regions"] = draw_regions(source, regions, plan, settings.region_words)
         listed = ", ".join(f"{letter} {share:.0%}" for letter, share in zip(regions.letters, regions.areas))
     for name, picture in {**analyze(conditioner, source, settings, size, result), **drawn}.items():
-        file = target if name == SEMANTIC else target.with_name(f"{target.stem}-{name}{target.suffix}")
-        write_image(picture, file, {})
-        print(f"{file}: " + (f"regions: {listed}" if name in drawn else f"{name} map"))
+        write_image(picture, files[name], {})
+        print(f"{files[name]}: " + (f"regions: {listed}" if name in drawn else f"{name} map"))
+
+
+def _file(target: Path, name: str) -> Path:
+    """Where the map of that name goes."""
+    return target if name == SEMANTIC else target.with_name(f"{target.stem}-{name}{target.suffix}")

@@ -18,14 +18,15 @@ from PIL import Image, PngImagePlugin
 
 from lib_dinotile import DinotileError, __version__
 from lib_dinotile.cli.common import add_options, head_files, parse_tables, quiet_transformers, silenced
+from lib_dinotile.cli.files import check_files, check_report
 from lib_dinotile.condition.conditioner import MINI, Conditioner
 from lib_dinotile.dino.calibrated import Store
 from lib_dinotile.dino.locks import models_folder
 from lib_dinotile.engine.flow import UnfinishedError, canvas_size, upscale
 from lib_dinotile.engine.journal import open_journal
 from lib_dinotile.engine.team import Team, make_team
-from lib_dinotile.images import check_writable, endings, read_image, read_mask, write_image
-from lib_dinotile.settings import NONE, Generation, Settings
+from lib_dinotile.images import check_writable, endings, read_image, read_mask, unread, write_image
+from lib_dinotile.settings import BOTH, CONSISTENCY, NONE, SEMANTIC, Generation, Settings
 from lib_dinotile.tiling.noise import NoiseField
 from lib_dinotile.weights import stamp
 
@@ -53,18 +54,27 @@ def run(arguments: argparse.Namespace) -> None:
 
     from lib_dinotile.hosts.devices import precision_of
     from lib_dinotile.hosts.diffusers import load_host
+    from lib_dinotile.hosts.diffusers_addons import added_files, check_unused
 
     quiet_transformers()
     if arguments.model in (None, "mini") and arguments.adapter is None:
         arguments.adapter = "mini"
     settings, generation = parse_tables((Settings, Generation), arguments)
+    if generation.model == "mini":
+        check_unused(generation)
     jobs = _jobs(Path(arguments.IN), Path(arguments.OUT))
+    reads = {name: [Path(path)] for name, path in _named_files(settings, generation).items()}
+    reads |= {"IN": [source for source, _ in jobs], **added_files(generation)}
+    report = [("report", Path(arguments.report))] if arguments.report else []
+    check_files(reads, [*(("OUT", file) for _, target in jobs for file in _written(target, settings)), *report])
+    check_files(reads, [("OUT", _unfinished(target)) for _, target in jobs])
     adapters = {"mini": MINI / "adapter.safetensors"}
     if settings.adapter not in (NONE, *adapters):
         adapters[settings.adapter] = Path(settings.adapter)
     if settings.adapter in adapters and not os.path.isfile(adapters[settings.adapter]):
         raise DinotileError(f"adapter: there is no file {adapters[settings.adapter]}")
     if arguments.report:
+        check_report(Path(arguments.report))
         _add_line(Path(arguments.report), "")
 
     team = make_team()
@@ -82,6 +92,9 @@ def run(arguments: argparse.Namespace) -> None:
     def say(*lines: str) -> None:
         for line in lines if not quiet else ():
             bar.write(line)
+
+    if folder and team.rank == 0:
+        say(*(f"left out: {line}" for line in [unread(Path(arguments.IN).iterdir())] if line))
 
     def progress(done: float, text: str) -> None:
         bar.set_postfix_str(text, refresh=False)
@@ -125,7 +138,7 @@ def run(arguments: argparse.Namespace) -> None:
             say(*(f"{source.name}: {line}" for line in error.result.report.lines))
             if not error.result.painted or sharing.rank > 0:
                 raise
-            where, kept = journal.kept, target.with_stem(target.stem + "-unfinished")
+            where, kept = journal.kept, _unfinished(target)
             with contextlib.suppress(DinotileError):  # for want of space, say, and that is said already
                 parameters = _parameters(resolved, generation, size, error.result.report.lines)
                 write_image(error.result.image, kept, {"parameters": parameters})
@@ -134,7 +147,7 @@ def run(arguments: argparse.Namespace) -> None:
         if sharing.rank == 0:
             try:  # the image last: once it is there --resume makes nothing any more
                 for name, picture in result.maps.items():
-                    write_image(picture, target.with_name(f"{target.stem}-{name}.png"), {})
+                    write_image(picture, _map_file(target, name), {})
                 parameters = _parameters(resolved, generation, size, result.report.lines)
                 write_image(result.image, target, {"parameters": parameters, RECIPE: _digest(recipe)})
             except DinotileError as error:
@@ -181,7 +194,8 @@ def _jobs(source: Path, target: Path) -> list[tuple[Path, Path]]:
     except OSError as error:
         raise DinotileError(f"the folder {source} cannot be read: {error.strerror}") from error
     if not files:
-        raise DinotileError(f"the folder {source} has no images")
+        others = unread(source.iterdir())
+        raise DinotileError(f"the folder {source} has no images" + (f"; {others}" if others else ""))
     try:
         target.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -199,6 +213,8 @@ def _jobs(source: Path, target: Path) -> list[tuple[Path, Path]]:
 
 def _parameters(settings: Settings, generation: Generation, size: tuple[int, int], notes: Sequence[str]) -> str:
     """PNG info in the WebUIs' form; notes: on the tiles."""
+    from lib_dinotile.cli.parameters import added_parameters, model_name, prompt_with_loras
+
     values = {
         "Steps": generation.steps,
         "Sampler": generation.sampler,
@@ -206,26 +222,49 @@ def _parameters(settings: Settings, generation: Generation, size: tuple[int, int
         "CFG scale": generation.cfg,
         "Seed": generation.seed,
         "Size": f"{size[0]}x{size[1]}",
-        "Model": generation.model,
+        "Model": model_name(generation),
         "Denoising strength": generation.denoise,
+        **added_parameters(generation),
         "Precision": generation.precision,
         **settings.infotext,
         **({"DINO Tile notes": "; ".join(notes)} if notes else {}),
     }
     quoted = {key: json.dumps(str(v)) if any(c in str(v) for c in ",:\n") else v for key, v in values.items()}
     listed = ", ".join(f"{key}: {value}" for key, value in quoted.items())
-    return f"{generation.prompt}\nNegative prompt: {generation.negative}\n{listed}"
+    return f"{prompt_with_loras(generation)}\nNegative prompt: {generation.negative}\n{listed}"
+
+
+def _named_files(settings: Settings, generation: Generation) -> dict[str, str]:
+    """What options name that may be a file or a folder, by option."""
+    names = {name: getattr(generation, name) for name in ("mask", "model", "config")}
+    names |= {name: getattr(settings, name) for name in ("adapter", "encoder", "head")}
+    return {key: name for key, name in names.items() if name}
+
+
+def _written(target: Path, settings: Settings) -> list[Path]:
+    """The files that an image and its maps are written to."""
+    maps = {BOTH: [SEMANTIC, CONSISTENCY], "none": []}.get(settings.maps, [settings.maps])
+    return [target, *(_map_file(target, name) for name in maps)]
+
+
+def _map_file(target: Path, name: str) -> Path:
+    return target.with_name(f"{target.stem}-{name}.png")
+
+
+def _unfinished(target: Path) -> Path:
+    """Where goes what is painted if a run breaks off."""
+    return target.with_stem(target.stem + "-unfinished")
 
 
 def _recipe(settings: Settings, generation: Generation, source: Path, encoder: str | None) -> dict[str, Any]:
     """Everything that an image depends on. generation: its precision is known; encoder: fingerprint of its weights."""
     options = {**dataclasses.asdict(settings), **dataclasses.asdict(generation)}
     del options["enabled"], options["batch"], options["maps"], options["device"]
-    names = {
-        "source": str(source),
-        **{key: options[key] for key in ("mask", "model", "config", "adapter", "encoder", "head")},
-    }
-    stamps = {f"{key}'s files": stamp(name) for key, name in names.items() if name}
+    from lib_dinotile.hosts.diffusers_addons import added_files
+
+    names = {"source": str(source), **_named_files(settings, generation)}
+    stamps: dict[str, Any] = {f"{key}'s files": stamp(name) for key, name in names.items()}
+    stamps |= {f"{key}'s files": [stamp(file) for file in files] for key, files in added_files(generation).items()}
     return {"version": __version__, **options, **stamps, "encoder's weights": encoder}
 
 

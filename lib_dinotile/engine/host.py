@@ -66,6 +66,8 @@ class Batch:
     """Of each tile: one without a mask, or several whose masks sum to one."""
     condition: Residuals | None
     guide: Steering | None = None
+    source: Callable[[], Tensor] | None = None
+    """Gives the pixels (k, 3, H, W) in [0, 1] of the enlarged source there."""
 
 
 Denoise = Callable[[Tensor, Batch], Tensor]

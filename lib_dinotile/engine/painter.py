@@ -166,7 +166,8 @@ class TilePainter:
             named = [self._prompts.named(tile) for tile in tiles]
             guide = guidance.of(self._canvas, tiles, self.source, self._report.note, named)
         latent = tiles[0].height // factor, tiles[0].width // factor
-        return Batch(tiles, [self._prompts.of(tile) for tile in tiles], adapted and adapted(tiles, latent), guide)
+        prompts, condition = [self._prompts.of(tile) for tile in tiles], adapted and adapted(tiles, latent)
+        return Batch(tiles, prompts, condition, guide, lambda: torch.stack([self._canvas.source(t) for t in tiles]))
 
     def start(self, tiles: Sequence[Rect], neighbours: Sequence[PaintedNeighbours | None]) -> Tensor:
         """Latents (k, C, h, w) that tiles start from: the source's, and where they hold on to neighbours, theirs."""

@@ -23,6 +23,8 @@ from lib_dinotile.engine.prediction import from_x0, to_x0
 from lib_dinotile.engine.progress import Progress
 from lib_dinotile.hosts.checkpoints import ASK
 from lib_dinotile.hosts.devices import empty_cache, find_device, find_dtype
+from lib_dinotile.hosts.diffusers_addons import load_loras, load_vae
+from lib_dinotile.hosts.diffusers_controlnet import ControlNet, load_controlnet
 from lib_dinotile.hosts.diffusers_prompts import PromptEncoder, by_length
 from lib_dinotile.hosts.memory_format import fast
 from lib_dinotile.hosts.patched import in_float32, patched
@@ -98,10 +100,12 @@ class DiffusersHost(Host):
         generation: Generation,
         text: Callable[[str], tuple[Tensor, ...]] | None = None,
         progress: Callable[[float, str], None] = lambda done, text: None,
+        controlnet: ControlNet | None = None,
     ) -> None:
         """text: gives the embeddings (1, n, D) of a prompt and of the negative one, for SDXL also the pooled (1, D);
         progress: called with the share of an image that is done, and a line."""
         self.unet, self._codec, self._generation, self._show = unet, codec, generation, progress
+        self._controlnet = controlnet
         self.factor, self.channels, self.base = codec.factor, codec.channels, base
         self.shape = UNetShape.of_diffusers(unet)
         self.device, self.dtype = unet.device, unet.dtype
@@ -173,11 +177,13 @@ class DiffusersHost(Host):
         words, residuals = self._conditions(batch, step.level, number / total)
         words = words or [()] * len(rows)
         found, size = tiles.new_empty(len(rows), *tiles.shape[1:]), len(tiles) * (1 + self._guided)
+        hint = batch.source() if self._controlnet and batch.source else None
         for part in by_length(words, size):  # no more at once than without regions
             own = [torch.cat(kind) for kind in zip(*(words[row] for row in part))]
             at = rows[part]
             added = residuals and [residual.index_select(0, at) for residual in residuals]
-            found[part] = self.predict(tiles.index_select(0, at), step.timestep, own, added)
+            shown = None if hint is None else hint.index_select(0, at)
+            found[part] = self.predict(tiles.index_select(0, at), step.timestep, own, added, shown)
         prediction = found[: len(owners)]
         if len(owners) > len(tiles):  # each where its mask says, as A1111 adds the parts of AND
             masks = [prompt.mask for prompts in batch.prompts for prompt in prompts]
@@ -219,11 +225,17 @@ class DiffusersHost(Host):
         return () if self._text is None else self._text(prompt)[::2]
 
     def predict(
-        self, x: Tensor, timestep: Tensor, words: Sequence[Tensor] = (), residuals: Sequence[Tensor] | None = None
+        self,
+        x: Tensor,
+        timestep: Tensor,
+        words: Sequence[Tensor] = (),
+        residuals: Sequence[Tensor] | None = None,
+        hint: Tensor | None = None,
     ) -> Tensor:
         """The UNet's prediction for noisy latents (k, C, h, w), a row of `words` for each; timestep: () or (k,).
 
-        It computes in its own dtype, and what it gives has that of the latents.
+        hint: pixels (k, 3, H, W) for the ControlNet, whose residuals are added to those that are given. It computes in
+        its own dtype, and what it gives has that of the latents.
         """
         dtype, x = x.dtype, x.to(self.dtype)
         inputs: dict[str, Any] = {"encoder_hidden_states": words[0].to(x) if words else None}
@@ -231,8 +243,11 @@ class DiffusersHost(Host):
             height, width = (side * self.factor for side in x.shape[-2:])
             sizes = torch.tensor([[height, width, 0, 0, height, width]], device=x.device, dtype=torch.float32)
             inputs["added_cond_kwargs"] = {"text_embeds": words[1].to(x), "time_ids": sizes.expand(len(x), -1)}
-        if residuals is not None:
-            added = [residual.to(x) for residual in residuals]
+        added = residuals and [residual.to(x) for residual in residuals]
+        if self._controlnet is not None and hint is not None:
+            own = self._controlnet.residuals(x, timestep, inputs, hint)
+            added = [one + other for one, other in zip(own, added)] if added else own
+        if added:
             inputs["down_block_additional_residuals"] = added[:-1]
             inputs["mid_block_additional_residual"] = added[-1]
         return self.unet(fast(x), timestep, **inputs, return_dict=False)[0].to(dtype)
@@ -251,7 +266,8 @@ class DiffusersHost(Host):
 
     @contextlib.contextmanager
     def full_precision(self) -> Iterator[None]:
-        with in_float32([self.unet, self._codec]), patched(self, dtype=torch.float32):
+        models = [self.unet, self._codec, *filter(None, [self._controlnet])]
+        with in_float32(models), patched(self, dtype=torch.float32):
             yield
 
     @contextlib.contextmanager
@@ -308,15 +324,20 @@ def load_host(
             unet, DDIMScheduler.from_pretrained(MINI / "scheduler"), PixelCodec(), "mini", generation, progress=progress
         )
     pipe = load_pipeline(generation)
+    load_loras(pipe, generation.lora)
+    if generation.vae:
+        pipe.vae = load_vae(pipe.vae, generation.vae)
+    controlnet = load_controlnet(pipe.unet, generation.controlnet, generation.controlnet_strength)
     codec = VaeCodec(pipe.vae)
     for part in pipe.components.values():  # before they move: the device may not have the memory for more
         if isinstance(part, nn.Module) and not (part is pipe.vae and part.config.get("force_upcast")):
             part.to(dtype)
     pipe.to(device)
+    controlnet = controlnet and controlnet.to(device, dtype)
 
     base = FAMILIES.get(pipe.unet.config.cross_attention_dim, "unknown")
     text = PromptEncoder(pipe, generation.negative, generation.clip_skip)
-    host = DiffusersHost(pipe.unet, pipe.scheduler, codec, base, generation, text, progress)
+    host = DiffusersHost(pipe.unet, pipe.scheduler, codec, base, generation, text, progress, controlnet)
     _try_out(host, name)
     return host
 

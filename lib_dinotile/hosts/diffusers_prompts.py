@@ -1,7 +1,7 @@
 """Prompts in the WebUIs' syntax, encoded for the UNets of diffusers.
 
-`(word)`, `(word:1.3)`, `[word]`, BREAK and any number of tokens, with A1111's chunks and weights ("Original" emphasis),
-so that a prompt from the WebUI gives the same embeddings here. No library does that. compel 2.5 has a syntax of its own,
+`(word)`, `(word:1.3)`, `[word]`, BREAK and any number of tokens, with the chunks and weights ("Original") of A1111,
+so that a prompt from the WebUI gives the same embeddings here. No library does that: compel 2.5 has its own syntax,
 weighs by interpolation and needs transformers 5; sd_embed is not on PyPI; diffusers' pipelines for long prompts
 (`lpw_stable_diffusion`) are community files outside the package, and its `clip_skip` fails with transformers 5.
 """

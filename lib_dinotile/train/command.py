@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import os
 from collections.abc import Callable, Mapping
@@ -17,17 +18,18 @@ from safetensors import SafetensorError
 from lib_dinotile import DinotileError, __version__
 from lib_dinotile.condition.adapter import Adapter
 from lib_dinotile.condition.adapter_file import FORMAT, read_metadata, save_adapter
+from lib_dinotile.dino.checkpoint import BUILT_IN
 from lib_dinotile.dino.encoder import PatchEncoder, load_encoder
 from lib_dinotile.dino.head import FORMAT as HEAD_FORMAT
 from lib_dinotile.dino.head import RestorationHead, load_heads, save_heads
 from lib_dinotile.engine.memory import is_out_of_memory
 from lib_dinotile.engine.team import Team, make_team
 from lib_dinotile.hosts.diffusers import DiffusersHost, load_host
-from lib_dinotile.settings import Generation
+from lib_dinotile.settings import AUTOMATIC, Generation
 from lib_dinotile.train.adapter import make_schedule, prepared_tiles, tile_size, train_adapter
 from lib_dinotile.train.head import LAYERS, prepared_pairs, train_heads
 from lib_dinotile.train.loop import CheckpointError, Schedule, check_resume, last_checkpoint
-from lib_dinotile.train.options import Training
+from lib_dinotile.train.options import DEFAULT_ENCODER, Training
 from lib_dinotile.train.pictures import Photos, Prepared, find_photos, say_left_out
 from lib_dinotile.weights import check_out, stamp
 
@@ -114,6 +116,8 @@ def train(options: Training, images: Path, out: Path, head: bool, resume: bool) 
     """
     _check_precision(options.precision)
     check_out(out)
+    if options.encoder == AUTOMATIC:
+        options = dataclasses.replace(options, encoder=BUILT_IN if options.base == "mini" else DEFAULT_ENCODER)
     job = Job(options, images, out, head, resume, make_team())
     try:
         check_resume(job.schedule)

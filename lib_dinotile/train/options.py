@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from lib_dinotile.options import Options, option
 from lib_dinotile.settings import AUTOMATIC, PREDICTIONS
 
+DEFAULT_ENCODER = "facebook/dinov2-small"
 PRECISIONS = ("bf16", "fp16", "no")
 
 
@@ -28,7 +29,10 @@ class Training(Options):
         choices=PREDICTIONS,
     )
     encoder: str = option(
-        "facebook/dinov2-small", "DINO encoder", "Looks at the source: an id, a folder, or mini.", flag="dino"
+        AUTOMATIC,
+        "DINO encoder",
+        f"Looks at the source: an id, a folder, or mini. Automatic: mini for the base mini, else {DEFAULT_ENCODER}.",
+        flag="dino",
     )
     layer: int = option(
         1, "Layer", "Of the encoder, that the adapter reads; counted from the end.", minimum=1, maximum=40, step=1

@@ -23,7 +23,7 @@ from tqdm import tqdm
 from lib_dinotile import DinotileError, one_line
 from lib_dinotile.dino.degradation import degrade
 from lib_dinotile.engine.team import Team
-from lib_dinotile.images import endings, read_image, read_size
+from lib_dinotile.images import endings, read_image, read_size, unread
 from lib_dinotile.train.options import Training
 
 CELL = 8
@@ -65,9 +65,9 @@ def find_photos(folder: Path, least: int, held_out: int) -> tuple[list[Path], li
     """
     if not folder.is_dir():
         raise DinotileError(f"images: {folder} is not a folder")
-    kinds, left_out = endings(), []
-    files = [file for file in folder.rglob("*") if file.suffix.lower() in kinds and file.is_file()]
-    found = []
+    kinds, everything = endings(), [file for file in folder.rglob("*") if file.is_file()]
+    files = [file for file in everything if file.suffix.lower() in kinds]
+    found, left_out = [], [line for line in [unread(everything)] if line]
     for file in sorted(files, key=lambda file: hashlib.sha256(file.name.encode()).hexdigest()):
         try:
             with file.open("rb") as opened:

@@ -1,0 +1,343 @@
+"""LoRAs, a VAE and a ControlNet of the user's, beside tiny random checkpoints."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import AutoencoderKL, AutoencoderTiny, ControlNetModel, UNet2DConditionModel
+from safetensors.torch import save_file
+
+from lib_dinotile import DinotileError
+from lib_dinotile import __main__ as cli
+from lib_dinotile.engine.flow import upscale
+from lib_dinotile.hosts.diffusers import load_host
+from lib_dinotile.hosts.diffusers_addons import Lora, parse_loras
+from lib_dinotile.settings import Generation, Settings
+from lib_dinotile.tiling.noise import NoiseField
+from lib_dinotile.tiling.plan import TilePlan
+from tests.test_diffusers import HALVES, NAMED, SOURCE, Fixed, _parts, adapters, run, sd15, sdxl  # noqa: F401
+from tests.test_regions import Shows
+from tests.test_tiling import random_image
+
+UNET = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_"
+TEXT = "text_model_encoder_layers_1_self_attn_"
+
+
+def one_line_of(model, **more):
+    with pytest.raises(DinotileError) as error:
+        load_host(Generation(model=model, **more))
+    assert "\n" not in str(error.value) and error.value.status_code == 422
+    return str(error.value)
+
+
+# LoRA -----------------------------------------------------------------------------------------------------------------
+
+
+def write_lora(path, context=768, texts=(("lora_te_", 768),), rank=4, alpha=2.0, **more):
+    """As kohya's scripts write them: (down, up) of every layer by its name."""
+    layers = {UNET + "attn1_to_q": (32, 32), UNET + "attn2_to_k": (context, 32)}
+    for prefix, width in texts:
+        layers |= {prefix + TEXT + name: (width, width) for name in ("q_proj", "k_proj", "v_proj", "out_proj")}
+    generator, tensors = torch.Generator().manual_seed(5), {}
+    for name, (inputs, outputs) in layers.items():
+        tensors[f"{name}.lora_down.weight"] = torch.randn(rank, inputs, generator=generator)
+        tensors[f"{name}.lora_up.weight"] = torch.randn(outputs, rank, generator=generator)
+        tensors[f"{name}.alpha"] = torch.tensor(alpha)
+    save_file(tensors | more, path)
+    return {
+        name: alpha / rank * tensors[f"{name}.lora_up.weight"] @ tensors[f"{name}.lora_down.weight"] for name in layers
+    }
+
+
+@pytest.mark.parametrize(
+    "text, loras",
+    [
+        ("", []),
+        ("fur.safetensors", [("fur.safetensors", 1.0)]),
+        ("fur.safetensors:0.8", [("fur.safetensors", 0.8)]),
+        ("fur.safetensors:-1, b/c.safetensors : .5,", [("fur.safetensors", -1.0), ("b/c.safetensors", 0.5)]),
+        (r"C:\loras\fur.safetensors", [(r"C:\loras\fur.safetensors", 1.0)]),
+        (r"C:\loras\a, b.safetensors:2", [(r"C:\loras\a, b.safetensors", 2.0)]),
+    ],
+)
+def test_loras_are_files_with_weights(text, loras):
+    assert parse_loras(text) == [Lora(Path(path), weight) for path, weight in loras]
+
+
+def test_a_lora_is_merged_into_unet_and_text_encoder_as_strongly_as_asked(sd15, tmp_path):  # noqa: F811
+    changes = write_lora(tmp_path / "a.safetensors")
+    plain, changed = (
+        load_host(Generation(model=sd15, lora=lora)) for lora in ("", f"{tmp_path / 'a.safetensors'}:0.5")
+    )
+    merged = 0
+    for one, other in ((plain.unet, changed.unet), (encoder(plain), encoder(changed))):
+        for name, before in one.state_dict().items():
+            layer = "_" + name.replace(".", "_").removesuffix("_weight")
+            change = sum(each for key, each in changes.items() if name.endswith("weight") and key.endswith(layer))
+            merged += torch.is_tensor(change)
+            assert torch.allclose(other.state_dict()[name], before + 0.5 * change, atol=1e-5), name
+    assert merged == len(changes)
+
+
+def encoder(host):
+    return host._text.__wrapped__._encoders[0][1]  # what is cached is the PromptEncoder
+
+
+@pytest.mark.parametrize(
+    "family, texts", [("sd15", [("lora_te_", 768)]), ("sdxl", [("lora_te1_", 1024), ("lora_te2_", 1024)])]
+)
+def test_a_lora_changes_the_image_and_two_add_up(family, texts, request, tmp_path):
+    model = request.getfixturevalue(family)
+    file = tmp_path / "a.safetensors"
+    write_lora(file, {"sd15": 768, "sdxl": 2048}[family], texts)
+    plain, once = run(model), run(model, lora=f"{file}:0.2")
+    assert abs(once - plain).max() > 1
+    assert abs(run(model, lora=f"{file}:0.1,{file}:0.1") - once).max() <= 1
+    assert (run(model, lora=f"{file}:0") == plain).all()
+
+
+def test_a_lora_that_does_not_fit_is_refused_in_one_line(sd15, sdxl, tmp_path):  # noqa: F811
+    file = tmp_path / "a.safetensors"
+    write_lora(file)
+    assert "lora: a.safetensors does not fit this checkpoint" in one_line_of(sdxl, lora=str(file))
+    # A layer of it has no place here: diffusers would leave it out and say nothing.
+    for extra in ("lora_unet_down_blocks_7_attentions_0_transformer_blocks_0_attn1_to_q", "lora_te_text_model_nowhere"):
+        more = {f"{extra}.lora_down.weight": torch.ones(4, 32), f"{extra}.lora_up.weight": torch.ones(32, 4)}
+        write_lora(file, **more)
+        assert "lora: a.safetensors does not fit this checkpoint" in one_line_of(sd15, lora=str(file)), extra
+    write_lora(file, **{UNET + "attn1_to_q.dora_scale": torch.ones(32, 1)})
+    assert "of a kind that diffusers does not load" in one_line_of(sd15, lora=str(file))
+
+
+def test_what_is_no_lora_is_refused_in_one_line(sd15, tmp_path):  # noqa: F811
+    save_file({"weight": torch.ones(3)}, tmp_path / "other.safetensors")
+    (tmp_path / "text.safetensors").write_text("no tensors")
+    for text, says in (
+        (tmp_path / "other.safetensors", "lora: other.safetensors is no LoRA"),
+        (tmp_path / "text.safetensors", "cannot be read as a safetensors file"),
+        (tmp_path / "gone.safetensors", "lora: there is no file"),
+        (tmp_path / "a.pt", "is not FILE.safetensors or FILE.safetensors:WEIGHT"),
+        (f"{tmp_path / 'other.safetensors'}:much", "lora: 'much' is no weight of other.safetensors, give a number"),
+        (f"{tmp_path / 'other.safetensors'}:nan", "lora: 'nan' is no weight of other.safetensors, give a number"),
+    ):
+        assert says in one_line_of(sd15, lora=str(text))
+
+
+# VAE ------------------------------------------------------------------------------------------------------------------
+
+
+def another_vae(model, **more):
+    """Of the checkpoint's architecture, with weights of its own."""
+    torch.manual_seed(9)
+    return AutoencoderKL.from_config(AutoencoderKL.load_config(model, subfolder="vae") | more).eval()
+
+
+LDM = [
+    (r"down_blocks\.(\d)\.resnets", r"down.\1.block"),
+    (r"up_blocks\.(\d)\.resnets", lambda found: f"up.{3 - int(found[1])}.block"),
+    (r"up_blocks\.(\d)\.upsamplers\.0", lambda found: f"up.{3 - int(found[1])}.upsample"),
+    (r"down_blocks\.(\d)\.downsamplers\.0", r"down.\1.downsample"),
+    (r"mid_block\.resnets\.(\d)", lambda found: f"mid.block_{int(found[1]) + 1}"),
+    (r"mid_block\.attentions\.0\.group_norm", "mid.attn_1.norm"),
+    (r"mid_block\.attentions\.0\.to_(q|k|v)", r"mid.attn_1.\1"),
+    (r"mid_block\.attentions\.0\.to_out\.0", "mid.attn_1.proj_out"),
+    ("conv_norm_out", "norm_out"),
+    ("conv_shortcut", "nin_shortcut"),
+]
+
+
+def in_ldm(vae):
+    """The tensors of a VAE as the files have them that the WebUIs load."""
+    tensors = {}
+    for name, tensor in vae.state_dict().items():
+        for theirs, ours in LDM:
+            name = re.sub(theirs, ours, name)
+        attention = re.search(r"attn_1\.(q|k|v|proj_out)\.weight$", name)
+        tensors[f"first_stage_model.{name}"] = tensor[..., None, None].contiguous() if attention else tensor
+    return tensors
+
+
+@pytest.mark.parametrize("kind", ["folder", "pipeline", "fp16 folder", "file", "file as in the WebUIs"])
+def test_a_vae_of_the_user_s_takes_the_place_of_the_checkpoint_s(sd15, kind, tmp_path):  # noqa: F811
+    vae, place = another_vae(sd15), tmp_path / "vae"
+    if kind == "fp16 folder":
+        vae = vae.half().float()
+        vae.half().save_pretrained(place, variant="fp16")
+        vae = vae.float()
+    elif "folder" in kind or kind == "pipeline":
+        vae.save_pretrained(place / "vae" if kind == "pipeline" else place)
+    else:
+        place = place.with_suffix(".safetensors")
+        save_file(vae.state_dict() if kind == "file" else in_ldm(vae), place)
+    host = load_host(Generation(model=sd15, vae=str(place)))
+    for name, weights in vae.state_dict().items():
+        assert torch.equal(host._codec.vae.state_dict()[name].float(), weights), name
+    pixels = torch.rand(1, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    assert not torch.allclose(host.encode(pixels), load_host(Generation(model=sd15)).encode(pixels))
+
+
+def test_a_vae_of_other_latents_is_refused_in_one_line(sd15, tmp_path):  # noqa: F811
+    for number, (more, says) in enumerate(
+        (
+            ({"latent_channels": 16}, "its latent_channels is 16, this one's 4"),
+            ({"scaling_factor": 0.5}, "its scaling_factor is 0.5, this one's 0.18215"),
+            ({"latents_mean": [0.0] * 4, "latents_std": [1.0] * 4}, "its latents_mean is"),
+        )
+    ):
+        another_vae(sd15, **more).save_pretrained(tmp_path / str(number))
+        assert f"vae: {tmp_path / str(number)} is for other checkpoints: {says}" in one_line_of(
+            sd15, vae=str(tmp_path / str(number))
+        )
+    save_file(another_vae(sd15, latent_channels=16).state_dict(), tmp_path / "wide.safetensors")
+    save_file({"weight": torch.ones(3)}, tmp_path / "other.safetensors")
+    tensors = another_vae(sd15).state_dict()
+    save_file({name: tensors[name] for name in list(tensors)[:-1]}, tmp_path / "cut.safetensors")
+    for name in ("wide", "other", "cut"):
+        path = tmp_path / f"{name}.safetensors"
+        assert f"vae: {path} is no AutoencoderKL for this checkpoint, or is damaged" in one_line_of(sd15, vae=str(path))
+    AutoencoderTiny(encoder_block_out_channels=(8,) * 4, decoder_block_out_channels=(8,) * 4).save_pretrained(
+        tmp_path / "tiny"
+    )
+    assert "holds an AutoencoderTiny, not an AutoencoderKL" in one_line_of(sd15, vae=str(tmp_path / "tiny"))
+    for name, says in (("gone.safetensors", "there is no file"), ("vae.pt", "other formats can run code, convert it")):
+        assert says in one_line_of(sd15, vae=str(tmp_path / name))
+
+
+# ControlNet -----------------------------------------------------------------------------------------------------------
+
+
+def write_controlnet(folder, model, trained=True):
+    """A random one for a checkpoint; untrained, it puts out zeros."""
+    torch.manual_seed(3)
+    unet = UNet2DConditionModel.from_pretrained(model, subfolder="unet")
+    net = ControlNetModel.from_unet(unet)
+    for module in (*net.controlnet_down_blocks, net.controlnet_mid_block, net.controlnet_cond_embedding.conv_out):
+        if trained:
+            torch.nn.init.normal_(module.weight, std=0.3)
+    net.save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def nets(sd15, sdxl, tmp_path_factory):  # noqa: F811
+    folder = tmp_path_factory.mktemp("nets")
+    return {name: write_controlnet(folder / name, model) for name, model in (("sd15", sd15), ("sdxl", sdxl))}
+
+
+@pytest.mark.parametrize(
+    "family, cfg, settings",
+    [
+        ("sd15", 1.0, {}),
+        ("sd15", 5.0, {"order": "fused"}),
+        ("sd15", 5.0, {**NAMED, "seams": "bands"}),
+        ("sdxl", 5.0, {}),
+    ],
+)
+def test_a_controlnet_changes_the_image_which_is_the_same_at_any_batch(family, cfg, settings, request, nets):
+    model = request.getfixturevalue(family)
+    more = {"cfg": cfg, "settings": settings, "conditioner": Shows(HALVES) if "region_prompts" in settings else None}
+    told = run(model, controlnet=nets[family], **more)
+    assert abs(told - run(model, **more)).mean() > 0.5
+    assert abs(run(model, 1, controlnet=nets[family], **more) - told).max() <= 1
+    assert abs(run(model, 3, controlnet=nets[family], **more) - told).max() <= 1
+
+
+def test_a_controlnet_counts_as_much_as_its_strength(sd15, nets, tmp_path):  # noqa: F811
+    plain = run(sd15)
+    assert (run(sd15, controlnet=nets["sd15"], controlnet_strength=0.0) == plain).all()
+    assert (run(sd15, controlnet=write_controlnet(tmp_path / "new", sd15, trained=False)) == plain).all()
+    half, whole = (run(sd15, controlnet=nets["sd15"], controlnet_strength=each) for each in (0.5, 1.0))
+    assert 0.2 < abs(half - plain).mean() < abs(whole - plain).mean()
+
+
+@pytest.mark.parametrize("order", ["chess", "fused"])
+def test_every_tile_s_hint_is_the_enlarged_source_there(sd15, nets, order):  # noqa: F811
+    host, seen = load_host(Generation(model=sd15, controlnet=nets["sd15"], steps=2, denoise=0.5, cfg=5.0)), []
+    net = host._controlnet._model
+    net.register_forward_pre_hook(lambda m, args, given: seen.append(given["controlnet_cond"]), with_kwargs=True)
+    settings = Settings(tile=64, overlap=16, scale=2.0, order=order, guidance=0.0, guard="off")
+    upscale(host, SOURCE, settings, NoiseField(1, host.channels))
+    large = host.upscale(SOURCE, (140, 90), "Lanczos")
+    plan = TilePlan(140, 90, 64, 16, host.factor)
+    pixels = np.asarray(large).astype(np.float32) / 255
+    height, width = plan.padded[1], plan.padded[0]
+    pixels = np.pad(pixels, ((0, height - 90), (0, width - 140), (0, 0)), mode="edge")
+    crops = {tile: torch.from_numpy(tile.of(np.moveaxis(pixels, 2, 0)).copy()) for tile in plan.tiles}
+    shown = torch.cat(seen)
+    found = {tile: sum(torch.allclose(one, crop, atol=1e-6) for one in shown) for tile, crop in crops.items()}
+    assert sum(found.values()) == len(shown) and set(found.values()) == {2}  # with the prompt, and the negative one
+
+
+def test_its_residuals_are_added_to_the_adapter_s(sd15, nets):  # noqa: F811
+    host = load_host(Generation(model=sd15, prompt="a cat", controlnet=nets["sd15"]))
+    generator = torch.Generator().manual_seed(0)
+    x, hint = torch.randn(2, 4, 8, 8, generator=generator), torch.rand(2, 3, 64, 64, generator=generator)
+    own = [torch.randn(2, c, -(-8 // d), -(-8 // d), generator=generator) for c, d in host.shape.slots]
+    timestep, words = torch.tensor(300), [host.words("a cat")[0].expand(2, -1, -1)]
+    with torch.no_grad():
+        net = host._controlnet.residuals(x, timestep, {"encoder_hidden_states": words[0]}, hint)
+        both = host.predict(x, timestep, words, own, hint)
+        wanted = host.predict(x, timestep, words, [one + other for one, other in zip(own, net)])
+        assert torch.allclose(both, wanted, atol=1e-5)
+        assert torch.allclose(host.predict(x, timestep, words, None, hint), host.predict(x, timestep, words, net))
+        assert not torch.allclose(both, host.predict(x, timestep, words, own), atol=1e-3)
+    random = adapters(sd15)[1]
+    told = run(sd15, controlnet=nets["sd15"], conditioner=Fixed(random))
+    assert abs(told - run(sd15, controlnet=nets["sd15"])).mean() > 0.5
+    assert abs(run(sd15, 1, controlnet=nets["sd15"], conditioner=Fixed(random)) - told).max() <= 1
+
+
+def test_a_controlnet_is_a_file_too(sd15, nets, tmp_path):  # noqa: F811
+    file = tmp_path / "net.safetensors"
+    shutil.copy(Path(nets["sd15"]) / "diffusion_pytorch_model.safetensors", file)
+    assert (run(sd15, controlnet=str(file)) == run(sd15, controlnet=nets["sd15"])).all()
+
+
+def test_a_controlnet_of_another_base_is_refused_in_one_line(sd15, sdxl, nets, tmp_path):  # noqa: F811
+    for model, other in ((sd15, "sdxl"), (sdxl, "sd15")):
+        said = one_line_of(model, controlnet=nets[other])
+        assert f"controlnet: {nets[other]} is for other checkpoints: its cross_attention_dim is" in said
+        file = str(Path(nets[other]) / "diffusion_pytorch_model.safetensors")
+        assert f"controlnet: {file} is no ControlNetModel for this checkpoint" in one_line_of(model, controlnet=file)
+    save_file({"weight": torch.ones(3)}, tmp_path / "other.safetensors")
+    for name, says in (("other.safetensors", "is no ControlNetModel"), ("gone", "is no .safetensors file")):
+        assert says in one_line_of(sd15, controlnet=str(tmp_path / name))
+    assert "holds an AutoencoderKL, not a ControlNetModel" in one_line_of(sd15, controlnet=str(Path(sd15) / "vae"))
+
+
+def test_in_float32_the_controlnet_computes_in_it_too(sd15, nets):  # noqa: F811
+    host = load_host(Generation(model=sd15, prompt="a cat", controlnet=nets["sd15"], precision="bf16"))
+    weights = [each.clone() for each in host._controlnet.parameters()]
+    with host.full_precision():
+        assert {each.dtype for each in host._controlnet.parameters()} == {torch.float32}
+    assert all(torch.equal(one, other) for one, other in zip(weights, host._controlnet.parameters()))
+    assert weights[0].dtype == torch.bfloat16
+
+
+# The built-in model ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "option, value",
+    [
+        ("prompt", "a cat"),
+        ("negative", "cloth"),
+        ("cfg", "7"),
+        ("clip-skip", "2"),
+        ("lora", "a.safetensors"),
+        ("vae", "a.safetensors"),
+        ("controlnet", "a"),
+    ],
+)
+def test_what_the_built_in_model_has_no_use_for_is_refused(option, value, tmp_path, capsys):
+    random_image(20, 20).save(tmp_path / "in.png")
+    assert cli.main(["upscale", str(tmp_path / "in.png"), str(tmp_path / "out.png"), f"--{option}", value]) == 2
+    name = option.replace("-", "_")
+    said = capsys.readouterr().err.splitlines()
+    assert said[-1] == f"dinotile: {name}: the built-in model mini has no use for it: leave it out, or give a --model"
+    assert not (tmp_path / "out.png").exists()
