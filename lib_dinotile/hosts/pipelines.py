@@ -153,10 +153,9 @@ class _Source:
             misfits = [each[0] for each in found.get("mismatched_keys", ())]
             _check_whole(self.name, part, sorted({*found["missing_keys"], *misfits}))
             return model.eval()
-        reason = " ".join(str(first).split())
-        raise self.refuse(
-            f"has a {words} that cannot be loaded: {reason.partition(' because ')[2] or reason}"[:400], ""
-        )
+        text = " ".join(str(first).split())
+        reason = (text.partition(" because ")[2] or text).partition(". ")[0]  # without advice for programmers
+        raise self.refuse(f"has a {words} that cannot be loaded: {reason[:300]}", "")
 
     def _read_index(self) -> dict[str, Any]:
         file = Path(self.name) / "model_index.json" if os.path.isdir(self.name) else _from_hub(self._option, self.name)
