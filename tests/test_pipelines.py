@@ -127,7 +127,7 @@ def test_a_folder_with_nothing_but_fp16_files_is_loaded(sd15, copied, tmp_path):
         (folder / part / f"{kind}.safetensors").rename(folder / part / f"{kind}.fp16.safetensors")
     assert abs(run(str(folder)) - run(sd15)).max() <= 3
     (folder / "unet" / "diffusion_pytorch_model.fp16.safetensors").unlink()
-    assert "diffusion_pytorch_model.safetensors" in refusal(folder)
+    assert "has a unet that cannot be loaded: Error no file named" in refusal(folder)
 
 
 def test_latents_with_a_mean_and_a_spread_by_channel_are_what_the_unet_was_trained_with(sd15, copied):  # noqa: F811
@@ -155,7 +155,7 @@ FOLDERS = {
     "images": ("sd15", {"unet": {"addition_embed_type": "image"}}, "inputs .*addition_embed_type: image"),
     "distilled": ("sd15", {"unet": {"time_cond_proj_dim": 256}}, "inputs .*time_cond_proj_dim: 256"),
     "SDXL without sizes": ("sdxl", {"unet": {"addition_embed_type": None}}, "inputs .*addition_embed_type: None"),
-    "scores": ("sdxl", {"unet": TIME}, "lacks weights|cannot be loaded|do not fit"),
+    "scores": ("sdxl", {"unet": TIME}, "lacks weights|that cannot be loaded"),
     "uneven": ("sd15", {"unet": {"layers_per_block": [1, 2]}}, "another number of blocks at every level"),
     "refiner": ("sdxl", {"index": {"text_encoder": [None, None], "tokenizer": [None, None]}}, "is an SDXL refiner"),
     "no words": ("sd15", {"index": {"text_encoder": [None, None]}}, "without text_encoder"),
@@ -168,8 +168,8 @@ FOLDERS = {
     ),
     "motion": ("sd15", {"index": {"motion_adapter": ["diffusers", "MotionAdapter"]}}, "with motion_adapter"),
     "controlnet": ("sd15", {"index": {"controlnet": ["diffusers", "ControlNetModel"]}}, "with controlnet"),
-    "wrong width": ("sd15", {"unet": {"cross_attention_dim": 1024}}, "cannot be loaded|lacks weights"),
-    "VAE of 16": ("sd15", {"vae": {"latent_channels": 16}}, "cannot be loaded|lacks weights"),
+    "wrong width": ("sd15", {"unet": {"cross_attention_dim": 1024}}, "lacks weights|that cannot be loaded"),
+    "VAE of 16": ("sd15", {"vae": {"latent_channels": 16}}, "lacks weights|that cannot be loaded"),
 }
 
 
@@ -190,11 +190,11 @@ PARTS = ["unet", "vae", "text_encoder"]
 def test_folders_with_a_part_that_is_not_whole_are_refused(sd15, copied, part, harm):  # noqa: F811
     folder = copied("sd15")
     (file,) = (folder / part).glob("*.safetensors")
+    layer = {"unet": "mid_block.", "vae": "decoder.mid_block.", "text_encoder": "encoder.layers.1."}[part]
     name = max(name for name in load_file(file) if name.endswith("weight"))
     if harm == "a weight is missing":
         rewritten(file, lambda weights: {key: value for key, value in weights.items() if key != name})
     elif harm == "a layer is missing":
-        layer = {"unet": "mid_block.", "vae": "decoder.mid_block.", "text_encoder": "encoder.layers.1."}[part]
         rewritten(file, lambda weights: {key: value for key, value in weights.items() if layer not in key})
     elif harm == "a wrong shape":
         rewritten(file, lambda weights: {**weights, name: torch.zeros(3, 5)})
@@ -204,8 +204,12 @@ def test_folders_with_a_part_that_is_not_whole_are_refused(sd15, copied, part, h
         if data:
             file.write_bytes(data)
     line = refusal(folder)
-    if "missing" in harm:
-        assert f"lacks weights of its {part.replace('_', ' ')}: " in line
+    words = part.replace("_", " ")
+    assert (
+        f"lacks weights of its {words}, or they do not fit: " in line
+        or f"has a {words} that cannot be loaded: " in line
+    )
+    assert "missing" not in harm or name.removeprefix("text_model.").split(".")[0] in line or layer in line
 
 
 def test_parts_that_do_not_fit_each_other_are_refused(sd15, sdxl, copied):  # noqa: F811
@@ -290,13 +294,13 @@ WHOLE = (UNET, "first_stage_model.decoder.conv_in.weight", "cond_stage_model.tra
 FILES = {
     "LoRA": (
         ["lora_unet_down_blocks_0.lora_down.weight", "lora_unet_down_blocks_0.lora_up.weight"],
-        "is a LoRA: give it",
+        "is a LoRA, which goes with --lora",
     ),
     "PEFT LoRA": (["unet.down_blocks.0.to_q.lora_A.weight"], "is a LoRA"),
     "LyCORIS": (["lora_te_text_model.hada_w1_a"], "is a LoRA"),
-    "ControlNet": (["control_model.input_blocks.0.0.weight"], "is a ControlNet: give it"),
+    "ControlNet": (["control_model.input_blocks.0.0.weight"], "is a ControlNet, which goes with --controlnet"),
     "diffusers ControlNet": (["controlnet_cond_embedding.conv_in.weight", "down_blocks.0.x"], "is a ControlNet"),
-    "VAE": (["first_stage_model.encoder.conv_in.weight"], "is a VAE: give it"),
+    "VAE": (["first_stage_model.encoder.conv_in.weight"], "is a VAE, which goes with --vae"),
     "bare VAE": (["encoder.conv_in.weight", "decoder.conv_in.weight"], "is a VAE"),
     "embedding": (["emb_params"], "is a textual inversion"),
     "SD3": (["model.diffusion_model.joint_blocks.0.x_block.attn.qkv.weight"], "is an SD3 model"),
@@ -362,7 +366,7 @@ def test_what_the_hub_says_is_reported_as_what_it_is(tmp_path, monkeypatch):
         assert "me/files on the Hugging Face Hub is no diffusers pipeline" in refusal("me/files")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     line = refusal("me/none")
-    assert "there is no folder me/none" in line and "cache has no such model" in line and "index" not in line
+    assert "there is no folder me/none" in line and "nor is it in Hugging Face's cache" in line and "index" not in line
     assert "there is no file or folder not/a/model" in refusal("not/a/model")
 
 
@@ -371,7 +375,7 @@ def test_the_command_line_says_it_in_one_line_and_ends_with_2(tmp_path, copied, 
     folder = copied("sd15", unet={"in_channels": 9})
     code = cli.main(["upscale", str(tmp_path / "in.png"), str(tmp_path / "out.png"), "--model", str(folder), "--quiet"])
     assert code == 2 and capsys.readouterr().err.strip() == (
-        f"dinotile: model: {folder} is an inpainting model (9 channels); {HELPS}"
+        f"dinotile: model: {folder} is an inpainting model (its UNet has 9 channels in, 4 out); {HELPS}"
     )
     assert not (tmp_path / "out.png").exists()
     assert np.asarray(Image.open(tmp_path / "in.png")).shape == (45, 70, 3)

@@ -39,23 +39,27 @@ def _has(*parts: str) -> Callable[[Collection[str]], bool]:
 
 
 OTHERS: dict[str, Callable[[Collection[str]], bool]] = {
-    "a LoRA: give it with --lora": _has("lora_down", "lora_up", "lora_A", "lora_B", "hada_w", "lokr_w", "oft_blocks"),
-    "a ControlNet: give it with --controlnet": _starts("control_model.", "controlnet_", "input_hint_block.", "lllite_"),
+    "a LoRA, which goes with --lora": _has(
+        "lora_down", "lora_up", "lora_A", "lora_B", "hada_w", "lokr_w", "oft_blocks"
+    ),
+    "a ControlNet, which goes with --controlnet": _starts(
+        "control_model.", "controlnet_", "input_hint_block.", "lllite_"
+    ),
     "a textual inversion": lambda names: bool({"emb_params", "clip_l", "clip_g"} & {*names}),
     "an SD3 model": _has("joint_blocks."),
     "a Flux model": _has("double_blocks.", "single_transformer_blocks."),
     "a diffusion transformer": _has("transformer_blocks.0.attn.", "x_embedder.", "patch_embedding."),
     "a UNet alone": _starts("down_blocks.", "input_blocks."),
-    "a VAE: give it with --vae": _starts("encoder.conv_in.", "decoder.conv_in.", VAE),
+    "a VAE, which goes with --vae": _starts("encoder.conv_in.", "decoder.conv_in.", VAE),
     "a text encoder": _starts("text_model.", *TEXT),
 }
 """Files without the UNet of a checkpoint: what they are, and how that is told by the names of their tensors."""
 
 
-def by_channels(channels: int) -> str:
-    """What a model is whose UNet takes so many channels."""
+def by_channels(taken: int, given: int = 4) -> str:
+    """What a model is whose UNet takes and gives so many channels."""
     known = {9: "an inpainting model", 8: "an InstructPix2Pix model", 7: "an x4 upscaler", 5: "a depth model"}
-    return f"{known.get(channels, 'another kind of model')} ({channels} channels)"
+    return f"{known.get(taken, 'another kind of model')} (its UNet has {taken} channels in, {given} out)"
 
 
 def is_pointer(path: Path) -> bool:

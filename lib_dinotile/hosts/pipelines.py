@@ -108,7 +108,9 @@ def _pretrained(source: _Source) -> Any:
 
 def _check_whole(name: str, part: str, missing: list[str]) -> None:
     if missing:
-        raise DinotileError(f"model: {name} lacks weights of its {part.replace('_', ' ')}: {missing[0]}")
+        raise DinotileError(
+            f"model: {name} lacks weights of its {part.replace('_', ' ')}, or they do not fit: {missing[0]}"
+        )
 
 
 class _Source:
@@ -134,20 +136,26 @@ class _Source:
 
     def weights(self, kind: Any, part: str) -> Any:
         """A part of the pipeline with all its weights; DinotileError if some are not there."""
-        first: OSError | None = None
+        words = part.replace("_", " ")
         if any(is_pointer(file) for file in Path(self.name, part).glob("*.safetensors")):
-            raise self.refuse(f"has only a Git LFS pointer for its {part}", ": download the file itself")
+            raise self.refuse(f"has only a Git LFS pointer for its {words}", ": download the file itself")
+        # transformers only says to look at what it has logged; diffusers raises an error that names the weight.
+        more = {"ignore_mismatched_sizes": True} if part.startswith("text_encoder") else {}
+        first: Exception | None = None
         for variant in VARIANTS:
             try:
                 model, found = kind.from_pretrained(
-                    self.name, subfolder=part, use_safetensors=True, variant=variant, output_loading_info=True
+                    self.name, subfolder=part, use_safetensors=True, variant=variant, output_loading_info=True, **more
                 )
-            except OSError as error:  # also where there are no such files
+            except Exception as error:  # whatever is raised where there are no such files, or damaged ones
                 first = first or error
                 continue
-            _check_whole(self.name, part, sorted(found["missing_keys"]))
+            misfits = [each[0] for each in found.get("mismatched_keys", ())]
+            _check_whole(self.name, part, sorted({*found["missing_keys"], *misfits}))
             return model.eval()
-        raise first or AssertionError
+        text = " ".join(str(first).split())
+        reason = (text.partition(" because ")[2] or text).partition(". ")[0]  # without advice for programmers
+        raise self.refuse(f"has a {words} that cannot be loaded: {reason[:300]}", "")
 
     def _read_index(self) -> dict[str, Any]:
         file = Path(self.name) / "model_index.json" if os.path.isdir(self.name) else _from_hub(self._option, self.name)
@@ -184,7 +192,7 @@ class _Source:
     def _check_unet(self, config: dict[str, Any]) -> None:
         channels = config.get("in_channels", 4), config.get("out_channels", 4)
         if channels != (4, 4):
-            raise self.refuse(f"is {by_channels(channels[0])}")
+            raise self.refuse(f"is {by_channels(*channels)}")
         asked = {key: config[key] for key in INPUTS if config.get(key) is not None}
         if config.get("addition_embed_type") != ("text_time" if self.sdxl else None):
             asked["addition_embed_type"] = config.get("addition_embed_type")
@@ -216,10 +224,9 @@ def _from_hub(option: str, name: str) -> Path:
     except HFValidationError as error:
         raise DinotileError(f"{option}: there is no file or folder {name}") from error
     except LocalEntryNotFoundError as error:  # a subclass of EntryNotFoundError that means no network
-        line = (
-            f"{option}: there is no folder {name}, Hugging Face's cache has no such model, and its Hub is not reached"
-        )
-        raise DinotileError(line) from error
+        raise DinotileError(
+            f"{option}: there is no folder {name}, nor is it in Hugging Face's cache, and the Hub cannot be reached"
+        ) from error
     except GatedRepoError as error:  # a subclass of RepositoryNotFoundError
         raise DinotileError(
             f"{option}: accept the licence at https://huggingface.co/{name} first, and log in with: hf auth login"
