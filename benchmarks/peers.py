@@ -3,12 +3,19 @@
 The peers: https://github.com/Coyote-A/ultimate-upscale-for-automatic1111 and
 https://github.com/pkuliyi2015/multidiffusion-upscaler-for-automatic1111.
 
-Same checkpoint, source, steps, sampler, strength and size of what the UNet sees; one thing at a time on the machine.
-Every figure is dinotile's time over the peer's, so less is better. Runs take turns after a warm-up run of each, and the
-figure is the ratio of the medians. That both make the size asked for out of the same number of tiles is checked.
+Same checkpoint, source, steps, sampler and strength; one thing at a time on the machine. Every figure is dinotile's
+time over the peer's, so less is better. Runs take turns after a warm-up run of each, and the figure is the ratio of the
+medians. That both make the size asked for out of as many tiles as expected is checked, and what each of them paints is
+printed: tiles, pixels, and for dinotile what the guard painted again.
+
+But for usdu_1024_shipped dinotile runs plain, without guidance and guard, and the UNet sees as much at once in both.
 
 usdu_1024: over Ultimate SD Upscale, 256 -> 1024 x 1024: its tile 256 with padding 32, which it samples at 320, and tile
-320 with overlap 64; 16 tiles each. Seconds from request to answer. Target: 0.9.
+320 with overlap 64; 16 tiles each. Seconds from request to answer. Target: 0.85.
+
+usdu_1024_shipped: the same with all options of both as they are by default: dinotile with guidance, guard and automatic
+tiles; Ultimate SD Upscale with its tile 512 and padding 32, in linear order. How much the guard paints again depends on
+the checkpoint, up to the retry budget. Target: 1.3.
 
 usdu_8192 (--large): the same, 1024 -> 8192 x 8192, 1024 tiles each. Neither is run on all of them. Of dinotile two
 inpaint masks, squares in the middle of the source (INNER of its side), leave some; from both whole runs, encoding and
@@ -47,12 +54,15 @@ from PIL import Image
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from benchmarks.photographs import example
+from lib_dinotile.settings import Settings
 from tests.live import client
 
 Image.MAX_IMAGE_PIXELS = None
 ULTIMATE, TILED = "ultimate sd upscale", "tiled diffusion"
 RESAMPLER = "Lanczos"
-TARGETS = {"usdu_1024": 0.9, "usdu_8192": 0.5, "tiled_diffusion": 0.9}
+TARGETS = {"usdu_1024": 0.85, "usdu_1024_shipped": 1.3, "usdu_8192": 0.5, "tiled_diffusion": 0.9}
+PADDING = 32
+"""Ultimate SD Upscale's, as it is by default."""
 WARM, MEASURED = 4, 16
 INNER = 0.1, 0.25
 """Shares of the large canvas that are painted."""
@@ -65,13 +75,24 @@ def dinotile(**options: Any) -> Request:
     return {"options": {"upscaler": RESAMPLER, **options}}
 
 
-def ultimate(webui: client.WebUI, scale: float) -> Request:
-    """Ultimate SD Upscale, in the chess order and without a seam pass."""
+def shipped(**options: Any) -> Request:
+    """All other options as they are by default: the client sends some that are not."""
+    defaults = {name: getattr(Settings(), name) for name in client.BLIND}
+    return dinotile(**defaults, **options)
+
+
+def ultimate(webui: client.WebUI, scale: float, tile: int = 512, order: int = 0) -> Request:
+    """Ultimate SD Upscale without a seam pass; order: 0 is linear, 1 chess. Else as it is by default."""
     # width and height of a tile, its mask blur and padding; the seam pass's width, strength and padding; the upscaler
-    first = [None, 256, 256, 8, 32, 64, 0.25, 16, webui.names("upscalers").index(RESAMPLER)]
-    # save, chess order, save after the seam pass, its mask blur, none of its types, size: by scale
-    last = [False, 1, False, 4, 0, 2, 0, 0, scale]
+    first = [None, tile, tile, 8, PADDING, 64, 0.25, 16, webui.names("upscalers").index(RESAMPLER)]
+    # save, order, save after the seam pass, its mask blur, none of its types, size: by scale
+    last = [False, order, False, 4, 0, 2, 0, 0, scale]
     return {"script_name": ULTIMATE, "script_args": [*first, *last]}
+
+
+def ultimate_side(tile: int) -> int:
+    """Pixels along a side of what it samples for a tile (`setup_redraw` of its USDURedraw)."""
+    return math.ceil((tile + PADDING) / 64) * 64
 
 
 def tiled(scale: float, tile: int, overlap: int, batch: int) -> Request:
@@ -100,8 +121,19 @@ class Side:
     request: Request
     size: int
     expected: int
+    tile: tuple[int, int]
+    """(width, height) of what is sampled for a tile."""
     tiles: Callable[[client.Progress], tuple[int, int] | None] | None = None
     """None: it does not say."""
+
+    def painted(self, reply: client.Reply) -> str:
+        """Its tiles and pixels in words, and what was painted again."""
+        width, height = self.tile
+        again = sum(report.get("retried", 0.0) for report in reply.extra.get("DINO Tile report") or [])
+        more = f", and {again:.0%} again" if again else ""
+        return (
+            f"{self.expected} tiles of {width} x {height}, {self.expected * width * height / 1e6:.2f} megapixels{more}"
+        )
 
     def check(self, reply: client.Reply, tiles: int | None) -> client.Reply:
         """The same, if size and tiles are right."""
@@ -131,7 +163,7 @@ def compare(webui: client.WebUI, sides: tuple[Side, Side], runs: int) -> float:
     image = example(256)
     seconds: dict[Side, list[float]] = {side: [] for side in sides}
     for side in sides:
-        side.check(*side.run(webui, image))
+        print(f"  {side.name:<24} {side.painted(side.check(*side.run(webui, image)))}", flush=True)
     for _ in range(runs):
         for side in sides:
             reply = webui.img2img(image, **side.request)
@@ -210,10 +242,19 @@ def main() -> None:
 
     def with_ultimate(scale: float, size: int, expected: int) -> tuple[Side, Side]:
         own = {**common, **dinotile(scale=scale, tile=320, overlap=64, batch=4, order="chess")}
-        peer = {**common, **ultimate(webui, scale)}
+        peer, seen = {**common, **ultimate(webui, scale, tile=256, order=1)}, (320, 320)
         return (
-            Side("dinotile", own, size, expected, dinotile_tiles),
-            Side("Ultimate SD Upscale", peer, size, expected, ultimate_tiles),
+            Side("dinotile", own, size, expected, seen, dinotile_tiles),
+            Side("Ultimate SD Upscale", peer, size, expected, seen, ultimate_tiles),
+        )
+
+    def as_shipped(scale: float, size: int) -> tuple[Side, Side]:
+        plan = webui.dinotile("plan", {"width": size, "height": size, "options": {"scale": 1}}).json()
+        own, peer = {**common, **shipped(scale=scale)}, {**common, **ultimate(webui, scale)}
+        tile, seen = plan["tiles"][0], ultimate_side(512)
+        return (
+            Side("dinotile", own, size, plan["painted"], (tile["width"], tile["height"]), dinotile_tiles),
+            Side("Ultimate SD Upscale", peer, size, math.ceil(size / 512) ** 2, (seen, seen), ultimate_tiles),
         )
 
     def show(key: str, figure: float) -> None:
@@ -224,10 +265,12 @@ def main() -> None:
     print(f"{model}, {arguments.steps} steps at {arguments.denoise}")
     print("1024 x 1024, 16 tiles of 320")
     show("usdu_1024", compare(webui, with_ultimate(4.0, 1024, 16), arguments.runs))
-    own = {**common, **dinotile(scale=4.0, tile=256, overlap=64, batch=4, order="fused")}
+    print("1024 x 1024, both as they are by default")
+    show("usdu_1024_shipped", compare(webui, as_shipped(4.0, 1024), arguments.runs))
+    own, seen = {**common, **dinotile(scale=4.0, tile=256, overlap=64, batch=4, order="fused")}, (256, 256)
     fused = (
-        Side("dinotile, fused", own, 1024, 25, dinotile_tiles),
-        Side("Tiled Diffusion", {**common, **tiled(4.0, 256, 64, 4)}, 1024, 25),
+        Side("dinotile, fused", own, 1024, 25, seen, dinotile_tiles),
+        Side("Tiled Diffusion", {**common, **tiled(4.0, 256, 64, 4)}, 1024, 25, seen),
     )
     print("1024 x 1024, 25 tiles of 256 advancing together")
     show("tiled_diffusion", compare(webui, fused, arguments.runs))

@@ -9,6 +9,7 @@ import torch
 from benchmarks import models
 from lib_dinotile.condition.conditioner import Conditioner
 from lib_dinotile.hosts.diffusers import load_host
+from lib_dinotile.settings import Settings
 
 
 @pytest.fixture
@@ -106,3 +107,25 @@ def test_a_cut_is_a_seam(speed):
     shown.add(seams.cut(image, 64, 40, 0), image, (edges, edges))
     same.add(image, image, (edges, edges))
     assert shown.seam()[0] > 1.02 > same.seam()[0]
+
+
+def test_what_peers_paint_is_told(speed):
+    from benchmarks import peers
+
+    assert [peers.ultimate_side(tile) for tile in (256, 512)] == [320, 576]
+    side = peers.Side("dinotile", peers.shipped(scale=4.0), 1024, 9, (384, 384))
+    reply = peers.client.Reply([], [], {"DINO Tile report": [{"tiles": [], "notes": [], "retried": 0.25}]})
+    assert side.painted(reply) == "9 tiles of 384 x 384, 1.33 megapixels, and 25% again"
+    plain = peers.Side("Ultimate SD Upscale", {}, 1024, 4, (576, 576))
+    assert plain.painted(peers.client.Reply([], [])) == "4 tiles of 576 x 576, 1.33 megapixels"
+
+
+def test_as_shipped_is_as_nobody_has_changed_anything(speed):
+    """The client's own requests switch guidance and guard off."""
+    from benchmarks import peers
+
+    webui, image = peers.client.WebUI("http://127.0.0.1:9"), speed.noise(8)
+    (sent,) = webui.body(image, **peers.shipped(scale=4.0))["alwayson_scripts"]["dino tile"]["args"]
+    assert Settings.parse(sent) == Settings(enabled=True, scale=4.0)
+    (sent,) = webui.body(image, **peers.dinotile(scale=4.0))["alwayson_scripts"]["dino tile"]["args"]
+    assert Settings.parse(sent) == Settings(enabled=True, scale=4.0, guidance=0.0, guard="off")
