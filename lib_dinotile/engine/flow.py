@@ -45,7 +45,7 @@ class Result:
     maps: Mapping[str, Image.Image] = field(default_factory=dict)
     """Pictures of what DINO sees, by name, as far as they are asked for; none of an unfinished run."""
 
-    covered: bool = True
+    covered: bool = False
     """Whether all tiles of the first pass are painted: what is missing is a pass over them, or the guard's mending."""
 
     @property

@@ -284,9 +284,11 @@ class WebUIHost(Host):
         with patched(self._p, denoising_strength=WHOLE):  # with little noise there is little to see
             if not self._rehearsal().alone(told):
                 return ""
-        return f"tiles are sampled one by one: the steps of {self._p.sampler_name} depend on all of a batch"
+        name = self._p.sampler_name
+        return f"tiles are sampled one by one: {name} does not give each tile of a batch what it gives it alone"
 
     def _rehearsal(self) -> Rehearsal:
+        self.set_levels()
         return Rehearsal(self._p, self.channels, self.frames)
 
     def _steps_at(self, denoise: float | None) -> Steps:
@@ -451,6 +453,9 @@ class WebUIHost(Host):
             raise self._sampler_cannot_be_fused()
         with seeded(self.device):
             self._without_pixels(self._with_frame(torch.zeros(1, self.channels, CELLS, CELLS, device=self.device)))
+
+    def set_levels(self) -> None:
+        """Noise levels of the model for this job, where they are not the same for all."""
 
     def restore_levels(self) -> None:
         """The model's noise levels as they were when the job began, where the WebUI does not see to that."""

@@ -421,7 +421,7 @@ class Takeover:
                     fill=fill,
                 )
             except flow.UnfinishedError as error:
-                if not error.result.covered:
+                if not error.result.covered or not isinstance(error.__cause__, Exception):
                     raise
                 errors.report("DINO Tile: stopped by an error", exc_info=True)
                 result = error.result
