@@ -82,6 +82,12 @@ class StubHost:
     def steps(self, denoise=None):
         return 8
 
+    def steps_note(self, denoise=None):
+        return ""
+
+    def batch_note(self):
+        return ""
+
     def progress(self, progress, canvas):
         self.seen.append(progress)
 

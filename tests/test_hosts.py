@@ -185,7 +185,7 @@ def test_a_sampler_that_paints_in_other_sizes_is_refused():
         host = webui.host(p := webui.job())
         latents = latents_of(host)
         tiled = TileBatch(batch_of(range(3), PROMPTS), lambda: torch.zeros(3, 3, 64, 64))
-        forward = host._tiled_forward(p.sampler.model_wrap_cfg, tiled, latents, None)
+        forward = host._tiled_forward(p.sampler.model_wrap_cfg, tiled, latents, None, [])
         with pytest.raises(DinotileError, match="the sampler Euler paints tiles in other sizes: choose another"):
             forward(latents[..., ::2, ::2], torch.ones(3), image_cond=torch.zeros(3, 5, 1, 1))
 
@@ -196,7 +196,7 @@ def test_a_sampler_that_keeps_the_negative_picture_is_shown_that_of_all_tiles(pr
 
     def shown(numbers: list[int]) -> tuple[Tensor, Tensor]:
         tiled = TileBatch(batch_of(numbers, prompts), lambda: torch.zeros(len(numbers), 3, 64, 64))
-        forward, seen = host._tiled_forward(denoiser, tiled, latents[numbers], None), dict[str, Tensor]()
+        forward, seen = host._tiled_forward(denoiser, tiled, latents[numbers], None, []), dict[str, Tensor]()
 
         def keep(args: dict[str, Any]) -> Tensor:
             seen.update(args)
@@ -245,7 +245,7 @@ def test_what_fills_the_masked_area(webui, fill):
             begun.extend([x, noise]) or inner(p, x, noise, *args, **more)
         )
         sampled(host, batch_of(range(3)), latents, mask=mask)
-    begin, used = (host._without_frame(each) for each in begun)
+    begin, used = (host._without_frame(each) for each in begun[-2:])
     filled = content if fill == 2 else torch.zeros_like(latents)
     assert torch.equal(used, start) and torch.equal(begin, torch.where(mask > 0, filled, latents))
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import types
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from tests import webui_models as models
+from tests.webui_samplers import Interrupted
 
 
 def install(webui: Any) -> None:
@@ -96,5 +96,5 @@ def install(webui: Any) -> None:
     webui.module(
         "modules.sd_samplers_common", setup_img2img_steps=setup_img2img_steps, sample_to_image=sample_to_image,
         images_tensor_to_samples=images_tensor_to_samples, store_latent=lambda latents: None,
-        InterruptedException=types.new_class("InterruptedException", (BaseException,)),
+        InterruptedException=Interrupted,
     )  # fmt: skip

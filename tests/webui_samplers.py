@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tests import webui_models as models
+from tests.webui_odd_samplers import ODD
 
 At = namedtuple("At", ["end_at_step", "cond"])
 """A conditioning, and the step at which it ends."""
@@ -203,6 +204,7 @@ class Sampler:
     def __init__(self, webui: Any, p: Any) -> None:
         self.webui, self.name = webui, p.sampler_name
         self.model_wrap_cfg = Denoiser(webui, p)
+        self.func = ODD.get(self.name)
         self.by_function = self.name == "Euler CFG++" and webui.kind.family in ("neo", "reforge")
         self.model_wrap_cfg.need_last_noise_uncond = self.name == "Euler CFG++" and not self.by_function
         if webui.kind.chain:
@@ -256,7 +258,17 @@ class Sampler:
             for control in unet.list_controlnets() if unet is not None else ():
                 control.cleanup()
 
+    def callback_state(self, seen: dict[str, Any]) -> None:
+        self.webui.modules["modules.shared"].total_tqdm.update()
+
     def _run(self, x: Tensor, noise: Tensor, sigmas: Tensor, draw: Callable[[], Tensor]) -> Tensor:
+        if self.func is not None:
+
+            def whole(x: Tensor, sigma: Tensor, **extra: Any) -> Tensor:
+                return self.model_wrap_cfg(x, sigma.expand(len(x)), **extra)
+
+            x, extra = self.webui.levels.noisy(x, noise, sigmas[0]), self.sampler_extra_args
+            return self.func(whole, x, sigmas, extra_args=extra, callback=self.callback_state, disable=False)
         negative: Tensor | None = None
 
         def keep(args: dict[str, Any]) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -43,6 +44,9 @@ class Result:
     report: Report
     maps: Mapping[str, Image.Image] = field(default_factory=dict)
     """Pictures besides it, by name, as `Settings.maps` asks for them; none of an unfinished run."""
+
+    covered: bool = False
+    """Whether all tiles of the first pass are painted: what is missing is a pass over them, or the guard's mending."""
 
     @property
     def complete(self) -> bool:
@@ -137,7 +141,11 @@ def upscale(
                     check_letters(conditions.regions, settings.region_words)
             except Interrupted:
                 stopped = True
+            fused = settings.order == "fused" and settings.seams == "none"
+            alone = host.batch_note() if settings.batch > 1 and not fused else ""
+            settings = dataclasses.replace(settings, batch=1) if alone else settings
             run = Run(host, settings, noise, canvas, plan, conditions, journal, team or Team())
+            run.report.notes += [alone] if alone else []
         if stopped:
             return _result(run)
         maps: Mapping[str, Image.Image] = {}
@@ -272,4 +280,4 @@ def analyze(
 
 
 def _result(run: Run, maps: Mapping[str, Image.Image] | None = None) -> Result:
-    return Result(run.canvas.finish(), run.done, run.total, run.report, maps or {})
+    return Result(run.canvas.finish(), run.done, run.total, run.report, maps or {}, run.covered)

@@ -161,6 +161,14 @@ class Host(Protocol):
     def steps(self, denoise: float | None = None) -> int:
         """How many sampling steps `sample` takes at a denoising strength, if not the generation's own."""
 
+    def steps_note(self, denoise: float | None = None) -> str:
+        """Words for the user if those are more than was asked for, since the sampler cannot do so few."""
+        return ""
+
+    def batch_note(self) -> str:
+        """Words for the user if tiles cannot be sampled together, since they would not come out the same."""
+        return ""
+
     def decode(self, latents: Tensor) -> Tensor:
         """Latents to pixels."""
 

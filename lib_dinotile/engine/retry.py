@@ -18,6 +18,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from lib_dinotile import Handling, one_line
 from lib_dinotile.condition.guard import Guard, Verdict
 from lib_dinotile.engine.denoisers import chunks
 from lib_dinotile.engine.host import Host, Interrupted
@@ -122,6 +123,9 @@ class Change:
 
 class Record(Protocol):
     """Who keeps what is painted, and says how far it is: the run."""
+
+    resumable: bool
+    """Whether a run that breaks off can be taken up again, so that an error is better than a retry left out."""
 
     def kept(self, step: str, tiles: Sequence[Rect]) -> PaintedBatch | None:
         """Tiles as an earlier run has painted them in that step, if it has."""
@@ -280,23 +284,36 @@ class RetryPolicy:
             )
         if budget.hopeless:
             return
+        failed = ""
         for number, retry in enumerate(ways, 1):
             cost = done.cost(self._host.steps(self._denoise(retry)))
             most_first = sorted((one for one in watched if one.judged.doubtful), key=lambda one: -one.judged.excess)
             chosen = most_first[: budget.pays_for(cost)]
-            text = f"repainting {counted(len(chosen), 'doubtful tile')}{f', attempt {number}' if number > 1 else ''}"
-            for wave in self._apart(chosen):
-                for group in chunks(chunks(wave, self._settings.batch), self._team.size):
-                    if self._host.interrupted():
-                        raise Interrupted
-                    self._record.tell(done, text, budget.used(cost * sum(map(len, group))))
-                    self._again(group, retry, cost)
+            attempt = f"attempt {number}" if number > 1 else ""
+            if chosen and (note := self._host.steps_note(self._denoise(retry))):
+                self._report.note(f"guard, {attempt or 'attempt 1'} to repaint: {note}")
+            failed = self._attempt(retry, chosen, cost, attempt)
+            if failed:
+                self._report.note(f"guard, {attempt or 'attempt 1'} to repaint is left out: {failed}")
+                self._host.free_memory()
         left = sum(one.judged.doubtful and not one.verdict.retries for one in watched)
-        if left and ways:
+        if left and ways and not failed:
             self._report.note(
                 f"guard: {counted(left, 'doubtful tile')} not painted again: the retry budget of "
                 f"{budget.share:g} is used up"
             )
+
+    def _attempt(self, retry: Retry, chosen: Sequence[_Watched], cost: int, attempt: str) -> str:
+        """These tiles painted once more; what is against it, in words, if that fails: they are painted already."""
+        text = f"repainting {counted(len(chosen), 'doubtful tile')}{attempt and f', {attempt}'}"
+        for wave in self._apart(chosen):
+            for group in chunks(chunks(wave, self._settings.batch), self._team.size):
+                if self._host.interrupted():
+                    raise Interrupted
+                self._record.tell(self._pass, text, self._budget.used(cost * sum(map(len, group))))
+                if failed := self._again(group, retry, cost):
+                    return failed
+        return ""
 
     def _denoise(self, retry: Retry) -> float:
         """Its denoising strength."""
@@ -306,9 +323,19 @@ class RetryPolicy:
         """How the journal names it."""
         return f"{self._pass.number}-retry{retry.seed}"
 
-    def _again(self, group: Sequence[Sequence[_Watched]], retry: Retry, cost: int) -> None:
-        """One more attempt at what is in doubt of some batches of tiles, one batch for each of the team."""
-        found = self._team.share(group, functools.partial(self._mend, retry))
+    def _again(self, group: Sequence[Sequence[_Watched]], retry: Retry, cost: int) -> str:
+        """One more attempt at what is in doubt of some batches of tiles, one batch for each of the team; why it fails."""
+        found: list[tuple[list[Change], PaintedBatch | None]] = []
+        failed: list[str] = []
+
+        def leave_out(error: Exception) -> bool:
+            if isinstance(error, Interrupted) or self._record.resumable:
+                return False
+            failed.append(one_line(error))
+            return True
+
+        with Handling(leave_out):
+            found = self._team.share(group, functools.partial(self._mend, retry))
         for batch, (changes, painted) in zip(group, found):
             again = [one for one, change in zip(batch, changes) if change.repainted]
             for one, change in zip(batch, changes):
@@ -319,7 +346,9 @@ class RetryPolicy:
             self._budget.spent += cost * len(again)
             if painted is not None:
                 self._record.keep(self._step(retry), [one.tile for one in again], painted)
-        raise_first([painted for _, painted in found if painted is not None])
+        with Handling(leave_out):
+            raise_first([painted for _, painted in found if painted is not None])
+        return failed[0] if failed else ""
 
     def _mend(self, retry: Retry, batch: Sequence[_Watched]) -> tuple[list[Change], PaintedBatch | None]:
         """Of each patch in doubt the better of what shows and one more attempt; nothing for tiles that neighbours have

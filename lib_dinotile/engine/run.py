@@ -48,6 +48,7 @@ class Run:
     ) -> None:
         self.canvas, self._host, self._settings, self._noise, self._plan = canvas, host, settings, noise, plan
         self._conditions, self._journal, self._team = conditions, journal, team
+        self.resumable = journal is not None
         self.report = Report([TileReport(number, tile) for number, tile in enumerate(plan.tiles, 1)])
         self.report.notes += conditions.notes
         self._size = BatchSize(settings.batch, host.free_memory, self.report.note)
@@ -61,6 +62,9 @@ class Run:
         self._passes = [
             Pass(number, *entry, host.steps(entry[-1])) for number, entry in enumerate(self._grids(plan, settings))
         ]
+        for each in self._passes:
+            if note := host.steps_note(each.denoise):
+                self.report.note(note if each.denoise is None else f"seam pass: {note}")
         self.done, self.total = 0, sum(len(each.tiles) for each in self._passes)
         self._meter = Meter([each.work for each in self._passes], reserve(settings) if self._guard else 0.0)
         self._ahead = 0.0
@@ -75,6 +79,11 @@ class Run:
     def painted(self) -> list[Rect]:
         """The tiles of the plan that are painted."""
         return [tile.area for tile in self.report.tiles if tile.state == PAINTED]
+
+    @property
+    def covered(self) -> bool:
+        """Whether all tiles of the first pass are painted, if it is not all that there is."""
+        return bool(self._passes) and self.done >= len(self._passes[0].tiles) > 0
 
     def _left_out(self, tile: Rect) -> str | None:
         """Why this tile is not painted, if it is not."""

@@ -139,6 +139,11 @@ class ForgeHost(WebUIHost):
                         "ControlNet-LLLite takes the whole picture for a tile: choose another ControlNet"
                     )
 
+    def set_levels(self) -> None:
+        p = self._p
+        if hasattr(p.sd_model, "set_shift"):
+            p.sd_model.set_shift(shift=p.distilled_cfg_scale)
+
     def restore_levels(self) -> None:
         """A job with zero terminal SNR has its own, which the WebUI takes back only at its good end."""
         if self._levels is None:
@@ -227,8 +232,7 @@ class ForgeHost(WebUIHost):
     def before_sampling(self, tiled: TiledDenoiser, latents: Tensor, start: Tensor, cond: Any, uncond: Any) -> Tensor:
         # What Forge's own StableDiffusionProcessingImg2Img.sample does before it samples.
         p, model = self._p, self._p.sd_model
-        if hasattr(model, "set_shift"):
-            model.set_shift(shift=p.distilled_cfg_scale)
+        self.set_levels()
         model.forge_objects = model.forge_objects_after_applying_lora.shallow_copy()
         processing.apply_token_merging(model, p.get_token_merging_ratio())
         start = super().before_sampling(tiled, latents, start, cond, uncond)

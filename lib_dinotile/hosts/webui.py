@@ -26,6 +26,7 @@ from lib_dinotile.hosts.interrogators import interrogators
 from lib_dinotile.hosts.memory_format import fast, fast_input
 from lib_dinotile.hosts.patched import patched, seeded
 from lib_dinotile.hosts.post_cfg import whole_after_parts
+from lib_dinotile.hosts.samplers import Rehearsal, Steps, noise_from, other_sizes
 from lib_dinotile.tiling.canvas import Canvas
 from lib_dinotile.tiling.noise import TileNoise
 
@@ -43,6 +44,8 @@ def base_of(model: Any) -> str:
 
 CELLS = 8
 """Latent cells a side of a picture that only shows what a checkpoint makes of it."""
+WHOLE = 1.0
+"""Denoising strength that leaves nothing of the source."""
 
 
 def _stopped_or_not() -> contextlib.AbstractContextManager[None]:
@@ -92,6 +95,7 @@ class WebUIHost(Host):
         self._negative = ""
         self._main: tuple[Any, Any] = (None, None)
         self._others: dict[tuple[str | None, tuple[int, int]], tuple[Any, Any]] = {}
+        self._known_steps: dict[tuple[int, float], Steps] = {}
         self.bars = Bars()
 
     @property
@@ -234,16 +238,15 @@ class WebUIHost(Host):
         if denoise is not None:
             values["denoising_strength"] = denoise
 
-        def noise_sampler(*_: Any) -> Any:
-            return lambda sigma, sigma_next: rng.next()
-
         # All now: a text encoder that is loaded amid sampling may push out the UNet.
         for text in {prompt.text for prompts in tiled.prompts for prompt in prompts}:
             self._conditioning(text, tiled.tile_size)
         cond, uncond = stacked([self._conditioning(None, tiled.tile_size)] * count)
         image_conditioning = self._image_conditioning(latents, tiled, mask)
+        steps = self._steps_at(denoise).told
         denoiser = p.sampler.model_wrap_cfg
-        forward = self._tiled_forward(denoiser, tiled, latents, free)
+        stops = list[bool]()
+        forward = self._tiled_forward(denoiser, tiled, latents, free, stops)
         begin = self._with_frame(latents)
         if free is not None and denoise is None and p.inpainting_fill in (LATENT_NOISE, LATENT_NOTHING):
             content = rng.next().to(begin) if p.inpainting_fill == LATENT_NOISE else torch.zeros_like(begin)
@@ -251,34 +254,64 @@ class WebUIHost(Host):
         with (
             contextlib.closing(rng),
             patched(p, **values),
-            patched(p.sampler, create_noise_sampler=noise_sampler),
-            patched(denoiser, forward=forward),
             self.bars.own(),
             self.sampling(tiled, canvas),
             fast_input(self.unet),
         ):
             start = self.before_sampling(tiled, begin, start, cond, uncond)
             width, height = tiled.tile_size  # some schedules depend on it
-            with patched(p, width=width, height=height):
-                samples = p.sampler.sample_img2img(p, begin, start, cond, uncond, image_conditioning=image_conditioning)
+            with (
+                patched(p, width=width, height=height),
+                noise_from(p.sampler, begin.shape, rng.next) as drawn,
+                patched(denoiser, forward=drawn.without(forward)),
+            ):
+                samples = p.sampler.sample_img2img(
+                    p, begin, start, cond, uncond, steps=steps, image_conditioning=image_conditioning
+                )
             samples = self._without_frame(samples)
-        if shared.state.interrupted or shared.state.skipped:
+        if stops:
             raise Interrupted
         return samples if free is None else torch.lerp(latents.to(samples), samples, free.to(samples))
 
     def steps(self, denoise: float | None = None) -> int:
-        values = {} if denoise is None else {"denoising_strength": denoise}
-        with patched(self._p, **values):
-            return sd_samplers_common.setup_img2img_steps(self._p)[1] + 1
+        return self._steps_at(denoise).taken
 
-    def _tiled_forward(self, denoiser: Any, tiled: TiledDenoiser, latents: Tensor, free: Tensor | None) -> Any:
-        """In place of the `forward` of the WebUI's CFGDenoiser: tile by tile."""
-        inner = denoiser.forward
+    def steps_note(self, denoise: float | None = None) -> str:
+        return self._steps_at(denoise).note
+
+    def batch_note(self) -> str:
+        told = self._steps_at(WHOLE).told
+        with patched(self._p, denoising_strength=WHOLE):  # with little noise there is little to see
+            if not self._rehearsal().alone(told):
+                return ""
+        name = self._p.sampler_name
+        return f"tiles are sampled one by one: {name} does not give each tile of a batch what it gives it alone"
+
+    def _rehearsal(self) -> Rehearsal:
+        self.set_levels()
+        return Rehearsal(self._p, self.channels, self.frames)
+
+    def _steps_at(self, denoise: float | None) -> Steps:
+        p = self._p
+        with patched(p, **({} if denoise is None else {"denoising_strength": denoise})):
+            key = p.steps, p.denoising_strength
+            if key not in self._known_steps:
+                self._known_steps[key] = self._rehearsal().steps()
+        return self._known_steps[key]
+
+    def _tiled_forward(
+        self, denoiser: Any, tiled: TiledDenoiser, latents: Tensor, free: Tensor | None, stops: list[bool]
+    ) -> Any:
+        """In place of the `forward` of the WebUI's CFGDenoiser: tile by tile.
+
+        stops: gets an entry if the user stops it on the way.
+        """
+        inner, stopped = denoiser.forward, sd_samplers_common.InterruptedException
 
         def forward(x: Tensor, sigma: Tensor, **extra: Any) -> Tensor:
             x = self._without_frame(x)
             if x.shape != latents.shape:  # as SMEA samplers do
-                raise DinotileError(f"the sampler {self._p.sampler_name} paints tiles in other sizes: choose another")
+                raise other_sizes(self._p)
             if denoiser.need_last_noise_uncond and not tiled.is_batch:
                 raise self._sampler_cannot_be_fused()
             step = denoiser.step
@@ -296,6 +329,8 @@ class WebUIHost(Host):
                 back = torch.tensor([number for chosen in alike.values() for number in chosen]).argsort()
                 with whole_after_parts(extra) as (more, show_whole):
                     for chosen in alike.values():
+                        if self.interrupted():
+                            raise stopped  # to the WebUI's sampler, which ends as it does
                         denoiser.step = step  # it counts its calls
                         joined = [self._joined(batch.prompts[number], entries[number]) for number in chosen]
                         parts = [at for at, (one, _) in enumerate(entries[chosen[0]]) for _ in one]
@@ -317,7 +352,11 @@ class WebUIHost(Host):
             def known() -> Tensor:
                 return self._output_for(denoiser, x, sigma, latents)
 
-            output = tiled(x, model, known)
+            try:
+                output = tiled(x, model, known)
+            except stopped:
+                stops.append(True)
+                raise
             if not tiled.is_batch:
                 self._preview(denoiser, output)
             return self._with_frame(output if free is None else torch.lerp(known().to(output), output, free.to(output)))
@@ -414,6 +453,9 @@ class WebUIHost(Host):
             raise self._sampler_cannot_be_fused()
         with seeded(self.device):
             self._without_pixels(self._with_frame(torch.zeros(1, self.channels, CELLS, CELLS, device=self.device)))
+
+    def set_levels(self) -> None:
+        """Noise levels of the model for this job, where they are not the same for all."""
 
     def restore_levels(self) -> None:
         """The model's noise levels as they were when the job began, where the WebUI does not see to that."""

@@ -411,16 +411,23 @@ class Takeover:
             patched(shared.state, do_set_current_image=lambda: None, current_latent=None),
             patched(self._p, width=width, height=height),
         ):
-            result = flow.upscale(
-                host,
-                area.cut(source),
-                self._settings,
-                noise,
-                self._conditioner,
-                size=area.canvas,
-                mask=area.mask,
-                fill=fill,
-            )
+            try:
+                result = flow.upscale(
+                    host,
+                    area.cut(source),
+                    self._settings,
+                    noise,
+                    self._conditioner,
+                    size=area.canvas,
+                    mask=area.mask,
+                    fill=fill,
+                )
+            except flow.UnfinishedError as error:
+                if not error.result.covered or not isinstance(error.__cause__, Exception):
+                    raise
+                errors.report("DINO Tile: stopped by an error", exc_info=True)
+                result = error.result
+                result.report.note(f"the image is complete but for a later pass, which {error.detail}")
         tiles, pixels = flow.workload(flow.make_plan(host, area.canvas, self._settings), self._settings)
         painted = pixels * result.painted / max(1, tiles) * (1 + (result.report.retried or 0))
         learn_speed(self._p.sd_model, time.perf_counter() - began, painted, host.steps())
@@ -428,8 +435,9 @@ class Takeover:
         return result
 
     def _keep(self, done: Sequence[Image.Image], seeds: Sequence[int], prompts: Sequence[str]) -> str:
-        """Saves what a failed run has painted where the finished images would have gone; words for where that is."""
-        if not done or not self._p.save_samples():
+        """Saves what a failed run has painted where the finished images would have gone, also if those would not have
+        been saved: with an error no image is answered. Words for where that is."""
+        if not done:
             return ""
         folder, form = self._p.outpath_samples, shared.opts.samples_format
         try:
