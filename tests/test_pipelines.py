@@ -423,6 +423,15 @@ def test_what_the_hub_says_is_reported_as_what_it_is(tmp_path, monkeypatch):
     assert "there is no file or folder not/a/model" in refusal("not/a/model")
 
 
+def test_a_pipeline_on_the_hub_is_loaded_and_later_without_it(sd15, tmp_path, monkeypatch):  # noqa: F811
+    files = {str(file.relative_to(sd15)): file.read_bytes() for file in Path(sd15).rglob("*") if file.is_file()}
+    with serve(Hub({"me/tiny": files})) as hub:
+        ask(hub.url, str(tmp_path / "cache"), monkeypatch)
+        assert (run("me/tiny") == run(sd15)).all()
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    assert (run("me/tiny") == run(sd15)).all()
+
+
 def test_the_command_line_says_it_in_one_line_and_ends_with_2(tmp_path, copied, sd15, capsys):  # noqa: F811
     SOURCE.save(tmp_path / "in.png")
     folder = copied("sd15", unet={"in_channels": 9})
