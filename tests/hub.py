@@ -44,6 +44,9 @@ def _handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
             if self.path == "/":
                 self._head(200, {})
                 return
+            if any(self.path.startswith(f"/api/models/{model}/tree/main/") for model in hub.models):
+                self._head(404, {"X-Error-Code": "EntryNotFound"})  # no folders are listed
+                return
             model, _, rest = self.path.strip("/").partition("/resolve/")
             revision, _, file = rest.partition("/")
             if model in hub.gated:

@@ -5,6 +5,7 @@ import os
 import re
 import shutil
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -355,6 +356,58 @@ def test_the_configuration_of_another_kind_is_refused(sdxl, tmp_path):  # noqa: 
     assert line.startswith("config: ") and "another kind of Stable Diffusion than x.safetensors" in line
 
 
+@pytest.fixture(scope="module")
+def ldm_file(sd15, tmp_path_factory):  # noqa: F811
+    """A checkpoint in the original layout, of the shapes of `sd15`, with random weights."""
+    openaimodel = pytest.importorskip("ldm.modules.diffusionmodules.openaimodel")
+    model = pytest.importorskip("ldm.modules.diffusionmodules.model")
+    torch.manual_seed(0)
+    sizes = {"image_size": 8, "in_channels": 4, "out_channels": 4, "model_channels": 32, "channel_mult": (1, 2)}
+    heads = {"num_heads": 8, "use_spatial_transformer": True, "context_dim": 768, "legacy": False}
+    unet = openaimodel.UNetModel(**sizes, **heads, num_res_blocks=1, attention_resolutions=[1], use_checkpoint=False)
+    coder = {"ch": 32, "out_ch": 3, "ch_mult": (1,) * 4, "num_res_blocks": 1, "attn_resolutions": [], "in_channels": 3}
+    coder |= {"resolution": 64, "z_channels": 4}
+    parts = {
+        "model.diffusion_model.": unet,
+        "first_stage_model.encoder.": model.Encoder(**coder),
+        "first_stage_model.decoder.": model.Decoder(**coder),
+        "first_stage_model.quant_conv.": torch.nn.Conv2d(8, 8, 1),
+        "first_stage_model.post_quant_conv.": torch.nn.Conv2d(4, 4, 1),
+    }
+    weights = {f"{start}{key}": value for start, part in parts.items() for key, value in part.state_dict().items()}
+    weights = {key: torch.randn_like(value) * 0.1 if not value.any() else value for key, value in weights.items()}
+    words = load_file(f"{sd15}/text_encoder/model.safetensors")
+    start = "cond_stage_model.transformer.text_model."
+    weights |= {start + key.removeprefix("text_model."): value for key, value in words.items()}
+    path, config = tmp_path_factory.mktemp("ldm") / "tiny.safetensors", tmp_path_factory.mktemp("config") / "sd15"
+    save_file(weights, path)
+    shutil.copytree(sd15, config)
+    found = json.loads((config / "vae" / "config.json").read_text())
+    (config / "vae" / "config.json").write_text(json.dumps({**found, "block_out_channels": [32] * 4}))
+    for file in config.rglob("*.safetensors"):
+        file.unlink()
+    return path, str(config)
+
+
+def test_a_file_in_the_original_layout_paints_with_a_solver_of_our_own(ldm_file):
+    path, config = ldm_file
+    plain = run(str(path), config=config)
+    file = Path(config, "scheduler", "scheduler_config.json")
+    kept = file.read_text()
+    for name in ("sde", "deis"):
+        file.write_text(json.dumps({**json.loads(kept), **ODD_SOLVERS[name]}))
+        assert (run(str(path), config=config) == plain).all()
+    file.write_text(kept)
+
+
+@pytest.mark.parametrize("part", ["middle_block.1.", "decoder.mid.", "encoder.layers.1.", "final_layer_norm.weight"])
+def test_a_file_that_is_not_whole_is_refused(ldm_file, part, tmp_path):
+    path, config = ldm_file
+    weights = {key: value for key, value in load_file(path).items() if part not in key}
+    save_file(weights, tmp_path / "x.safetensors")
+    assert "x.safetensors lacks weights of its " in refusal(tmp_path / "x.safetensors", config=config)
+
+
 # The Hub -------------------------------------------------------------------------------------------------------------
 
 
@@ -368,6 +421,15 @@ def test_what_the_hub_says_is_reported_as_what_it_is(tmp_path, monkeypatch):
     line = refusal("me/none")
     assert "there is no folder me/none" in line and "nor is it in Hugging Face's cache" in line and "index" not in line
     assert "there is no file or folder not/a/model" in refusal("not/a/model")
+
+
+def test_a_pipeline_on_the_hub_is_loaded_and_later_without_it(sd15, tmp_path, monkeypatch):  # noqa: F811
+    files = {str(file.relative_to(sd15)): file.read_bytes() for file in Path(sd15).rglob("*") if file.is_file()}
+    with serve(Hub({"me/tiny": files})) as hub:
+        ask(hub.url, str(tmp_path / "cache"), monkeypatch)
+        assert (run("me/tiny") == run(sd15)).all()
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    assert (run("me/tiny") == run(sd15)).all()
 
 
 def test_the_command_line_says_it_in_one_line_and_ends_with_2(tmp_path, copied, sd15, capsys):  # noqa: F811

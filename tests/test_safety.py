@@ -480,7 +480,8 @@ def risks(source: str) -> Iterator[str]:
         keywords = {keyword.arg: keyword.value for keyword in node.keywords}
         yield from (name for name in ("shell", "allow_pickle", "trust_remote_code") if name in keywords)
         safe, called = keywords.get("use_safetensors"), dotted(node.func)
-        loads = called.endswith(".from_pretrained") and "Scheduler" not in called  # which have no weights
+        weightless = "Scheduler" in called or "Tokenizer" in called
+        loads = called.endswith(".from_pretrained") and not weightless
         if loads and not (isinstance(safe, ast.Constant) and safe.value is True):
             yield f"{called} without use_safetensors=True"
 

@@ -74,7 +74,10 @@ def _single_file(path: Path, config: str) -> Any:
             raise source.refuse(f"is for another kind of Stable Diffusion than {path.name}")
         more |= {"config": config, "scheduler": source.scheduler()}
     kind = StableDiffusionXLPipeline if marks.sdxl else StableDiffusionPipeline
-    pipe = kind.from_single_file(str(path), **more)
+    try:
+        pipe = kind.from_single_file(str(path), **more)
+    except NotImplementedError as error:  # torch's, where a weight that the file lacks is to be moved
+        raise DinotileError(f"model: {path.name} lacks weights of its unet or its vae") from error
     for name, part in pipe.components.items():
         if isinstance(part, nn.Module):  # weights that the file lacks are on no device
             _check_whole(path.name, name, [key for key, weight in part.named_parameters() if weight.is_meta])
