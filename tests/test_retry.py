@@ -314,7 +314,9 @@ def test_any_batch_gives_the_same_image(order):
     assert [tile.verdict.seeds for tile in one.report.tiles] == [tile.verdict.seeds for tile in four.report.tiles]
 
 
-@pytest.mark.parametrize("fails, left", [(lambda strength: strength == 0.5, [1, 2]), (lambda strength: strength, [1, 2, 3])])
+@pytest.mark.parametrize(
+    "fails, left", [(lambda strength: strength == 0.5, [1, 2]), (lambda strength: strength, [1, 2, 3])]
+)
 def test_a_retry_that_cannot_be_done_is_left_out_and_said(fails, left):
     """What is painted already, and what the guard can do without painting, is not lost for it."""
 

@@ -251,6 +251,8 @@ def _add_routes(_: Any, app: FastAPI) -> None:
         return
     app.add_api_route(ROUTE, _arm, methods=["POST"])
     app.add_api_route(ROUTE, _look, methods=["GET"])
+    # As the page's Interrupt does, where there is more than one job to do: it has no route of its own.
+    app.add_api_route("/sdapi/v1/stop-generating", lambda: shared.state.stop_generating(), methods=["POST"])
     app.add_api_route(f"{ROUTE}/press", _press(app), methods=["POST"])
 
 
