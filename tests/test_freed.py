@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import gc
 import importlib
 import types
@@ -171,7 +172,7 @@ class Job:
         self.resize_mode = self.inpainting_fill = 1
         self.batch_size = self.n_iter = 1
         self.denoising_strength, self.initial_noise_multiplier, self.sampler_name = 0.5, 1.0, "Euler"
-        self.negative_prompts = [""]
+        self.negative_prompts, self.outpath_samples = [""], "out"
         info = types.SimpleNamespace(filename="stub.safetensors")
         families = {"is_sd1": True, "is_sd2": False, "is_sdxl": False}
         self.sd_model = types.SimpleNamespace(sd_checkpoint_info=info, **families)
@@ -206,6 +207,7 @@ def takeover(modules, monkeypatch, tmp_path) -> Any:
         sd_vae_encode_method="Full",
         sd_vae_decode_method="Full",
         live_previews_enable=False,
+        samples_format="png",
         **dict.fromkeys(names, False),
     )
     stops = dict.fromkeys(("interrupted", "skipped", "stopping_generation"), False)
@@ -213,7 +215,9 @@ def takeover(modules, monkeypatch, tmp_path) -> Any:
     shared.state = types.SimpleNamespace(textinfo="", **stops, **counts)
     shared.total_tqdm = types.SimpleNamespace(update=lambda: None, updateTotal=lambda count: None)
     modules("modules.extra_networks").parse_prompt = lambda text: (text, {})
-    modules("modules.images").flatten = lambda image, background: image.convert("RGB")
+    webuis_images = modules("modules.images")
+    webuis_images.flatten = lambda image, background: image.convert("RGB")
+    webuis_images.save_image = lambda image, path, *_, suffix, **__: (f"{path}/00{suffix}.png", None)
     modules("modules.sd_samplers").create_sampler = lambda name, model: object()
     modules("modules.errors").report = lambda text, exc_info=False: None
     module = modules("lib_dinotile.webui.takeover")
@@ -341,11 +345,35 @@ def test_what_a_job_had_is_gone_when_it_breaks_off(takeover, alive, monkeypatch,
     except DinotileError as error:
         said = str(error)
     alone = name == "what the user can mend"
-    assert said == (text if alone else f"stopped after {painted} of 4 tiles: {text or 'KeyboardInterrupt'}")
+    kept = " (kept in out/00-unfinished.png)" if painted else ""  # whether or not the images were to be saved
+    assert said == (text if alone else f"stopped after {painted} of 4 tiles{kept}: {text or 'KeyboardInterrupt'}")
     job = weakref.ref(p)
     assert gone(p, alive)
     del p
     assert job() is None
+
+
+@pytest.mark.parametrize("painted, total, pass_", [(9, 12, "the pass over them"), (9, 9, "the guard")])
+def test_where_all_tiles_are_painted_no_later_error_costs_the_image(
+    takeover, alive, monkeypatch, painted, total, pass_
+):
+    inner = flow.upscale
+
+    def upscale(*args, **more):
+        result = inner(*args, **more)
+        try:
+            raise RuntimeError("broken")
+        except RuntimeError as error:
+            result = dataclasses.replace(result, painted=painted, total=total, covered=True)
+            raise flow.UnfinishedError(error, result) from error
+
+    monkeypatch.setattr(flow, "upscale", upscale)
+    p = Job()
+    finish(takeover, p)
+    (note,) = p.extra_generation_params["DINO Tile notes"]
+    assert note.split("; ")[-1] == f"all tiles are painted, {pass_} stopped: broken"
+    assert p.extra_generation_params["DINO Tile painted"] == [None if painted == total else "9 of 12"]
+    assert gone(p, alive)
 
 
 @pytest.mark.parametrize("place", ["init", "webui", "refused", "refused for no reason of ours"])

@@ -314,6 +314,38 @@ def test_any_batch_gives_the_same_image(order):
     assert [tile.verdict.seeds for tile in one.report.tiles] == [tile.verdict.seeds for tile in four.report.tiles]
 
 
+@pytest.mark.parametrize(
+    "fails, left", [(lambda strength: strength == 0.5, [1, 2]), (lambda strength: strength, [1, 2, 3])]
+)
+def test_a_retry_that_cannot_be_done_is_left_out_and_said(fails, left):
+    """What is painted already, and what the guard can do without painting, is not lost for it."""
+
+    class Broken(Forger):
+        def sample(self, latents, tiled, noise, canvas, denoise=None, mask=None):
+            if denoise is not None and fails(denoise):
+                raise RuntimeError("broken")
+            return super().sample(latents, tiled, noise, canvas, denoise, mask)
+
+    host = Broken()
+    result, source, image = run(host, guard_seeds=2, guard_weaker=1)
+    assert result.complete and host.freed
+    assert [line for line in result.report.notes if "left out" in line] == [
+        f"guard, attempt {number} to repaint is left out: broken" for number in left
+    ]
+    assert host.retries == ({} if 3 in left else {10: [*HALF]})
+    assert abs(image - source).max() <= 1, "it was not blended back"
+
+
+def test_a_retry_with_more_steps_than_it_asked_for_says_so():
+    class Needy(Forger):
+        def steps_note(self, denoise=None):
+            return "4 sampling steps instead of 3" if denoise is not None and denoise < 0.5 else ""
+
+    result, *_ = run(Needy(), guard_seeds=1, guard_weaker=1)
+    assert "guard, attempt 2 to repaint: 4 sampling steps instead of 3" in result.report.notes
+    assert not [line for line in run(Needy(wrong=lambda number: 0))[0].report.notes if "steps" in line]
+
+
 @pytest.mark.parametrize("order", ["chess", "linear", "fused"])
 @pytest.mark.parametrize("after", [1, 9, 13, 15, 17])
 def test_a_run_that_broke_off_is_resumed_to_the_same_image(tmp_path, order, after):

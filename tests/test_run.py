@@ -342,6 +342,43 @@ def test_out_of_memory_with_one_tile_says_what_to_do():
         run(StubHost(model=out_of_memory_above(0)))
 
 
+@pytest.mark.parametrize("after", [0, 2, 12, 13])
+def test_an_error_after_the_first_pass_tells_that_all_tiles_are_painted(after):
+    class Broken(StubHost):
+        def sample(self, *arguments, **more):
+            if len(self.sampled) == after:
+                raise RuntimeError("broken")
+            return super().sample(*arguments, **more)
+
+    with pytest.raises(UnfinishedError, match=rf"stopped after {after} of \d+ tiles: broken") as caught:
+        run(Broken(white), EVEN, overlap=0, batch=1, seams="half tile")
+    result = caught.value.result
+    assert result.covered == (after >= 12) and not result.complete
+    if result.covered:
+        assert pixels(result.image).min() == 255
+
+
+def test_a_pass_that_takes_more_steps_than_it_asked_for_says_so():
+    class Needy(StubHost):
+        def steps_note(self, denoise=None):
+            return "4 sampling steps instead of 1" if denoise == 0.03 else ""
+
+    notes = run(Needy(), seams="bands", seam_denoise=0.03).report.notes
+    assert notes == ["seam pass: 4 sampling steps instead of 1"]
+    assert run(Needy(), seams="bands", seam_denoise=0.2).report.notes == []
+
+
+def test_where_tiles_of_a_batch_are_not_what_they_are_alone_they_are_painted_one_by_one():
+    class Alone(StubHost):
+        def batch_note(self):
+            return "tiles are sampled one by one"
+
+    host = Alone()
+    result = run(host, EVEN, overlap=0, batch=4)
+    assert set(host.sampled) == {1} and result.report.notes == ["tiles are sampled one by one"]
+    assert run(Alone(), EVEN, overlap=0, batch=1).report.notes == []
+
+
 def broken_at(x, mended=lambda: False):
     """A model that gives NaN for red tiles, unless it is mended."""
     bad = x[:, 0].mean((1, 2)) > 0.8

@@ -324,7 +324,7 @@ class RetryPolicy:
         return f"{self._pass.number}-retry{retry.seed}"
 
     def _again(self, group: Sequence[Sequence[_Watched]], retry: Retry, cost: int) -> str:
-        """One more attempt at what is in doubt of some batches of tiles, one batch for each of the team; why it fails."""
+        """One more attempt at what is in doubt of some batches of tiles, one for each of the team; why it fails."""
         found: list[tuple[list[Change], PaintedBatch | None]] = []
         failed: list[str] = []
 

@@ -427,7 +427,8 @@ class Takeover:
                     raise
                 errors.report("DINO Tile: stopped by an error", exc_info=True)
                 result = error.result
-                result.report.note(f"the image is complete but for a later pass, which {error.detail}")
+                left_out = "the guard stopped" if result.complete else "the pass over them stopped"
+                result.report.note(f"all tiles are painted, {left_out}: {one_line(error.__cause__)}")
         tiles, pixels = flow.workload(flow.make_plan(host, area.canvas, self._settings), self._settings)
         painted = pixels * result.painted / max(1, tiles) * (1 + (result.report.retried or 0))
         learn_speed(self._p.sd_model, time.perf_counter() - began, painted, host.steps())

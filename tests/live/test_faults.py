@@ -53,6 +53,7 @@ class Case:
 MEMORY = "out of memory with a single tile: give a smaller tile size"
 GUIDED, GUARDED = {**BLIND, "guidance": 0.5}, {**BLIND, "guard": "report"}
 SEAMS = {"seams": "half tile"}
+STOPPED = "all tiles are painted, the guard stopped"
 
 BROKEN_OFF = [
     Case("upscale", line=f"stopped before the first tile: {TOLD}"),
@@ -72,16 +73,11 @@ BROKEN_OFF = [
     Case("decode", "memory", after=1, painted=1, line=MEMORY),
     Case("decode", options={"order": "fused"}),
     Case("prompts", options={"tile_prompts": "3: a cat"}, after=1, painted=2),
-    Case("encoder", options=GUARDED, after=2, painted=4),
-    Case("positions", "nan", options=GUARDED, after=2, painted=4, line="encoder: 'mini' returned NaN: .*"),
     Case("encoder", options=GUIDED, after=3, painted=1),
     Case("guidance", options=GUIDED),
     Case("guidance", options=GUIDED, after=4, painted=2),
     Case("guidance", "memory", options=GUIDED, after=5, painted=2, line=MEMORY),
     Case("guidance", options={**GUIDED, "order": "fused"}, after=2),
-    Case("guard", options=GUARDED, after=3, painted=4),
-    Case("guard", "memory", options=GUARDED, after=3, painted=4, line=MEMORY),
-    Case("guard", options={**GUARDED, "order": "fused"}, after=1, painted=4),
     Case("adapter", after=4, painted=2, adapter=True),
     Case("adapter", "memory", after=0, adapter=True, line=MEMORY),
     Case("adapter", options={"order": "fused"}, after=6, adapter=True),
@@ -100,6 +96,11 @@ MADE = [
     Case("adapter", "nan", after=2, adapter=True, line="tile 2 is kept from the source: .*"),
     Case("guidance", "nan", options=GUIDED, after=2, times=1, line="tile 2 was done again in full precision: .*"),
     Case("guard", "nan", options=GUARDED, line=r"guard: 4 of 4 tiles were in doubt \(still in doubt: 1-4\)"),
+    Case("encoder", options=GUARDED, after=2, line=f"{STOPPED}: {TOLD}"),
+    Case("positions", "nan", options=GUARDED, after=2, line=f"{STOPPED}: encoder: 'mini' returned NaN: .*"),
+    Case("guard", options=GUARDED, after=3, line=f"{STOPPED}: {TOLD}"),
+    Case("guard", "memory", options=GUARDED, after=3, line=f"{STOPPED}: {MEMORY}"),
+    Case("guard", options={**GUARDED, "order": "fused"}, after=1, line=f"{STOPPED}: {TOLD}"),
     Case("maps", options={**GUARDED, "maps": "both"}, line=f"maps: they cannot be drawn: {TOLD}"),
 ]
 
@@ -261,21 +262,33 @@ def test_an_image_that_is_made_all_the_same_says_so(
     assert again.infotexts == whole.infotexts
 
 
-def test_a_seam_pass_that_breaks_off_keeps_the_tiles(
-    webui: WebUI, source: Image.Image, faults: Faults, folder: Path, good: Good
-):
+def test_a_seam_pass_that_breaks_off_costs_no_image(webui: WebUI, source: Image.Image, faults: Faults, good: Good):
     options = {**LINEAR, **SEAMS}
     whole, clean = good(options)
     plain, _ = good(LINEAR)
     faults.arm(Case("encode", after=1))
-    answer = webui.post("img2img", webui.body(source, options, **SAVING))
+    reply = webui.img2img(source, options)
     fired, left = faults.disarm()
-    found = re.fullmatch(rf"stopped after 4 of (\d+) tiles \(kept in (.+)\): {TOLD}", answer.json()["detail"])
-    assert fired and found and int(found[1]) > 4, answer.text
-    with Image.open(found[2]) as image:
-        assert difference(image, plain.image) == 0
+    assert fired and f"all tiles are painted, the pass over them stopped: {TOLD}" in reply.fields["DINO Tile notes"]
+    painted, _, total = reply.fields["DINO Tile painted"].partition(" of ")
+    assert painted == "4" and int(total) > 4
+    assert difference(reply.image, plain.image) == 0
     check_left(left, clean)
     assert difference(webui.img2img(source, options).image, whole.image) == 0
+
+
+def test_what_is_painted_is_kept_also_where_nothing_was_to_be_saved(
+    webui: WebUI, source: Image.Image, faults: Faults, folder: Path, good: Good
+):
+    """As is the API's default: with an error there is no image in the answer."""
+    whole, _ = good(LINEAR)
+    faults.arm(Case("decode", after=2))
+    answer = webui.post("img2img", webui.body(source, LINEAR, save_images=False))
+    assert faults.disarm()[0] and answer.status_code == 500
+    found = re.fullmatch(rf"stopped after 2 of 4 tiles \(kept in (.+)\): {TOLD}", answer.json()["detail"])
+    assert found and [Path(found[1])] == [file for file in files(folder) if file.suffix == ".png"], answer.text
+    with Image.open(found[1]) as image:
+        check_painted(image, whole.image, source, 2)
 
 
 def test_of_a_batch_what_is_done_is_kept(webui: WebUI, source: Image.Image, faults: Faults, folder: Path, good: Good):

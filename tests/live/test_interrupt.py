@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import time
 
 import numpy as np
 import pytest
@@ -91,3 +92,20 @@ def test_progress_grows_and_shows_the_canvas(webui: WebUI, source: Image.Image):
     for preview in previews:
         assert preview.width / preview.height == pytest.approx(PLAN.width / PLAN.height, rel=0.05)
     assert difference(previews[0], previews[-1]) > 1
+
+
+@pytest.mark.parametrize("how", ["interrupt", "stop-generating"])
+def test_a_stop_is_heard_within_a_step_of_the_tiles_at_work(webui: WebUI, source: Image.Image, how: str):
+    """Many tiles at once, with many steps: the batch is not waited for."""
+    if webui.get("openapi.json").json()["paths"].get(f"/sdapi/v1/{how}") is None:
+        pytest.skip("this WebUI has no dinotile-faults, or its page no such button")
+    options = {**TILES, "overlap": 0, "tile": 64, "batch": 16}
+    many, few = (webui.img2img(source, options, steps=steps, denoising_strength=1.0).seconds for steps in (12, 2))
+    step = (many - few) / 10
+    job = webui.start(source, options, steps=60, denoising_strength=1.0)
+    stop_at(webui, job, 0, how)
+    stopped = time.perf_counter()
+    reply = job.reply()
+    waited = time.perf_counter() - stopped
+    assert reply.fields["DINO Tile painted"].startswith("0 of ")
+    assert waited < few + 8 * step, f"{waited:.1f} s for a step of {step:.1f} s"

@@ -98,6 +98,8 @@ class Fault:
         def call(*args: Any, **more: Any) -> Any:
             if fault._stage == "save" and not (len(args) > 1 and isinstance(args[1], str)):
                 return real(*args, **more)  # not to a file
+            if fault._stage == "sampler" and args[4] is None:
+                return real(*args, **more)  # tried without prompts and model
             if fault._good > 0:
                 fault._good -= 1
                 return real(*args, **more)
@@ -249,6 +251,8 @@ def _add_routes(_: Any, app: FastAPI) -> None:
         return
     app.add_api_route(ROUTE, _arm, methods=["POST"])
     app.add_api_route(ROUTE, _look, methods=["GET"])
+    # As the page's Interrupt does, where there is more than one job to do: it has no route of its own.
+    app.add_api_route("/sdapi/v1/stop-generating", lambda: shared.state.stop_generating(), methods=["POST"])
     app.add_api_route(f"{ROUTE}/press", _press(app), methods=["POST"])
 
 
