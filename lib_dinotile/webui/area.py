@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import cv2
@@ -14,6 +15,8 @@ from lib_dinotile.engine import flow
 from lib_dinotile.images import MAX_PIXELS
 from lib_dinotile.settings import Settings
 
+LEAST = 8
+"""Latent cells along each side of what `Only masked` paints, at least: a model makes nothing of less."""
 CROP, FILL = 1, 2
 """img2img's Resize modes that keep the proportions; the others stretch."""
 
@@ -47,6 +50,8 @@ class Area:
             box = masking.get_crop_region_v2(self.mask, p.inpaint_full_res_padding)
             if settings.target == "img2img size":
                 box = masking.expand_crop_region(box, *given, *size)
+            else:
+                box = self._roomy(box, size, settings)
             self._box, self._overlay = box, self.mask
             self.mask = self.mask.crop(box).point(lambda level: 255 if level else 0)  # it fades when it is put back
             self.canvas = flow.canvas_size((box[2] - box[0], box[3] - box[1]), settings, given)
@@ -80,6 +85,25 @@ class Area:
         if p.inpainting_fill != 1:
             self.infotext["Masked content"] = {0: "fill", 2: "latent noise", 3: "latent nothing"}[p.inpainting_fill]
         return Image.fromarray(pixels)
+
+    @staticmethod
+    def _roomy(box: tuple[int, int, int, int], size: tuple[int, int], settings: Settings) -> tuple[int, int, int, int]:
+        """A box (left, top, right, bottom) with so much around it that its canvas has `LEAST` latent cells a side, as
+        far as a source of (width, height) goes."""
+        longest = max(box[2] - box[0], box[3] - box[1])
+        scale = settings.scale if settings.target == "scale" else settings.longest / longest
+        least, ranges = math.ceil(LEAST * processing.opt_f / scale), []
+        for start, end, side in zip(box[:2], box[2:], size):
+            wanted = min(side, max(end - start, least))
+            start = min(max(0, start - (wanted - end + start) // 2), side - wanted)
+            ranges.append((start, start + wanted))
+        (left, right), (top, bottom) = ranges
+        return left, top, right, bottom
+
+    @property
+    def shown_mask(self) -> Image.Image | None:
+        """L, of the result's size: what the WebUI shows and saves as the mask."""
+        return self._overlay or (self.mask and self.mask.resize(self.finished))
 
     def _part(self, size: tuple[int, int]) -> tuple[int, int]:
         """(width, height) of what of an image of that size becomes the canvas.
