@@ -17,8 +17,15 @@ from lib_dinotile.settings import Settings
 
 LEAST = 8
 """Latent cells along each side of what `Only masked` paints, at least: a model makes nothing of less."""
+FEW = 2
+"""Latent cells within which a mask shows nothing but a colour."""
 CROP, FILL = 1, 2
 """img2img's Resize modes that keep the proportions; the others stretch."""
+
+
+def _is_small(box: tuple[int, int, int, int], scale: float) -> bool:
+    """Whether a box (left, top, right, bottom) of the source, so many times larger, is no larger than `FEW` cells."""
+    return max(box[2] - box[0], box[3] - box[1]) * scale <= FEW * processing.opt_f
 
 
 class Area:
@@ -34,15 +41,18 @@ class Area:
     """(width, height) of the result."""
     mask: Image.Image | None
     """L, over the part: white where the result may change."""
+    colour_only = False
+    """Whether that is so little of it that in the source's colours nothing would change."""
 
     def __init__(self, p: Any, settings: Settings, size: tuple[int, int]) -> None:
         """size: (width, height) of the source. DinotileError for sizes that cannot be, and for an empty mask."""
         self.infotext: dict[str, Any] = {}
         self.mask = self._box = self._overlay = None
-        given, self._resize = (p.width, p.height), 0
+        given, self._resize, masked = (p.width, p.height), 0, (0, 0, 0, 0)
         if p.image_mask is not None:
             self.mask = self._prepare(p).resize(size)
-            if self.mask.getbbox() is None:
+            masked = self.mask.getbbox() or masked
+            if not any(masked):
                 raise DinotileError("the inpaint mask is empty: draw one, or remove it")
         if self.mask is not None and p.inpaint_full_res:
             self.infotext = {**self.infotext, "Inpaint area": "Only masked"}
@@ -56,6 +66,7 @@ class Area:
             self.mask = self.mask.crop(box).point(lambda level: 255 if level else 0)  # it fades when it is put back
             self.canvas = flow.canvas_size((box[2] - box[0], box[3] - box[1]), settings, given)
             self.finished = size
+            self.colour_only = _is_small(masked, self.canvas[0] / (box[2] - box[0]))
             return
         self.canvas = self.finished = flow.canvas_size(size, settings, given)
         if settings.target == "img2img size":
@@ -68,6 +79,7 @@ class Area:
                 )
         if self.mask is not None:
             self.mask = self.cut(self.mask).point(lambda level: min(255, 2 * level))  # as img2img does
+            self.colour_only = _is_small(masked, self.canvas[0] / size[0])
 
     def _prepare(self, p: Any) -> Image.Image:
         """The mask as img2img prepares it: turned round if it is wanted, and blurred."""

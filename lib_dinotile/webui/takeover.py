@@ -239,8 +239,10 @@ class Takeover:
                 "prompts by region: Only masked shows DINO a part of the image, whose regions have other letters: set "
                 "Inpaint area to Whole picture, or regions to 0"
             )
-        self._job, self._settings = weakref.ref(p), settings
         self._area = Area(p, settings, sizes.pop())
+        if self._area.colour_only:
+            settings = dataclasses.replace(settings, colour="none")
+        self._job, self._settings = weakref.ref(p), settings
 
     @property
     def _p(self) -> Any:
