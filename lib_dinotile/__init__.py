@@ -7,6 +7,8 @@ from types import TracebackType
 
 __version__ = "0.1.0"
 
+SHOWN_AS = "DINO Tile"
+"""The name of our errors' classes: the WebUIs show it in front of the message, and their API answers it as `error`."""
 LONGEST = 2000
 """Longest message to a user, in characters."""
 
@@ -31,6 +33,12 @@ class DinotileError(Exception):
         # The WebUIs' API reads these two off any exception and answers with them.
         self.status_code = status_code
         self.detail = message
+
+    def __init_subclass__(cls) -> None:
+        cls.__name__ = SHOWN_AS
+
+
+DinotileError.__name__ = SHOWN_AS
 
 
 class Handling:

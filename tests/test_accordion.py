@@ -87,6 +87,23 @@ def test_every_option_has_a_control_with_its_default(accordion, tab: str):
     assert fields[0][0] is components["enabled"] and all(component in components.values() for component, _ in fields)
 
 
+@pytest.mark.parametrize(
+    "given, on",
+    [
+        ({}, False),
+        ({"scale": 3}, True),
+        ({"enabled": True}, True),
+        ({"enabled": False, "scale": 3}, False),
+        ({"enabled": False}, False),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("tab", TABLES)
+def test_a_dict_that_says_anything_switches_it_on(accordion, tab: str, given: dict, on: bool):
+    settings = accordion.settings_from((given, None, 3), {}, TABLES[tab])
+    assert settings == TABLES[tab](**{**given, "enabled": on})
+
+
 def test_lists_begin_with_what_is_always_there(accordion):
     assert accordion.adapter_choices() == [NONE]
     assert accordion.head_choices() == [AUTOMATIC, NONE, CALIBRATED]

@@ -96,6 +96,18 @@ def test_what_is_not_there_or_does_not_fit_is_refused_with_one_line(adapters, va
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("option", ["adapter", "head", "encoder"])
+@pytest.mark.parametrize("trusted", [False, True])
+def test_names_are_checked_also_where_they_have_no_part(option, trusted):
+    idle = Settings(**{"guidance": 0.0, "guard": "off", option: "dinov9"})
+    assert option == "adapter" or not idle.looks
+    with pytest.raises(DinotileError, match="dinov9") as error:
+        Conditioner.load(idle, HOST, {}, trusted=trusted)
+    assert error.value.status_code == 422 and "\n" not in str(error.value)
+    with pytest.raises(DinotileError, match="dinov9"):
+        Conditioner.without_model(idle, trusted=trusted)
+
+
 @pytest.fixture
 def calls(monkeypatch):
     """What takes long, by name, each to be asked how often it was called."""

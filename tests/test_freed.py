@@ -171,6 +171,7 @@ class Job:
         self.width = self.height = 512
         self.resize_mode = self.inpainting_fill = 1
         self.batch_size = self.n_iter = 1
+        self.tiling, self.seed_resize_from_w, self.seed_resize_from_h = None, -1, -1
         self.denoising_strength, self.initial_noise_multiplier, self.sampler_name = 0.5, 1.0, "Euler"
         self.negative_prompts, self.outpath_samples = [""], "out"
         info = types.SimpleNamespace(filename="stub.safetensors")

@@ -74,9 +74,35 @@ def test_an_interrogator_that_fails_or_is_stopped_is_let_go_of(webui):
     with pytest.raises(Interrupted):
         host.caption([random_image(8, 6)], "DeepBooru")
     assert booru.running == 0
-    booru.start = lambda: (_ for _ in ()).throw(OSError("no\nnetwork"))
-    with pytest.raises(DinotileError, match="DeepBooru cannot be loaded: no network"):
-        host.caption([random_image(8, 6)], "DeepBooru")
+
+
+@only(A1111, FORGE, REFORGE)
+@some("fault", [IndexError("list index out of range"), OSError("no\nnetwork"), ValueError("a damaged\nfile")], ids=repr)
+@some("name", ["CLIP", "DeepBooru"])
+def test_an_interrogator_that_cannot_be_loaded_is_refused_in_one_line(webui, name, fault):
+    """Where its download fails the WebUI takes the first of no files."""
+
+    def load() -> None:
+        raise fault
+
+    shared = webui.modules["modules.shared"]
+    shared.interrogator.load, shared.interrogator.interrogate = load, lambda image: "<error>"
+    webui.modules["modules.deepbooru"].model.start = load
+    with pytest.raises(DinotileError) as error:
+        webui.host(webui.job()).caption([random_image(8, 6)], name)
+    why = "its model is not on this machine and could not be downloaded"
+    assert error.value.status_code == 422 and error.value.detail.startswith(
+        f"captions: {name} cannot be loaded: {'a damaged file' if isinstance(fault, ValueError) else why}; "
+    )
+
+
+@only(FORGE, NEO, REFORGE)
+def test_a_picture_of_a_single_latent_cell_has_no_conditioning_of_its_size(webui):
+    """Forge takes what is as large as the latents for an inpainting checkpoint's."""
+    host, tiled = webui.host(webui.job()), types.SimpleNamespace(pixels=None)
+    for side, shape in ((1, (1, 2)), (2, (1, 1))):
+        latents = torch.zeros(1, 4, side, side)
+        assert host._image_conditioning(latents, tiled, None).shape[-2:] == shape
 
 
 def test_resampling_is_always_there_and_a_model_gives_the_size_that_is_asked_for(webui):

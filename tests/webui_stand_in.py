@@ -110,6 +110,7 @@ class Job:
         self.all_seeds, self.batch_size, self.iteration, self.rng = [7], 1, 0, None
         self.width, self.height = 96, 64
         self.prompts, self.negative_prompts, self.c, self.uc = ["a cat"], [NEGATIVE], None, None
+        self.tiling, self.seed_resize_from_w, self.seed_resize_from_h = None, -1, -1
         self.scripts: Any = None
         self.extra_generation_params: dict[str, Any] = {}
         self.modified_noise: Tensor | None = None
@@ -323,7 +324,7 @@ class WebUI:
         shared.sd_upscalers.append(self._upscaler("ESRGAN", path="esrgan.pth"))
         if not neo:
             interrogate = lambda image: f"a picture of {image.width}\nby a clip"  # noqa: E731
-            shared.interrogator = types.SimpleNamespace(interrogate=interrogate)
+            shared.interrogator = types.SimpleNamespace(interrogate=interrogate, load=lambda: None)
             booru = types.SimpleNamespace(running=0, asked=0, tag_multi=lambda image: f"{image.height}, tags")
             booru.start = lambda: setattr(booru, "running", booru.running + 1)
             booru.stop = lambda: setattr(booru, "running", booru.running - 1)

@@ -20,12 +20,13 @@ from lib_dinotile.condition.adapter_file import check_encoder, check_fit, load_a
 from lib_dinotile.condition.guard import GUARD_LAYER, OTHER_LAYER, Guard, rehearsal_size, rehearse
 from lib_dinotile.condition.guidance import CONTEXT as GUIDANCE_CONTEXT
 from lib_dinotile.condition.guidance import Guidance
-from lib_dinotile.condition.heads import ByLayer, FixedHeads, Heads, chosen, heads_for
+from lib_dinotile.condition.heads import ByLayer, FixedHeads, Heads, heads_for
+from lib_dinotile.condition.names import check_names
 from lib_dinotile.condition.shape import UNetShape
 from lib_dinotile.dino.cache import FeatureCache
 from lib_dinotile.dino.calibrated import Store
-from lib_dinotile.dino.checkpoint import CONFIG, WEIGHTS, automatic_encoder, locate
-from lib_dinotile.dino.encoder import BUILT_IN, KNOWN, Facet, PatchEncoder, encoder_dtype, installed, load_encoder
+from lib_dinotile.dino.checkpoint import CONFIG, WEIGHTS, automatic_encoder, encoders, locate
+from lib_dinotile.dino.encoder import BUILT_IN, Facet, PatchEncoder, encoder_dtype, load_encoder
 from lib_dinotile.dino.field import FeatureField
 from lib_dinotile.dino.head import Floor, RestorationHead, forget_heads, heads_in
 from lib_dinotile.dino.locks import Progress, silent
@@ -146,6 +147,7 @@ class Conditioner:
         heads. Unless `trusted`, an encoder is one of those or a published one, never a path. DinotileError, before a
         tile is painted, if anything is not there or does not fit the host's checkpoint or the encoder.
         """
+        check_names(settings, adapters, heads or {}, encoders, trusted)
         if settings.adapter == NONE:
             _adapter.cache_clear()
         if not settings.looks:
@@ -155,7 +157,7 @@ class Conditioner:
         config, device = None, torch.device(host.device)
         if settings.adapter != NONE:
             name = settings.adapter
-            config = read_config(chosen("adapter", name, adapters))
+            config = read_config(adapters[name])
             if host.shape is None:
                 raise DinotileError(
                     f"adapter {name!r}: this checkpoint's UNet takes no residuals; choose adapter {NONE}"
@@ -164,7 +166,7 @@ class Conditioner:
         dtype = encoder_dtype(device, host.dtype)
         store = store or Store()
         named = config.encoder if config else None
-        encoder = _encoder_for(settings, named, encoders, device, dtype, trusted, store.progress)
+        encoder = _encoder_for(settings, named, encoders, device, dtype, store.progress)
         if settings.guidance and settings.layer > encoder.depth:
             raise DinotileError(f"layer: encoder {encoder.id!r} has {encoder.depth} layers, give at most that")
         adapter, head, own = None, None, None
@@ -178,7 +180,7 @@ class Conditioner:
                     raise DinotileError(f"{own.name} is damaged: it has no head for the layer that it reads")
         decoder = host.guidance_decoder(settings.decoder) if settings.guidance else None
         found = heads_for(settings, encoder, heads or {}, own, store)
-        return cls(settings, encoder, adapter, found, decoder, head, _on_cpu(settings, named, encoders, trusted))
+        return cls(settings, encoder, adapter, found, decoder, head, _on_cpu(settings, named, encoders))
 
     @classmethod
     def without_model(
@@ -193,12 +195,13 @@ class Conditioner:
         store: Store | None = None,
     ) -> Conditioner:
         """Only looks: for maps. Of an adapter only the encoder that it names is taken; all else as in `load`."""
+        check_names(settings, adapters or {}, heads or {}, encoders, trusted)
         store = store or Store()
-        own = None if settings.adapter == NONE else chosen("adapter", settings.adapter, adapters or {})
+        own = None if settings.adapter == NONE else (adapters or {})[settings.adapter]
         named = read_config(own).encoder if own else None
-        encoder = _encoder_for(settings, named, encoders, torch.device(device), dtype, trusted, store.progress)
+        encoder = _encoder_for(settings, named, encoders, torch.device(device), dtype, store.progress)
         found = heads_for(settings, encoder, heads or {}, own, store)
-        on_cpu = _on_cpu(settings, named, encoders, trusted)
+        on_cpu = _on_cpu(settings, named, encoders)
         return cls(dataclasses.replace(settings, guidance=0.0), encoder, heads=found, on_cpu=on_cpu)
 
     @property
@@ -351,7 +354,6 @@ def _encoder_for(
     folder: Path | None,
     device: torch.device,
     dtype: torch.dtype,
-    trusted: bool,
     progress: Progress = silent,
     keep: bool = True,
 ) -> PatchEncoder:
@@ -359,24 +361,21 @@ def _encoder_for(
 
     Only one that they name is downloaded, with progress, or looked for at a path.
     """
-    chosen, choices = settings.encoder != AUTOMATIC, [*installed(folder), *KNOWN]
+    chosen = settings.encoder != AUTOMATIC
     wanted = settings.encoder if chosen else named or automatic_encoder(folder)
-    if not chosen and wanted not in choices:
+    if not chosen and wanted not in encoders(folder):
         raise DinotileError(
             f"adapter {settings.adapter!r} reads encoder {wanted!r}: install it, and choose that encoder"
         )
-    if not trusted and wanted not in choices:
-        listed = ", ".join([AUTOMATIC, *choices])
-        raise DinotileError(f"encoder: {wanted!r} is not installed in {folder}, give one of {listed}")
     _, place = locate(wanted, folder, download=chosen, progress=progress)
     if not keep:
         return load_encoder(wanted, folder, device=device, dtype=dtype, download=False)
     return _encoder(wanted, folder, (place, stamp(place / CONFIG), stamp(place / WEIGHTS)), device, dtype)
 
 
-def _on_cpu(settings: Settings, named: str | None, folder: Path | None, trusted: bool) -> Callable[[], PatchEncoder]:
+def _on_cpu(settings: Settings, named: str | None, folder: Path | None) -> Callable[[], PatchEncoder]:
     """Gives that encoder on the CPU in float32, loaded when it is first asked for."""
-    load = functools.partial(_encoder_for, settings, named, folder, CPU, torch.float32, trusted, keep=False)
+    load = functools.partial(_encoder_for, settings, named, folder, CPU, torch.float32, keep=False)
     return functools.cache(load)  # as long as its conditioner lives
 
 

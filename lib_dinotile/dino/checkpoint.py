@@ -107,12 +107,11 @@ def size_class(name: str) -> int:
     return next((n for n, words in enumerate(SIZES.items()) if any(word in name for word in words)), len(SIZES))
 
 
-def locate(name: str, folder: Path | None, download: bool = True, progress: Progress = silent) -> tuple[str, Path]:
-    """(id, checkpoint folder) of an encoder; DinotileError with one line if it is not to be had.
+def find(name: str, folder: Path | None) -> tuple[str, Path | None]:
+    """(id, checkpoint folder) of an encoder; no folder where it is not here, but may be on the Hugging Face Hub.
 
-    In this order: the built-in encoder; `folder/name` and `folder/<last part of name>`; a local folder of that path;
-    the Hugging Face cache; with `download` the Hugging Face Hub, from which it gets into `folder`, with `progress`.
-    None: the folder where encoders are kept without a WebUI.
+    It is the built-in encoder, `folder/name` or `folder/<last part of name>`, or a local folder of that path. None: the
+    folder where encoders are kept without a WebUI. DinotileError for a name that nothing can have.
     """
     if name == BUILT_IN:
         if not _is_checkpoint(BUILT_IN_FOLDER):
@@ -136,6 +135,19 @@ def locate(name: str, folder: Path | None, download: bool = True, progress: Prog
             f"there is no DINO encoder {name!r}: put its {CONFIG} and {WEIGHTS} into {folder / Path(name).name}, "
             f"or choose one of {_choices(folder)}"
         )
+    return name, None
+
+
+def locate(name: str, folder: Path | None, download: bool = True, progress: Progress = silent) -> tuple[str, Path]:
+    """(id, checkpoint folder) of an encoder; DinotileError with one line if it is not to be had.
+
+    Where `find` finds none, the Hugging Face cache has it; or, with `download`, the Hugging Face Hub, from which it
+    gets into `folder`, with `progress`.
+    """
+    name, found = find(name, folder)
+    if found is not None:
+        return name, found
+    folder = folder or models_folder("encoders")
     cached = hub.cached(name, (CONFIG, WEIGHTS))
     if cached is None and not download:
         raise DinotileError(

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from modules import devices, processing, sd_samplers_kdiffusion, sd_samplers_timesteps
 from torch import Tensor
 
@@ -193,6 +194,11 @@ class ForgeHost(WebUIHost):
         own = copy.copy(part)
         own.weight = part.weight / count
         return own
+
+    def _image_conditioning(self, latents: Tensor, tiled: TiledDenoiser, mask: Tensor | None) -> Tensor:
+        found = super()._image_conditioning(latents, tiled, mask)
+        # One cell of zeros stands for no picture, and Forge takes what is as large as the latents for one.
+        return F.pad(found, (0, 1)) if latents.shape[-2:] == (1, 1) and not found.any() else found
 
     @contextlib.contextmanager
     def conditioned(self, batch: Batch, chosen: Sequence[int], parts: Sequence[int]) -> Iterator[None]:

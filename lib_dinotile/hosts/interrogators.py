@@ -13,6 +13,19 @@ from lib_dinotile.engine.host import Interrupted
 from lib_dinotile.hosts.patched import patched
 
 
+def _load(name: str, load: Callable[[], object]) -> None:
+    """DinotileError if it cannot be loaded."""
+    try:
+        load()
+    except Exception as error:  # whatever a download or a damaged file raises
+        # The WebUIs take the first of no files where the download has failed.
+        here = not isinstance(error, (IndexError, OSError))
+        why = one_line(error) if here else "its model is not on this machine and could not be downloaded"
+        raise DinotileError(
+            f"captions: {name} cannot be loaded: {why}; see the WebUI's log, or choose another interrogator or None"
+        ) from error
+
+
 def _each(name: str, images: Sequence[Image.Image], ask: Callable[[Image.Image], str]) -> list[str]:
     """What it says of each of them. Interrupted if the user stops it."""
     captions = []
@@ -31,19 +44,24 @@ def _each(name: str, images: Sequence[Image.Image], ask: Callable[[Image.Image],
 
 
 def _clip(images: Sequence[Image.Image]) -> list[str]:
+    model = shared.interrogator
+
+    def ask(image: Image.Image) -> str:
+        caption: str = model.interrogate(image)
+        if "<error>" in caption:  # it only logs why
+            _load("CLIP", model.load)
+        return caption
+
     # It would begin and end a job of its own, and the running one with it.
     with patched(shared.state, begin=lambda *_, **__: None, end=lambda: None):
-        return _each("CLIP", images, shared.interrogator.interrogate)
+        return _each("CLIP", images, ask)
 
 
 def _deepbooru(images: Sequence[Image.Image]) -> list[str]:
     from modules import deepbooru
 
     model = deepbooru.model
-    try:
-        model.start()
-    except Exception as error:  # whatever a download or a damaged file raises
-        raise DinotileError(f"captions: DeepBooru cannot be loaded: {one_line(error)}", 500) from error
+    _load("DeepBooru", model.start)
     try:
         return _each("DeepBooru", images, model.tag_multi)
     finally:

@@ -223,16 +223,17 @@ def restore_types(*_: Any) -> None:
 def settings_from(args: tuple[Any, ...], axes: Mapping[str, Any], table: type[Settings] = Settings) -> Settings:
     """Settings from the script's arguments: one value per option of the table, or, from the API, one dict in front.
 
-    axes: options that an X/Y/Z plot sets for this image; they turn dinotile on. While it is off, what the controls are
-    at is nobody's business. DinotileError if a value is not allowed: it calls options as the caller does, by their
-    names in the API, and by their labels in the UI.
+    A dict that says anything turns dinotile on, unless it says `enabled: false`. axes: options that an X/Y/Z plot sets
+    for this image; they turn it on, too. While it is off, what the controls are at is nobody's business. DinotileError
+    if a value is not allowed: it calls options as the caller does, by their names in the API, and by their labels in
+    the UI.
     """
-    first = args[0] if args else False
+    first, on = args[0] if args else False, {"enabled": True} if axes else {}
     if isinstance(first, Mapping):
-        return table.parse({**first, **({"enabled": True} if axes else {}), **axes})
+        return table.parse({"enabled": bool(first), **first, **on, **axes})
     if first is False and not axes:
         return table()
     names = [option.name for option in table.table()]
     if len(args) > len(names):
         raise DinotileError(f"DINO Tile takes {len(names)} arguments, not {len(args)}: give one dict of options")
-    return table.parse({**dict(zip(names, args)), **({"enabled": True} if axes else {}), **axes}, labels=True)
+    return table.parse({**dict(zip(names, args)), **on, **axes}, labels=True)

@@ -27,14 +27,16 @@ from PIL import Image, ImageOps
 
 from lib_dinotile import DinotileError
 from lib_dinotile.condition.conditioner import Conditioner, installed_weights
+from lib_dinotile.condition.names import check_names
 from lib_dinotile.dino.encoder import encoder_dtype
 from lib_dinotile.dino.regions import Regions
 from lib_dinotile.engine import flow
 from lib_dinotile.engine.host import check_name
 from lib_dinotile.engine.retry import reserve
 from lib_dinotile.hosts import upscalers
+from lib_dinotile.hosts.interrogators import interrogators
 from lib_dinotile.hosts.webui import base_of
-from lib_dinotile.settings import NO_REGIONS, OFF, SEMANTIC, Settings
+from lib_dinotile.settings import NO_REGIONS, NONE, OFF, SEMANTIC, Settings
 from lib_dinotile.tiling.plan import TilePlan
 from lib_dinotile.webui import folders
 from lib_dinotile.webui.area import Area
@@ -105,6 +107,10 @@ class Preview:
         """size, given: (width, height) of the image and of img2img's `Resize to`. DinotileError as in a run."""
         self.settings = settings
         check_name("upscaler", settings.upscaler, upscalers.names())
+        if settings.captions != NONE:
+            check_name("captions", settings.captions, [NONE, *interrogators()])
+        self._adapters, self._heads = installed_weights(folders.adapters()), folders.trained_heads()
+        check_names(settings, self._adapters, self._heads, folders.encoders(), trusted=False)
         img2img = SimpleNamespace(width=given[0], height=given[1], resize_mode=resize, image_mask=None)
         self._area = Area(img2img, settings, size)
         self.plan = flow.plan_tiles(self._area.canvas, settings, base_of(model), processing.opt_f)
@@ -136,10 +142,10 @@ class Preview:
         device = torch.device(devices.device)
         return Conditioner.without_model(
             dataclasses.replace(self.settings, maps=SEMANTIC, guard=OFF),
-            folders.trained_heads(),
+            self._heads,
             device,
             encoder_dtype(device, devices.dtype),
-            installed_weights(folders.adapters()),
+            self._adapters,
             folders.encoders(),
             trusted=False,
         )

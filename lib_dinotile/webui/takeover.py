@@ -54,10 +54,16 @@ RIVALS = (
 SWITCHES = {
     "multidiffusion integrated": "cuts the image into tiles, too",
     "tiled diffusion": "cuts the image into tiles, too",
+    "demofusion": "cuts the image into tiles, too",
     "stylealign integrated": "takes tiles for images that are to look alike",
     "pid integrated": "decodes latents, and is given pixels",
 }
 """Always-on scripts that do not go together with tiles, and why."""
+
+
+NO_PART = ("RNG", "ENSD")
+"""Keys in PNG info for where the WebUI's own noise comes from. Tiles have theirs from a field of dinotile's own, the
+same on all machines."""
 
 
 def make_host(p: Any) -> WebUIHost:
@@ -72,13 +78,21 @@ def make_host(p: Any) -> WebUIHost:
 
 
 def _switched_on(p: Any, title: str) -> bool:
-    """Whether the always-on script of that title has its switch, the first of its arguments, on."""
+    """Whether the always-on script of that title has its switch, the first of its arguments, on.
+
+    The scripts take whatever is true for that, and a request may say 1 or "True".
+    """
     scripts = p.scripts.alwayson_scripts if p.scripts else ()
     return any(
-        p.script_args[script.args_from] is True
+        bool(p.script_args[script.args_from])
         for script in scripts
         if script.title().lower() == title and script.args_from is not None and script.args_from < script.args_to
     )
+
+
+def _setting(p: Any, name: str) -> Any:
+    """A setting of the WebUI as it will be for this job: those for the job alone are not in force yet."""
+    return p.override_settings.get(name, getattr(shared.opts, name, False))
 
 
 def _selected(p: Any) -> str:
@@ -173,10 +187,10 @@ def check_tiles_can_follow(p: Any, settings: Settings) -> None:
     for title, why in SWITCHES.items():
         if _switched_on(p, title):
             raise DinotileError(f"{title} {why}: switch it off, or DINO Tile")
-    # Settings for this generation alone are not in force yet.
-    switches = ("hypertile_enable_unet", "hypertile_enable_vae")
-    if any(p.override_settings.get(name, getattr(shared.opts, name, False)) for name in switches):
+    if any(_setting(p, name) for name in ("hypertile_enable_unet", "hypertile_enable_vae")):
         raise DinotileError("HyperTile takes the whole picture for a tile: switch it off in the settings")
+    if _setting(p, "tiling") if p.tiling is None else p.tiling:
+        raise DinotileError("Tiling would make every tile seamless, not the image: switch Tiling off, or DINO Tile")
     for text in (settings.tile_prompt, settings.tile_prompts, settings.region_prompts):
         if extra_networks.parse_prompt(text)[1]:
             raise DinotileError(
@@ -203,6 +217,11 @@ class Takeover:
             raise DinotileError(
                 f"{_selected(p)} and DINO Tile both take img2img over: set Script to None, or switch DINO Tile off"
             )
+        if p.seed_resize_from_w > 0 and p.seed_resize_from_h > 0:
+            raise DinotileError(
+                "Resize seed: DINO Tile draws noise for the size of the result, not for another: set Resize seed from "
+                "width and height to 0"
+            )
         if p.image_mask is not None and _switched_on(p, "soft inpainting"):
             raise DinotileError("Soft inpainting does not know tiles: switch it off, Mask blur softens the border, too")
         sizes = {image.size for image in p.init_images}
@@ -220,8 +239,10 @@ class Takeover:
                 "prompts by region: Only masked shows DINO a part of the image, whose regions have other letters: set "
                 "Inpaint area to Whole picture, or regions to 0"
             )
-        self._job, self._settings = weakref.ref(p), settings
         self._area = Area(p, settings, sizes.pop())
+        if self._area.colour_only:
+            settings = dataclasses.replace(settings, colour="none")
+        self._job, self._settings = weakref.ref(p), settings
 
     @property
     def _p(self) -> Any:
@@ -242,8 +263,8 @@ class Takeover:
         width, height = self._area.canvas  # so long: ControlNet cuts its hints to that
         _replace(p, width=width, height=height, init=self.init, sample=self.sample)
         setattr(p, FOUND, [])
-        # A new dict: the cells of an X/Y/Z plot share theirs.
-        p.extra_generation_params = {**p.extra_generation_params, **self._settings.infotext, **self._area.infotext}
+        told = {**dict.fromkeys(NO_PART), **self._settings.infotext, **self._area.infotext}
+        p.extra_generation_params = {**p.extra_generation_params, **told}  # a new dict: an X/Y/Z plot's cells share it
 
     @staticmethod
     def publish(p: Any, processed: Any) -> None:
@@ -252,6 +273,8 @@ class Takeover:
         if not found:
             return
         texts = processed.infotexts[processed.index_of_first_image :]
+        # The WebUI adds none for masks: each picture of ours is to have its own.
+        processed.infotexts += texts[-1:] * (len(processed.images) - len(processed.infotexts))
         for number, (_, maps) in enumerate(found):
             for name, picture in maps.items():
                 processed.images.append(picture)
@@ -336,6 +359,7 @@ class Takeover:
         p = self._p
         samples = self._paint(conditioning, unconditional_conditioning, seeds, subseeds, subseed_strength, prompts)
         p.width, p.height = self._area.finished
+        p.mask_for_overlay = self._area.shown_mask  # saved and shown where the WebUI is set up to
         return samples
 
     def _paint(

@@ -188,6 +188,45 @@ def test_only_masked_the_surroundings_are_seen(webui: WebUI, source: Image.Image
     assert correlation(image.crop(BOX), source.crop(BOX)) > 0.95
 
 
+@pytest.mark.parametrize("side", [1, 2, 4])
+@pytest.mark.parametrize(
+    "options", [{"scale": 1}, {"scale": 2}, {"target": "longest side", "longest": 96}, {"order": "fused"}], ids=str
+)
+def test_only_masked_a_few_pixels_are_painted_too(webui: WebUI, small: Image.Image, options, side: int):
+    """Of a single latent cell the model makes nothing, or fails."""
+    mask = box_mask(small.size, (30, 20, 30 + side, 20 + side))
+    request = {**HARD, "inpaint_full_res": True, "inpaint_full_res_padding": 0, "mask": encode(mask)}
+    reply = webui.img2img(small, {**TILES, **options}, **request, denoising_strength=0.9)
+    change = abs(pixels(reply.image) - pixels(small)).max(2)
+    inside = np.asarray(mask) > 0
+    assert change[~inside].max() == 0 and change[inside].max() > 0
+
+
+@pytest.mark.parametrize("size", [(1, 1), (4, 4), (8, 4)], ids=str)
+def test_a_picture_of_a_few_pixels_is_painted(webui: WebUI, small: Image.Image, size: tuple[int, int]):
+    assert webui.img2img(small.resize(size), TILES).image.size == (2 * size[0], 2 * size[1])
+
+
+@pytest.mark.parametrize("only_masked", [False, True])
+def test_masks_are_shown_where_the_webui_shows_them(webui: WebUI, source: Image.Image, only_masked: bool):
+    """In the size of the result: the mask, and the part of the result that it leaves."""
+    names = ("return_mask", "return_mask_composite", "save_mask", "save_mask_composite")
+    request = {**HARD, "mask": encode(box_mask(source.size)), "mask_blur": 2, "inpaint_full_res": only_masked}
+    (alone,) = webui.img2img(source, TILES, **request).images
+    webui.post("options", {**dict.fromkeys(names[:2], True), **dict.fromkeys(names[2:], False)}).raise_for_status()
+    try:
+        plain = webui.img2img(source, None, **request).images
+        image, mask, composite, *maps = webui.img2img(source, {**TILES, "maps": "semantic"}, **request).images
+    finally:
+        webui.post("options", dict.fromkeys(names, False)).raise_for_status()
+    assert difference(image, alone) == 0 and len(maps) == 1
+    assert mask.size == composite.size == image.size and composite.mode == plain[2].mode == "RGBA"
+    assert difference(mask.resize(source.size), plain[1].resize(source.size)) <= (1 if only_masked else 64)
+    painted = np.asarray(mask.convert("L")) == 255
+    assert painted.any() and abs(pixels(composite) - pixels(image))[painted].max() <= 1
+    assert np.asarray(composite)[..., 3][np.asarray(mask.convert("L")) == 0].max() == 0
+
+
 EMPTY: dict[str, tuple[int, dict[str, Any]]] = {
     "black": (0, {}),
     "black, only masked": (0, {"inpaint_full_res": True}),

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import re
+from typing import Any
 
 import pytest
 from adapters import Adapters
-from client import WebUI, difference, encode
+from client import BLIND, WebUI, difference, encode
 from conftest import TILES
 from PIL import Image
 
@@ -33,6 +34,11 @@ OPTIONS = {
     "unknown adapter": ({"adapter": "nope"}, "adapter: 'nope' is not installed, give one of None.*"),
     "adapter by path": ({"adapter": "../../x"}, r"adapter: '../../x' is not installed, give one of None.*"),
     "adapter by file": ({"adapter": "/etc/hostname"}, "adapter: '/etc/hostname' is not installed, give one of None.*"),
+    "unknown encoder, nothing looks": (
+        {"encoder": "dinov9"},
+        "encoder: 'dinov9' is not installed in .*, give one of .*",
+    ),
+    "unknown head, nothing looks": ({"head": "nope"}, "head: 'nope' is not installed, give one of None.*"),
     "empty adapter": ({"adapter": ""}, "adapter: '' is not installed, give one of None.*"),
 }
 ADAPTERS = {
@@ -51,6 +57,26 @@ ADAPTERS = {
 def test_options_that_are_not_allowed(webui: WebUI, small: Image.Image, options, line: str):
     refusal = webui.refusal(small, {**TILES, **options})
     assert re.fullmatch(line, refusal), refusal
+
+
+@pytest.mark.parametrize("option", ["adapter", "captions", "encoder", "head", "upscaler"])
+def test_a_plan_names_what_is_not_installed_too(webui: WebUI, option: str):
+    answer = webui.dinotile("plan", {"width": 64, "height": 48, "options": {option: "nope"}})
+    assert webui.refused(answer).startswith(f"{option}: 'nope' is not installed")
+
+
+def test_the_api_names_the_extension_not_a_class(webui: WebUI, small: Image.Image):
+    answer = webui.post("img2img", webui.body(small, {**TILES, "scale": 9})).json()
+    assert answer["error"] == "DINO Tile" and "Error" not in str(answer)
+
+
+def test_a_dict_switches_it_on_unless_it_says_no(webui: WebUI, small: Image.Image):
+    def size(options: dict[str, Any]) -> tuple[int, int]:
+        return webui.img2img(small, alwayson_scripts={"dino tile": {"args": [options]}}).image.size
+
+    cheap = {"order": "none", **BLIND}
+    assert size({**cheap, "scale": 3}) == (192, 144)
+    assert size({**cheap, "scale": 3, "enabled": False}) == size({}) == small.size
 
 
 @pytest.mark.parametrize("kind, line", ADAPTERS.items(), ids=ADAPTERS.keys())

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from client import WebUI, difference
+from client import WebUI, difference, pixels
 from conftest import TILES
 from PIL import Image
 
@@ -23,7 +23,7 @@ ACT: dict[str, dict[str, Any]] = {
     "selfattentionguidance": {"Scale": 3.0},
 }
 """Beginnings of their titles, with settings that are seen besides the switch."""
-REFUSED = ("multidiffusion integrated", "tiled diffusion", "stylealign integrated")
+REFUSED = ("multidiffusion integrated", "tiled diffusion", "demofusion", "stylealign integrated")
 
 
 @pytest.fixture(scope="module")
@@ -33,21 +33,42 @@ def scripts(webui: WebUI) -> dict[str, list[dict[str, Any]]]:
     return {script["name"]: script["args"] for script in found if script["is_alwayson"] and script["is_img2img"]}
 
 
-def switched_on(scripts: dict[str, list[dict[str, Any]]], beginning: str, values: dict[str, Any]) -> dict[str, Any]:
-    """What a request says of the script whose title begins so; skips if there is none."""
+def switched_on(
+    scripts: dict[str, list[dict[str, Any]]], beginning: str, values: dict[str, Any], on: Any = True
+) -> dict[str, Any]:
+    """What a request says of the script whose title begins so; skips if there is none. on: the value of its switch."""
     title = next((title for title in scripts if title.startswith(beginning)), None)
     if title is None:
         pytest.skip(f"this WebUI has no {beginning}")
     rows = scripts[title]
     assert set(values) <= {row["label"] for row in rows}
-    args = [True, *(values.get(row["label"], row["value"]) for row in rows[1:])]
+    args = [on, *(values.get(row["label"], row["value"]) for row in rows[1:])]
     return {"alwayson_scripts": {title: {"args": args}}}
 
 
+@pytest.mark.parametrize("on", [True, 1, "True"], ids=repr)
 @pytest.mark.parametrize("title", REFUSED)
-def test_what_takes_tiles_for_images_is_refused(webui: WebUI, small: Image.Image, scripts, title: str):
-    line = webui.refusal(small, OPTIONS, **switched_on(scripts, title, {}))
+def test_what_takes_tiles_for_images_is_refused(webui: WebUI, small: Image.Image, scripts, title: str, on: Any):
+    line = webui.refusal(small, OPTIONS, **switched_on(scripts, title, {}, on))
     assert title in line and "switch it off" in line
+
+
+def test_a_vae_in_tiles_of_its_own_gives_nearly_the_same_image(webui: WebUI, photo: Image.Image, scripts):
+    """Tiled VAE: of a tile that is larger than its own it makes several, with statistics of the whole."""
+    more = switched_on(
+        scripts, "tiled vae", {"Encoder Tile Size": 64, "Decoder Tile Size": 16, "Fast Encoder Color Fix": True}
+    )
+    full = {"sd_vae_encode_method": "Full", "sd_vae_decode_method": "Full"}
+    before = {name: webui.get("sdapi/v1/options").json()[name] for name in full}
+    source, options = photo.resize((128, 96)), {**OPTIONS, "tile": 192, "guidance": 0.0}
+    webui.post("options", full).raise_for_status()
+    try:
+        without, with_it = (webui.img2img(source, options, **given).image for given in ({}, more))
+    finally:
+        webui.post("options", before).raise_for_status()
+    change = abs(pixels(without) - pixels(with_it))
+    assert change.max() > 0, "it is not at work"
+    assert change.mean() < 8
 
 
 @pytest.mark.parametrize("title", ACT)
