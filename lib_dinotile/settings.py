@@ -20,6 +20,13 @@ from lib_dinotile.tiling.colour import CORRECTIONS
 from lib_dinotile.tiling.plan import ORDERS
 from lib_dinotile.tiling.seams import SEAMS
 
+DEFAULTS = 1
+"""Version of the defaults below. Images leave out in PNG info what is at its default, so raise it whenever one changes,
+and have lib_dinotile/webui/infotext.py read images of the versions before by what the default was then."""
+
+VERSION = "DINO Tile"
+"""Key of that version in PNG info."""
+
 TARGETS = ("scale", "longest side", "img2img size")
 PROMPT_MODES = ("follow", "replace")
 
@@ -495,12 +502,11 @@ class Settings(Options):
 
     @property
     def infotext(self) -> dict[str, Any]:
-        """Keys and values for PNG info: all options that had a part in the image."""
-        return {
-            row.infotext: getattr(self, row.name)
-            for row in self.table()
-            if row.infotext and getattr(self, row.name) != "" and row.only_with(self)
-        }
+        """Keys and values for PNG info: the version of the defaults, and all that differs from them and had a part in
+        the image."""
+        rows = [row for row in self.table() if row.infotext and row.only_with(self)]
+        values = {str(row.infotext): getattr(self, row.name) for row in rows if getattr(self, row.name) != row.default}
+        return {VERSION: DEFAULTS, **values}
 
     def conflicts(self, called: Callable[[str], str] = str) -> Iterator[tuple[tuple[str, ...], str]]:
         for name, read in (("tile_prompts", parse_tile_prompts), ("region_prompts", parse_region_prompts)):
@@ -554,6 +560,11 @@ class Txt2Img(Settings):
         zero="the image's",
         infotext="DINO Tile steps",
     )
+
+    @property
+    def infotext(self) -> dict[str, Any]:
+        """With the denoising strength whatever it is: of such images img2img's own says it."""
+        return {**super().infotext, str(self.option("denoise").infotext): self.denoise}
 
 
 @dataclass(frozen=True)

@@ -246,6 +246,63 @@ def test_png_info_of_either_tab_sets_both_and_switches_its_own_on(accordion, mad
     assert not pasted(*fields_of(accordion, tab), {"Steps": 20}).pop("enabled")
 
 
+OLD = {
+    "img2img": (
+        "DINO Tile target: scale, DINO Tile scale: 3.0, DINO Tile upscaler: Lanczos, DINO Tile tile size: 512, "
+        "DINO Tile overlap: 64, DINO Tile order: chess, DINO Tile seams: bands, DINO Tile seam denoise: 0.25, "
+        "DINO Tile seam width: 64, DINO Tile colour: AdaIN, DINO Tile flat: 0.0, DINO Tile adapter: None, "
+        "DINO Tile guidance: 1.0, DINO Tile guidance start: 0.0, DINO Tile guidance end: 0.7, "
+        "DINO Tile guidance every: 1, DINO Tile guidance views: 1, DINO Tile guidance distance: patches, "
+        "DINO Tile guidance layer: 2, DINO Tile guidance decoder: approximate, DINO Tile guard: report, "
+        "DINO Tile guard threshold: 6.0, DINO Tile head: calibrated, DINO Tile encoder: facebook/dinov2-small, "
+        "DINO Tile patches: 64, DINO Tile windows: 1"
+    ),
+    "txt2img": (
+        "DINO Tile target: longest side, DINO Tile longest side: 1024, DINO Tile upscaler: Lanczos, "
+        "DINO Tile tile size: 0, DINO Tile overlap: 64, DINO Tile order: chess, DINO Tile seams: none, "
+        "DINO Tile colour: wavelet, DINO Tile flat: 0.0, DINO Tile adapter: None, DINO Tile guidance: 0.0, "
+        "DINO Tile guard: off, DINO Tile denoise: 0.3, DINO Tile steps: 0"
+    ),
+}
+"""PNG info of images from before its version, with all options that had a part in them."""
+MADE = {
+    "img2img": Settings(
+        scale=3.0,
+        tile=512,
+        seams="bands",
+        colour="AdaIN",
+        guard="report",
+        decoder="approximate",
+        head="calibrated",
+        encoder="facebook/dinov2-small",
+    ),
+    "txt2img": Txt2Img(target="longest side", longest=1024, guidance=0.0, guard="off"),
+}
+"""What they were made with."""
+
+
+@pytest.mark.parametrize("tab", TABLES)
+def test_images_without_a_version_are_read_as_ever(accordion, tab: str):
+    info = dict(FIELD.findall(OLD[tab]))
+    for place in TABLES:
+        found = pasted(*fields_of(accordion, place), info)
+        assert found.pop("enabled") == (place == tab)
+        if place == tab:
+            read = TABLES[tab].parse({name: str(value) for name, value in found.items()}, texts=True)
+            assert read == MADE[tab]
+            assert set(MADE[tab].infotext) - {"DINO Tile"} < set(info)  # an image says less of it now
+
+
+@pytest.mark.parametrize("tab", TABLES)
+def test_an_image_with_defaults_that_are_not_known_sets_nothing_and_says_why(accordion, monkeypatch, tab: str):
+    told, info = [], {**TABLES[tab](scale=3.0).infotext, "DINO Tile": "2"}
+    monkeypatch.setattr(accordion.gr, "Warning", told.append)
+    for _, key in fields_of(accordion, tab)[1]:
+        with pytest.raises(DinotileError, match=r"made with version 2 of DINO Tile's defaults.*update it") as error:
+            key(info)
+    assert told == [str(error.value)]  # the WebUI logs what they raise
+
+
 def test_a_size_that_txt2img_has_not_becomes_its_default(accordion):
     info = Settings(enabled=True, target="img2img size").infotext
     assert pasted(*fields_of(accordion, "txt2img"), info)["target"] == "scale"

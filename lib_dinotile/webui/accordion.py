@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -19,7 +20,7 @@ from lib_dinotile.hosts import upscalers
 from lib_dinotile.hosts.interrogators import interrogators
 from lib_dinotile.options import Option
 from lib_dinotile.settings import AUTOMATIC, CALIBRATED, NONE, Settings, Txt2Img
-from lib_dinotile.webui import first_minute, folders
+from lib_dinotile.webui import first_minute, folders, infotext
 from lib_dinotile.webui.preview import Captions, Img2Img
 from lib_dinotile.webui.regions import Naming
 
@@ -162,38 +163,45 @@ def _add_refresh(name: str, component: Any, prefix: str) -> None:
     create_refresh_button(component, lambda: None, lambda: {"choices": CHOICES[name]()}, f"{prefix}refresh_{name}")
 
 
+class InfotextKey(str):
+    """An option's key in PNG info. The WebUI gets the value by calling it, and its buttons, which carry values from tab
+    to tab, know it by its name."""
+
+    option: Option
+
+    def __new__(cls, option: Option) -> InfotextKey:
+        key = super().__new__(cls, option.infotext)
+        key.option = option
+        return key
+
+    def __call__(self, info: Mapping[str, Any]) -> Any:
+        return infotext.read(self.option, info)
+
+
 def infotext_fields(components: Mapping[str, Any], tab: str) -> list[tuple[Any, Any]]:
     """Which control is set from what when PNG info is pasted.
 
-    What an image of ours may leave untold goes to its default then: nothing of an earlier image stays. The switch goes
-    on only in the tab that the image was made in: in the other one its size is not what it is here.
+    What an image of ours leaves out goes to its default then: nothing of an earlier image stays. The switch goes on
+    only in the tab that the image was made in: in the other one its size is not what it is here.
     """
-    table = TABS[tab]
-    written = [option for option in table.table() if option.infotext]
-    # These the WebUI's own buttons carry from tab to tab, so they must be alike.
-    alike = {
-        option.infotext
-        for option in written
-        if option.infotext in Settings().infotext and option.choices == Settings.option(option.name).choices
-    }
 
-    def ours(params: Mapping[str, Any]) -> bool:
-        return written[0].infotext in params
+    def here(info: Mapping[str, Any]) -> bool:
+        try:
+            return infotext.is_ours(info) and infotext.is_of_txt2img(info) == (tab == "txt2img")
+        except DinotileError as error:
+            gr.Warning(str(error))  # the WebUI itself only logs it
+            raise
 
-    def here(params: Mapping[str, Any]) -> bool:
-        return ours(params) and (Txt2Img.option("denoise").infotext in params) == (tab == "txt2img")
+    def key(option: Option) -> Callable[[Mapping[str, Any]], Any]:
+        # Only what is alike in both tabs may have a name.
+        alike = all(
+            any((option.name, option.choices) == (row.name, row.choices) for row in table.table())
+            for table in TABS.values()
+        )
+        return InfotextKey(option) if alike else functools.partial(infotext.read, option)
 
-    def reader(option: Option) -> Callable[[Mapping[str, Any]], Any]:
-        def read(params: Mapping[str, Any]) -> Any:
-            if not ours(params):
-                return None
-            value = params.get(str(option.infotext), option.default)
-            return value if option.choices is None or value in option.choices else option.default
-
-        return read
-
-    keys = [option.infotext if option.infotext in alike else reader(option) for option in written]
-    return [(components["enabled"], here), *zip((components[option.name] for option in written), keys)]
+    keys = [(components[option.name], key(option)) for option in TABS[tab].table() if option.infotext]
+    return [(components["enabled"], here), *keys]
 
 
 def restore_types(*_: Any) -> None:
