@@ -36,10 +36,10 @@ PREVIEW = ()
 """The row that has the preview, in img2img."""
 GROUPS: tuple[tuple[str | None, tuple[tuple[str, ...], ...]], ...] = (
     (None, (("target", "scale", "longest"), ("denoise", "steps"), ("tile",), ("guidance", "guard"), PREVIEW)),
-    ("Upscaler, colour and tile layout", (("upscaler", "colour"), ("overlap", "order"), ("batch", "flat"))),
-    ("Seam pass", (("seams",), ("seam_denoise", "seam_width"))),
+    ("Upscaler and tiles", (("upscaler", "colour"), ("overlap", "order"), ("batch", "flat"))),
+    ("Seam fix", (("seams",), ("seam_denoise", "seam_width"))),
     (
-        "Prompts by region and tile",
+        "Prompts per region and tile",
         (
             ("regions", "region_share"),
             ("region_prompts",),
@@ -49,7 +49,7 @@ GROUPS: tuple[tuple[str | None, tuple[tuple[str, ...], ...]], ...] = (
         ),
     ),
     (
-        "Guidance and guard",
+        "Guidance and guard settings",
         (
             ("guard_seeds", "guard_weaker"),
             ("guard_budget", "guard_strictness"),
@@ -61,7 +61,7 @@ GROUPS: tuple[tuple[str | None, tuple[tuple[str, ...], ...]], ...] = (
         ),
     ),
     ("Adapter", (("adapter",), ("strength",), ("start", "end"))),
-    ("DINO features of the source", (("encoder", "head"), ("patches", "windows"))),
+    ("DINO encoder", (("encoder", "head"), ("patches", "windows"))),
 )
 """Titles of foldable groups, and which options stand side by side in them, in tabs that have them.
 `enabled` is the accordion's own switch."""

@@ -321,7 +321,7 @@ def describe(preview: Preview, seconds: float | None) -> str:
     main = 0 if plan.order == "none" else len(plan)
     parts = [f"{main} tiles of {plan.tile_size[0]} x {plan.tile_size[1]}"] if main else []
     if tiles > main:
-        parts.append(f"{tiles - main} for the seam pass")
+        parts.append(f"{tiles - main} for the seam fix")
     work = " and ".join(parts) or "nothing to paint"
     time = "" if not tiles else ", time not known yet" if seconds is None else f", about {in_words(seconds)}"
     more = reserve(preview.settings) * (seconds or 0)

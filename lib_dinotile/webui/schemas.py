@@ -117,7 +117,7 @@ class Plan(BaseModel):
         ...,
         description="Numbers of the tiles in the order in which they are painted; those of a wave do not overlap.",
     )
-    painted: int = Field(..., description="How many tiles are painted in all, with those of the seam pass.")
+    painted: int = Field(..., description="How many tiles are painted in all, with those of the seam fix.")
 
 
 class SemanticMap(BaseModel):

@@ -9,6 +9,8 @@ from client import Reply, WebUI, correlation, difference, encode, pixels, used
 from conftest import TILES
 from PIL import Image, ImageOps
 
+from lib_dinotile.settings import Settings
+
 UNPAINTED = {**TILES, "order": "none"}
 """Takes no time, and shows what the tiles would be painted on."""
 STRETCH, CROP, FILL, LATENT = range(4)

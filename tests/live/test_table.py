@@ -129,7 +129,7 @@ def test_an_axis_takes_what_is_allowed_and_nothing_else(
     """No cell is made: what is right is followed by an axis that is not."""
 
     def refusal(values: list[Any]) -> str:
-        other = ("Overlap", [-8]) if option.name != "overlap" else ("Scale", [9])
+        other = ("Tile overlap", [-8]) if option.name != "overlap" else ("Scale", [9])
         return webui.refusal(small, TILES, script_name=PLOT, script_args=plot.args(x=(option.label, values), y=other))
 
     right = within(option, controls[OPTIONS.index(option)])

@@ -29,7 +29,7 @@ def test_every_cell_is_what_a_run_with_its_values_gives(
 def test_png_info_of_a_cell_says_only_what_had_a_part_in_it(
     webui: WebUI, plot: Plot, small: Image.Image, adapters: Adapters
 ):
-    args = plot.args(x=("Adapter", [adapters.random, "None"]), y=("Order", ["linear"]))
+    args = plot.args(x=("Adapter", [adapters.random, "None"]), y=("Tile order", ["linear"]))
     reply = run(webui, small, {**TILES, "strength": 0.5}, args)
     with_adapter, without = (fields(image.info["parameters"]) for image in reply.images[1:])
     assert with_adapter["DINO Tile strength"] == "0.5" and with_adapter["DINO Tile order"] == "linear"
@@ -42,7 +42,7 @@ def test_an_axis_turns_dino_tile_on(webui: WebUI, plot: Plot, small: Image.Image
 
 
 def test_progress_grows_over_all_cells(webui: WebUI, plot: Plot, small: Image.Image):
-    args = plot.args(x=("Order", ["chess", "linear"]), y=("Overlap", [0, 16]))
+    args = plot.args(x=("Tile order", ["chess", "linear"]), y=("Tile overlap", [0, 16]))
     job = webui.start(small, {**TILES, "batch": 1}, steps=20, script_name=SCRIPT, script_args=args)
     shares = [look.share for look in job.looks() if look.tiles is not None]
     assert len(job.reply().images) == 5
@@ -53,7 +53,11 @@ def test_progress_grows_over_all_cells(webui: WebUI, plot: Plot, small: Image.Im
 @pytest.mark.parametrize(
     "options, axes, line",
     [
-        ({}, {"x": ("Tile size", [64, 96]), "y": ("Overlap", [16, 48])}, "overlap: 48 is not allowed with tile 64"),
+        (
+            {},
+            {"x": ("Tile size", [64, 96]), "y": ("Tile overlap", [16, 48])},
+            "overlap: 48 is not allowed with tile 64",
+        ),
         ({"end": 0.4}, {"z": ("Adapter start", [0, 0.5])}, "start: 0.5 is not allowed with end 0.4"),
         ({"overlap": 40}, {"y": ("Tile size", [96, 64])}, "overlap: 40 is not allowed with tile 64"),
         ({}, {"x": ("Tile prompt", ["a cat", "<lora:cat:1>"])}, "tile prompts cannot load networks"),
@@ -69,7 +73,7 @@ def test_values_that_do_not_go_together_are_refused_before_the_first_cell(
 
 
 def test_what_one_axis_sets_right_is_not_held_against_another(webui: WebUI, plot: Plot, small: Image.Image):
-    args = plot.args(x=("Tile size", [64]), y=("Overlap", [16, 32]))
+    args = plot.args(x=("Tile size", [64]), y=("Tile overlap", [16, 32]))
     assert len(run(webui, small, {**TILES, "overlap": 48}, args).images) == 3
 
 
@@ -78,7 +82,7 @@ def test_what_one_axis_sets_right_is_not_held_against_another(webui: WebUI, plot
     [
         ("Tile size", [96, 100], "tile: '?100'? is not allowed, give 0 .automatic. or a whole number"),
         ("Scale", [2, 9], "scale: '?9.0'? is not allowed, give a number from 1 to 8"),
-        ("Order", ["chess", "spiral"], "order: 'spiral' is not allowed, give one of chess, linear, fused, none"),
+        ("Tile order", ["chess", "spiral"], "order: 'spiral' is not allowed, give one of chess, linear, fused, none"),
         ("Adapter", ["None", "nope"], "adapter: 'nope' is not"),
         ("Upscaler", ["Lanczos", "Magic"], "upscaler: 'Magic' is not"),
         ("DINO encoder", ["Automatic", "nope"], "encoder: 'nope' is not"),
