@@ -9,16 +9,18 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
-from lib_dinotile import DinotileError
+from lib_dinotile import DinotileError, presets
 from lib_dinotile.lines import LETTERS, parse_region_prompts, parse_tile_prompts
 from lib_dinotile.options import Option, Options, option
 from lib_dinotile.tiling.colour import CORRECTIONS
 from lib_dinotile.tiling.plan import ORDERS
 from lib_dinotile.tiling.seams import SEAMS
+
+Own = TypeVar("Own", bound="Settings")
 
 DEFAULTS = 1
 """Version of the defaults below. Images leave out in PNG info what is at its default, so raise it whenever one changes,
@@ -455,6 +457,24 @@ class Settings(Options):
         infotext="DINO Tile windows",
         only_with=_looking,
     )
+
+    @classmethod
+    def parse(cls: type[Own], values: Mapping[str, Any], labels: bool = False, texts: bool = False) -> Own:
+        """As of every table. `preset` names a preset; what else is given comes before its values."""
+        parse = super().parse
+        if not isinstance(values, Mapping) or "preset" not in values:
+            return parse(values, labels, texts)
+        given = {name: value for name, value in values.items() if name != "preset"}
+        try:
+            preset = presets.values(values["preset"], cls)
+        except DinotileError as wrong:
+            try:
+                parse(given, labels, texts)
+            except DinotileError as more:
+                raise DinotileError(f"{wrong}; {more}") from more
+            raise
+        start = {name: str(value) for name, value in preset.items()} if texts else preset
+        return parse({**start, **given}, labels, texts)
 
     @classmethod
     def option(cls, name: str) -> Option:

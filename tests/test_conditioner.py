@@ -207,7 +207,7 @@ def test_a_coarse_decoder_is_told():
         return Conditioner.load(asked, HOST, {}).notes
 
     assert "guidance decoder: TAESD" in told("TAESD")
-    assert [note for note in told("linear") if "guidance decoder: linear (a colour per latent cell" in note]
+    assert [note for note in told("linear") if "guidance decoder: linear (too coarse" in note]
 
 
 def test_without_a_head_guidance_is_off_and_the_notes_say_so(adapters):

@@ -46,7 +46,7 @@ class FixedHeads:
         if self.heads and lacking:
             there = ", ".join(str(-layer) for layer in sorted(self.heads, reverse=True))
             raise DinotileError(
-                f"head: it was not trained for layer {-lacking[0]}, only for {there}: set Guidance layer to one of these"
+                f"head: it was not trained for layer {-lacking[0]}, only for {there}: set Guidance layer to one"
             )
         return self.heads
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import html
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -13,7 +14,7 @@ from modules import infotext_utils
 from modules.ui_common import create_refresh_button
 from modules.ui_components import InputAccordion
 
-from lib_dinotile import DinotileError
+from lib_dinotile import DinotileError, presets
 from lib_dinotile.condition.conditioner import installed_weights
 from lib_dinotile.dino.checkpoint import encoders
 from lib_dinotile.hosts import upscalers
@@ -112,6 +113,7 @@ def build(tab: str) -> dict[str, Any]:
     enabled = options["enabled"]
     with InputAccordion(enabled.default, label=TITLE, elem_id=f"{prefix}enabled") as components["enabled"]:
         status = first_minute.add(prefix)
+        preset = _add_presets(prefix)
         for title, rows in GROUPS:
             with gr.Accordion(title, open=False) if title else contextlib.nullcontext():
                 for row in rows:
@@ -127,11 +129,36 @@ def build(tab: str) -> dict[str, Any]:
                                 _add_refresh(name, components[name], prefix)
                     if "tile_prompts" in row:
                         _add_captions(components["tile_prompts"], tab)
+    _connect_presets(*preset, components, TABS[tab])
     _follow_target(components)
     if tab == "img2img":
         img2img.show_in(*shown, components)
     first_minute.connect(*status, components)
     return {name: components[name] for name in options}
+
+
+def _add_presets(prefix: str) -> tuple[Any, Any]:
+    chosen = gr.Dropdown(
+        choices=list(presets.NAMES),
+        value=None,
+        label="Preset",
+        info="Sets the controls below for a purpose. Change them afterwards as you like.",
+        elem_id=f"{prefix}preset",
+    )
+    chosen.do_not_save_to_config = True  # it is not what the controls are at when the page is loaded
+    return chosen, gr.HTML(elem_id=f"{prefix}preset_hint")
+
+
+def _connect_presets(chosen: Any, hint: Any, components: Mapping[str, Any], table: type[Settings]) -> None:
+    names = list(presets.values(presets.NAMES[0], table))
+
+    def choose(name: str) -> list[Any]:
+        values = presets.values(name, table)
+        line = f"<p>{html.escape(f'{name} is set. Besides: {presets.find(name).hint}')}</p>"
+        return [line, *(gr.update(value=values[option]) for option in names)]
+
+    outputs = [hint, *(components[name] for name in names)]
+    chosen.input(fn=choose, inputs=[chosen], outputs=outputs, show_progress=False)
 
 
 def _add_preview(prefix: str) -> tuple[Any, Any, Any, Naming]:
