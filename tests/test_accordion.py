@@ -15,7 +15,7 @@ import pytest
 import torch
 from PIL import Image
 
-from lib_dinotile import DinotileError
+from lib_dinotile import DinotileError, presets
 from lib_dinotile.dino.regions import Regions
 from lib_dinotile.engine.host import Interrupted
 from lib_dinotile.lines import LETTERS
@@ -92,6 +92,26 @@ def test_lists_begin_with_what_is_always_there(accordion):
     assert accordion.head_choices() == [AUTOMATIC, NONE, CALIBRATED]
     assert accordion.encoder_choices()[:2] == [AUTOMATIC, "mini"]
     assert accordion.CHOICES["upscaler"]() == ["None", "Lanczos", "Nearest"]
+
+
+@pytest.mark.parametrize("tab", TABLES)
+def test_a_preset_sets_its_controls_and_says_what_to_set_besides(accordion, tab: str):
+    with gr.Blocks() as page:
+        components = accordion.build(tab)
+    names = {component._id: name for name, component in components.items()}
+    if isinstance(page.fns, dict):  # gradio 4
+        wired = [
+            (each.fn, [output._id for output in each.outputs]) for each in page.fns.values() if each.name == "choose"
+        ]
+    else:
+        wired = [(each.fn, one["outputs"]) for each, one in zip(page.fns, page.dependencies) if each.name == "choose"]
+    ((choose, (_, *outputs)),) = wired
+    assert [names[number] for number in outputs] == list(presets.values("Photo", TABLES[tab]))
+    for preset in presets.PRESETS:
+        line, *updates = choose(preset.name)
+        assert preset.name in line and preset.hint in line
+        found = {names[number]: update["value"] for number, update in zip(outputs, updates)}
+        assert found == presets.values(preset.name, TABLES[tab])
 
 
 def of_images(*texts: str | None) -> str:

@@ -133,12 +133,12 @@ def test_an_axis_takes_what_is_allowed_and_nothing_else(
         return webui.refusal(small, TILES, script_name=PLOT, script_args=plot.args(x=(option.label, values), y=other))
 
     right = within(option, controls[OPTIONS.index(option)])
-    assert not refusal(right).startswith(f"{option.name}: ")
+    assert not refusal(right).startswith(f"{option.label}: ")
     if option.type is str and option.choices is None and option.name not in INSTALLED:
         return  # any text will do
     wrong = [option.minimum - 1, option.maximum + 1] if option.type in (int, float) else ["nope"]
     for value in wrong:
-        assert refusal([*right, value]).startswith(f"{option.name}: "), value
+        assert refusal([*right, value]).startswith(f"{option.label}: "), value
 
 
 def test_every_option_comes_back_from_png_info(webui: WebUI, small: Image.Image, adapters: Adapters, head: str):

@@ -77,15 +77,27 @@ def test_what_one_axis_sets_right_is_not_held_against_another(webui: WebUI, plot
     assert len(run(webui, small, {**TILES, "overlap": 48}, args).images) == 3
 
 
+@pytest.mark.parametrize("label", ["Tile order", "Tile size", "Scale", "Adapter", "Tile prompt"])
+def test_an_axis_without_values_is_refused_before_the_first_cell(
+    webui: WebUI, plot: Plot, small: Image.Image, label: str
+):
+    refusal = webui.refusal(small, TILES, script_name=SCRIPT, script_args=plot.args(x=(label, [])))
+    assert refusal == f"{label}: this axis has no values, give some"
+
+
 @pytest.mark.parametrize(
     "label, values, line",
     [
-        ("Tile size", [96, 100], "tile: '?100'? is not allowed, give 0 .automatic. or a whole number"),
-        ("Scale", [2, 9], "scale: '?9.0'? is not allowed, give a number from 1 to 8"),
-        ("Tile order", ["chess", "spiral"], "order: 'spiral' is not allowed, give one of chess, linear, fused, none"),
-        ("Adapter", ["None", "nope"], "adapter: 'nope' is not"),
-        ("Upscaler", ["Lanczos", "Magic"], "upscaler: 'Magic' is not"),
-        ("DINO encoder", ["Automatic", "nope"], "encoder: 'nope' is not"),
+        ("Tile size", [96, 100], "Tile size: '?100'? is not allowed, give 0 .automatic. or a whole number"),
+        ("Scale", [2, 9], "Scale: '?9.0'? is not allowed, give a number from 1 to 8"),
+        (
+            "Tile order",
+            ["chess", "spiral"],
+            "Tile order: 'spiral' is not allowed, give one of chess, linear, fused, none",
+        ),
+        ("Adapter", ["None", "nope"], "Adapter: 'nope' is not"),
+        ("Upscaler", ["Lanczos", "Magic"], "Upscaler: 'Magic' is not"),
+        ("DINO encoder", ["Automatic", "nope"], "DINO encoder: 'nope' is not"),
     ],
 )
 def test_a_wrong_value_is_refused_before_the_first_cell(
