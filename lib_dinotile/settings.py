@@ -8,16 +8,25 @@ is adding a field.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
-from lib_dinotile import DinotileError
+from lib_dinotile import DinotileError, presets
 from lib_dinotile.lines import LETTERS, parse_region_prompts, parse_tile_prompts
 from lib_dinotile.options import Option, Options, option
 from lib_dinotile.tiling.colour import CORRECTIONS
 from lib_dinotile.tiling.plan import ORDERS
 from lib_dinotile.tiling.seams import SEAMS
+
+Own = TypeVar("Own", bound="Settings")
+
+DEFAULTS = 1
+"""Version of the defaults below. Images leave out in PNG info what is at its default, so raise it whenever one changes,
+and have lib_dinotile/webui/infotext.py read images of the versions before by what the default was then."""
+
+VERSION = "DINO Tile"
+"""Key of that version in PNG info."""
 
 TARGETS = ("scale", "longest side", "img2img size")
 PROMPT_MODES = ("follow", "replace")
@@ -94,14 +103,14 @@ class Settings(Options):
     target: str = option(
         "scale",
         "Target size",
-        "Where the size of the result comes from: scale, longest side, or img2img's own Resize to or Resize by.",
+        "scale: times larger. longest side: in pixels. img2img size: img2img's own Resize to or Resize by.",
         choices=TARGETS,
         infotext="DINO Tile target",
     )
     scale: float = option(
         2.0,
         "Scale",
-        "How many times larger the result is; fractions are fine.",
+        "How many times larger the result is. Fractions are allowed.",
         minimum=1.0,
         maximum=8.0,
         step=0.05,
@@ -111,7 +120,7 @@ class Settings(Options):
     longest: int = option(
         2048,
         "Longest side",
-        "Of the result, in pixels; the other side in proportion.",
+        "Longest side of the result, in pixels. The other side follows in proportion.",
         minimum=8,
         maximum=MAX_SIDE,
         step=1,
@@ -121,14 +130,14 @@ class Settings(Options):
     upscaler: str = option(
         "Lanczos",
         "Upscaler",
-        "Makes the large image that the tiles are then painted on.",
+        "Enlarges the image before the tiles are painted.",
         infotext="DINO Tile upscaler",
     )
     tile: int = option(
         0,
         "Tile size",
-        "Side of a tile in pixels. 0: as the checkpoint likes it, 512 for SD 1.5 and 2, 1024 for SDXL and newer ones; "
-        "less of its width or height, down to three quarters, where that paints fewer pixels.",
+        "Width and height of a tile, in pixels. 0 picks the checkpoint's own size: 512 for SD 1.5 and 2, 1024 for SDXL "
+        "and newer. A side may then be as little as three quarters of that, where it saves pixels.",
         minimum=64,
         maximum=2048,
         step=8,
@@ -137,8 +146,8 @@ class Settings(Options):
     )
     overlap: int = option(
         64,
-        "Overlap",
-        "Pixels that neighbouring tiles share and blend over; at most half a tile.",
+        "Tile overlap",
+        "Pixels that neighbouring tiles share. They are blended there. At most half a tile.",
         minimum=0,
         maximum=1024,
         step=8,
@@ -146,32 +155,32 @@ class Settings(Options):
     )
     batch: int = option(
         4,
-        "Tile batch",
-        "Tiles sampled at once. More is faster and takes more memory; the image stays the same.",
+        "Tile batch size",
+        "Tiles sampled at once. More is faster and needs more memory. The image stays the same.",
         minimum=1,
         maximum=64,
         step=1,
     )
     order: str = option(
         "chess",
-        "Order",
-        "chess: tiles that do not touch are sampled together; linear: one after the other, row by row; fused: all "
-        "advance together, blended at every step; none: no tiles, only the upscaler and the seam pass.",
+        "Tile order",
+        "chess: tiles that do not touch, together. linear: row by row. fused: all tiles together, blended at every "
+        "step. none: no tiles, only the upscaler and the seam fix.",
         choices=ORDERS,
         infotext="DINO Tile order",
     )
     seams: str = option(
         "none",
-        "Seam pass",
-        "Paints over the borders of the tiles afterwards: in bands, in bands as wide as a tile, or in those and then "
-        "where they cross.",
+        "Seam fix",
+        "Paints over the borders between tiles afterwards. bands: narrow strips. half tile: strips as wide as a tile. "
+        "half tile + crossings: these, then the places where they cross.",
         choices=SEAMS,
         infotext="DINO Tile seams",
     )
     seam_denoise: float = option(
         0.25,
-        "Seam denoising strength",
-        "How much the seam pass may change.",
+        "Seam fix denoising strength",
+        "How much the seam fix may change.",
         minimum=0.0,
         maximum=1.0,
         step=0.01,
@@ -180,8 +189,8 @@ class Settings(Options):
     )
     seam_width: int = option(
         64,
-        "Seam width",
-        "Width of the bands in pixels.",
+        "Seam fix width",
+        "Width of the bands, in pixels.",
         minimum=8,
         maximum=1024,
         step=8,
@@ -191,14 +200,14 @@ class Settings(Options):
     colour: str = option(
         "wavelet",
         "Colour correction",
-        "Keeps the source's colours in every tile. AdaIN: its mean and spread; wavelet: all its large shapes.",
+        "Keeps the colours of the source. wavelet: all low frequencies. AdaIN: mean and spread of a tile.",
         choices=CORRECTIONS,
         infotext="DINO Tile colour",
     )
     flat: float = option(
         0.0,
-        "Pass over flat tiles",
-        "Tiles with less detail than this, in levels of 255, stay as they are: 0.9 is bare sky. 0: paint them all.",
+        "Skip flat tiles",
+        "Leaves tiles alone that have less detail than this, in levels of 255. 0.9 skips clear sky. 0 skips none.",
         minimum=0.0,
         maximum=16.0,
         step=0.1,
@@ -213,47 +222,46 @@ class Settings(Options):
     tile_prompt_mode: str = option(
         "follow",
         "Tile prompt mode",
-        "follow: a tile's prompt comes after the main prompt; replace: in place of it.",
+        "follow: after the main prompt. replace: instead of the main prompt.",
         choices=PROMPT_MODES,
         infotext="DINO Tile tile prompt mode",
         only_with=lambda settings: settings.prompts_by_tile,
     )
     captions: str = option(
         NONE,
-        "Captions",
-        "Prompts every tile with a caption of it, made by one of the WebUI's interrogators.",
+        "Tile captions",
+        "Captions every tile with one of the WebUI's interrogators. The caption is used as its prompt.",
         infotext="DINO Tile captions",
         only_with=lambda settings: settings.captions != NONE,
     )
     tile_prompts: str = option(
         "",
-        "Prompts by tile",
-        'One line a tile, as "3: whiskers"; tiles are counted from 1, row by row. Comes in place of a caption.',
+        "Prompts per tile",
+        'One line per tile, for example "3: whiskers". Tiles count from 1, row by row. Used instead of a caption.',
         infotext="DINO Tile tile prompts",
         lines=3,
     )
     regions: str = option(
         AS_MANY_AS_SEEN,
         "Regions",
-        "Regions of the source that look alike to DINO, lettered from the largest: as many as there seem to be, or at "
-        "most so many. 0: none.",
+        "How many regions of the source DINO looks for. A is the largest. 0: none.",
         choices=REGIONS,
         infotext="DINO Tile regions",
         only_with=_named,
     )
     region_prompts: str = option(
         "",
-        "Prompts by region",
-        'One line a region, as "A: tabby fur"; Preview shows which is which. Every tile is told what it shows, each '
-        "place by its own region; a tile's own line comes in place of that.",
+        "Prompts per region",
+        'One line per region, for example "A: tabby fur". Preview shows the letters. Used where the tile has no prompt '
+        "of its own.",
         infotext="DINO Tile region prompts",
         only_with=_named,
         lines=3,
     )
     region_share: float = option(
         0.1,
-        "Least share of a region",
-        "A tile is told of regions that cover at least this share of it.",
+        "Minimum region share",
+        "Regions that cover less of a tile are left out of its prompt.",
         minimum=0.0,
         maximum=1.0,
         step=0.01,
@@ -263,13 +271,13 @@ class Settings(Options):
     adapter: str = option(
         NONE,
         "Adapter",
-        "Trained weights that tell the model what the source shows at each place.",
+        "Trained weights that show the model what DINO sees in the source.",
         infotext="DINO Tile adapter",
     )
     strength: float = option(
         1.0,
         "Adapter strength",
-        "0 is off, 1 as trained.",
+        "0 is off, 1 is as trained.",
         minimum=0.0,
         maximum=2.0,
         step=0.05,
@@ -279,7 +287,7 @@ class Settings(Options):
     start: float = option(
         0.0,
         "Adapter start",
-        "Share of the steps after which the adapter begins.",
+        "Share of the steps before the adapter starts.",
         minimum=0.0,
         maximum=1.0,
         step=0.05,
@@ -298,8 +306,8 @@ class Settings(Options):
     )
     guidance: float = option(
         1.0,
-        "Stay true to the source",
-        "How strongly every tile is steered towards what DINO sees in the source there (guidance strength). 0 is off.",
+        "Guidance strength",
+        "Keeps every tile true to what DINO sees in the source. Higher is stricter. 0 is off.",
         minimum=0.0,
         maximum=4.0,
         step=0.05,
@@ -308,7 +316,7 @@ class Settings(Options):
     guidance_start: float = option(
         0.0,
         "Guidance start",
-        "Share of the steps after which guidance begins.",
+        "Share of the steps before guidance starts.",
         minimum=0.0,
         maximum=1.0,
         step=0.05,
@@ -318,7 +326,7 @@ class Settings(Options):
     guidance_end: float = option(
         0.7,
         "Guidance end",
-        "Share of the steps after which guidance stops; the last steps run unguided.",
+        "Share of the steps after which guidance stops. The last steps run unguided.",
         minimum=0.0,
         maximum=1.0,
         step=0.05,
@@ -327,8 +335,8 @@ class Settings(Options):
     )
     every: int = option(
         1,
-        "Guidance every",
-        "Guides at every n-th step; more is faster.",
+        "Guidance interval",
+        "Guides every n-th step. Higher is faster and weaker.",
         minimum=1,
         maximum=20,
         step=1,
@@ -338,7 +346,7 @@ class Settings(Options):
     views: int = option(
         1,
         "Guidance views",
-        "How often the encoder looks at each of them, every time a little beside; more steers better and is slower.",
+        "How many shifted views of a tile DINO looks at per step. More is steadier and slower.",
         minimum=1,
         maximum=8,
         step=1,
@@ -348,7 +356,7 @@ class Settings(Options):
     distance: str = option(
         "patches",
         "Guidance distance",
-        "What is to agree with the source: patches one by one, or how they resemble each other.",
+        "What is compared with the source. patches: every patch. self-similarity: how patches resemble each other.",
         choices=DISTANCES,
         infotext="DINO Tile guidance distance",
         only_with=_guided,
@@ -356,7 +364,7 @@ class Settings(Options):
     layer: int = option(
         2,
         "Guidance layer",
-        "Layer of the encoder that guidance looks at, counted from the end: 1 is the last.",
+        "DINO layer that is compared, counted from the last, which is 1.",
         minimum=1,
         maximum=40,
         step=1,
@@ -366,7 +374,7 @@ class Settings(Options):
     decoder: str = option(
         AUTOMATIC,
         "Guidance decoder",
-        "What guidance sees the unfinished picture through. Automatic: the first of them that needs no download.",
+        "Decodes unfinished tiles for DINO. Automatic: the first in this list that needs no download.",
         choices=DECODERS,
         infotext="DINO Tile guidance decoder",
         only_with=_guided,
@@ -374,15 +382,15 @@ class Settings(Options):
     guard: str = option(
         "retry",
         "Guard",
-        "Compares every painted tile with the source. report: only says what is in doubt; blend back: shows the source "
-        "there; retry: paints it again first.",
+        "Compares every painted tile with the source. report: only tells. blend back: shows the source where in doubt. "
+        "retry: paints again, then blends back.",
         choices=POLICIES,
         infotext="DINO Tile guard",
     )
     guard_seeds: int = option(
         2,
-        "Retries with other seeds",
-        "How often what is in doubt is painted again, at most.",
+        "Retries with new seeds",
+        "How often a tile in doubt is painted again, at most.",
         minimum=0,
         maximum=16,
         step=1,
@@ -392,7 +400,7 @@ class Settings(Options):
     guard_weaker: int = option(
         1,
         "Retries with less denoise",
-        "How often after that, with 0.7 of the denoising strength each time.",
+        "How often after that with lower denoising strength, times 0.7 each time.",
         minimum=0,
         maximum=16,
         step=1,
@@ -402,8 +410,7 @@ class Settings(Options):
     guard_budget: float = option(
         0.5,
         "Retry budget",
-        "What painting again may cost at most, as a share of the sampling work (pixels times steps, not seconds) "
-        "without it; tiles most in doubt come first. 0: nothing is painted again.",
+        "Most work that retries may add, as a share of the sampling (pixels times steps). 0: no retries.",
         minimum=0.0,
         maximum=10.0,
         step=0.05,
@@ -413,8 +420,7 @@ class Settings(Options):
     guard_strictness: float = option(
         6.0,
         "Guard threshold",
-        "How far from the source a place may look before it is in doubt, in standard deviations of what is known to be "
-        "true: less is stricter.",
+        "How different from the source a place may look, in standard deviations. Lower is stricter.",
         minimum=-5.0,
         maximum=20.0,
         step=0.25,
@@ -424,23 +430,23 @@ class Settings(Options):
     maps: str = option(
         "none",
         "Show maps",
-        "Besides the image: the enlarged source, to compare; what DINO sees in it, with the tiles; how well the result "
-        "agrees with that. both: the last two.",
+        "Adds pictures: the enlarged source, to compare; what DINO sees in it (semantic); where the result agrees "
+        "(consistency). both: the last two.",
         choices=tuple(MAPS),
     )
     head: str = option(
         AUTOMATIC,
         "Restoration head",
-        "Tells guidance and guard what DINO would see if the source were sharp. Automatic: the one in the adapter's "
-        "file, if it has any, else calibrated: made by dinotile itself, once for every encoder. None: guidance is off.",
+        "Predicts what DINO would see if the source were sharp. Automatic: the adapter's own, else calibrated. None: "
+        "no guidance.",
         infotext="DINO Tile head",
         only_with=_looking,
     )
     encoder: str = option(
         AUTOMATIC,
         "DINO encoder",
-        "The DINOv2 or DINOv3 model that looks at the source. Automatic: the one that the adapter was trained with, "
-        "else one that is installed, a DINOv2 first.",
+        "DINOv2 or DINOv3 model that looks at the source. Automatic: the adapter's own, else an installed one, DINOv2 "
+        "first.",
         infotext="DINO Tile encoder",
         only_with=_looking,
         flag="dino",
@@ -448,7 +454,7 @@ class Settings(Options):
     patches: int = option(
         64,
         "DINO patches",
-        "How finely the encoder sees the source: patches along its longer side.",
+        "Patches along the longer side of the source. More shows DINO finer detail.",
         minimum=8,
         maximum=256,
         step=1,
@@ -458,13 +464,31 @@ class Settings(Options):
     windows: int = option(
         1,
         "DINO windows",
-        "1: the encoder sees the whole source at once. More: that many times finer, in overlapping windows.",
+        "1: DINO sees the source as a whole. More: in overlapping parts, that many times finer.",
         minimum=1,
         maximum=8,
         step=1,
         infotext="DINO Tile windows",
         only_with=_looking,
     )
+
+    @classmethod
+    def parse(cls: type[Own], values: Mapping[str, Any], labels: bool = False, texts: bool = False) -> Own:
+        """As of every table. `preset` names a preset; what else is given comes before its values."""
+        parse = super().parse
+        if not isinstance(values, Mapping) or "preset" not in values:
+            return parse(values, labels, texts)
+        given = {name: value for name, value in values.items() if name != "preset"}
+        try:
+            preset = presets.values(values["preset"], cls)
+        except DinotileError as wrong:
+            try:
+                parse(given, labels, texts)
+            except DinotileError as more:
+                raise DinotileError(f"{wrong}; {more}") from more
+            raise
+        start = {name: str(value) for name, value in preset.items()} if texts else preset
+        return parse({**start, **given}, labels, texts)
 
     @classmethod
     def option(cls, name: str) -> Option:
@@ -522,12 +546,11 @@ class Settings(Options):
 
     @property
     def infotext(self) -> dict[str, Any]:
-        """Keys and values for PNG info: all options that had a part in the image."""
-        return {
-            row.infotext: getattr(self, row.name)
-            for row in self.table()
-            if row.infotext and getattr(self, row.name) != "" and row.only_with(self)
-        }
+        """Keys and values for PNG info: the version of the defaults, and all that differs from them and had a part in
+        the image."""
+        rows = [row for row in self.table() if row.infotext and row.only_with(self)]
+        values = {str(row.infotext): getattr(self, row.name) for row in rows if getattr(self, row.name) != row.default}
+        return {VERSION: DEFAULTS, **values}
 
     def conflicts(self, called: Callable[[str], str] = str) -> Iterator[tuple[tuple[str, ...], str]]:
         for name, read in (("tile_prompts", parse_tile_prompts), ("region_prompts", parse_region_prompts)):
@@ -558,14 +581,14 @@ class Txt2Img(Settings):
     target: str = option(
         "scale",
         "Target size",
-        "Where the size of the result comes from: scale, or longest side.",
+        "scale: times larger. longest side: in pixels.",
         choices=TARGETS[:2],
         infotext="DINO Tile target",
     )
     denoise: float = option(
         0.3,
         "Denoising strength",
-        "In txt2img only: how much the tiles may change; 0 leaves them as they are.",
+        "Only in txt2img. How much the tiles may change. 0 changes nothing.",
         minimum=0.0,
         maximum=1.0,
         step=0.01,
@@ -574,13 +597,18 @@ class Txt2Img(Settings):
     steps: int = option(
         0,
         "Steps",
-        "In txt2img only: sampling steps of the tiles, counted as in img2img. 0: as many as the image has.",
+        "Only in txt2img. Sampling steps for the tiles, counted as in img2img. 0: as many as the image has.",
         minimum=1,
         maximum=150,
         step=1,
         zero="the image's",
         infotext="DINO Tile steps",
     )
+
+    @property
+    def infotext(self) -> dict[str, Any]:
+        """With the denoising strength whatever it is: of such images img2img's own says it."""
+        return {**super().infotext, str(self.option("denoise").infotext): self.denoise}
 
 
 @dataclass(frozen=True)
@@ -595,35 +623,45 @@ class Generation(Options):
     config: str = option(
         "",
         "Configuration",
-        "Folder with the diffusers configuration for a checkpoint file; empty: from the Hugging Face Hub.",
+        "Folder with the diffusers configuration of a checkpoint file. Empty: from the Hugging Face Hub.",
     )
     prediction: str = option(
         AUTOMATIC,
         "Prediction",
-        "What the checkpoint's UNet predicts. Automatic: what the file or its configuration says, else epsilon.",
+        "What the checkpoint's UNet predicts. Automatic: as the file or its configuration says, else epsilon.",
         choices=PREDICTIONS,
     )
     device: str = option(
         AUTO,
         "Device",
-        "Where the model computes, as torch names it: cpu, cuda, cuda:1, xpu, mps ... auto: a GPU (CUDA or ROCm, else "
-        "XPU, else MPS) if there is any, else the CPU.",
+        "Where the model runs, by torch's names: cpu, cuda, cuda:1, xpu, mps. auto: a GPU if there is one (CUDA or "
+        "ROCm, XPU, MPS), else the CPU.",
     )
     precision: str = option(
         AUTO,
         "Precision",
-        "What the model computes in. auto: fp16 on a GPU, fp32 on a CPU and for mini.",
+        "Number format of the model. auto: fp16 on a GPU, fp32 on the CPU and for mini.",
         choices=PRECISIONS,
     )
     width: int = option(
-        0, "Width", "With --target 'img2img size'; 0: in proportion to the height.", minimum=0, maximum=MAX_SIDE, step=1
+        0,
+        "Width",
+        "Width of the result, with --target 'img2img size'. 0: in proportion to the height.",
+        minimum=0,
+        maximum=MAX_SIDE,
+        step=1,
     )
     height: int = option(
-        0, "Height", "With --target 'img2img size'; 0: in proportion to the width.", minimum=0, maximum=MAX_SIDE, step=1
+        0,
+        "Height",
+        "Height of the result, with --target 'img2img size'. 0: in proportion to the width.",
+        minimum=0,
+        maximum=MAX_SIDE,
+        step=1,
     )
-    mask: str = option("", "Mask", "Image that is white where the result may change, as large as the source.")
-    prompt: str = option("", "Prompt", "What the picture shows.")
-    negative: str = option("", "Negative prompt", "What it should not show.")
+    mask: str = option("", "Mask", "Image of the source's size. White may change, black stays.")
+    prompt: str = option("", "Prompt", "What the image shows.")
+    negative: str = option("", "Negative prompt", "What the image should not show.")
     clip_skip: int = option(
         1,
         "Clip skip",
@@ -649,7 +687,7 @@ class Generation(Options):
     denoise: float = option(
         0.35,
         "Denoising strength",
-        "How much the tiles may change; 0 leaves them as they are.",
+        "How much the tiles may change. 0 changes nothing.",
         minimum=0.0,
         maximum=1.0,
         step=0.01,

@@ -15,7 +15,7 @@ import pytest
 import torch
 from PIL import Image
 
-from lib_dinotile import DinotileError
+from lib_dinotile import DinotileError, presets
 from lib_dinotile.dino.regions import Regions
 from lib_dinotile.engine.host import Interrupted
 from lib_dinotile.lines import LETTERS
@@ -109,6 +109,26 @@ def test_lists_begin_with_what_is_always_there(accordion):
     assert accordion.head_choices() == [AUTOMATIC, NONE, CALIBRATED]
     assert accordion.encoder_choices()[:2] == [AUTOMATIC, "mini"]
     assert accordion.CHOICES["upscaler"]() == ["None", "Lanczos", "Nearest"]
+
+
+@pytest.mark.parametrize("tab", TABLES)
+def test_a_preset_sets_its_controls_and_says_what_to_set_besides(accordion, tab: str):
+    with gr.Blocks() as page:
+        components = accordion.build(tab)
+    names = {component._id: name for name, component in components.items()}
+    if isinstance(page.fns, dict):  # gradio 4
+        wired = [
+            (each.fn, [output._id for output in each.outputs]) for each in page.fns.values() if each.name == "choose"
+        ]
+    else:
+        wired = [(each.fn, one["outputs"]) for each, one in zip(page.fns, page.dependencies) if each.name == "choose"]
+    ((choose, (_, *outputs)),) = wired
+    assert [names[number] for number in outputs] == list(presets.values("Photo", TABLES[tab]))
+    for preset in presets.PRESETS:
+        line, *updates = choose(preset.name)
+        assert preset.name in line and preset.hint in line
+        found = {names[number]: update["value"] for number, update in zip(outputs, updates)}
+        assert found == presets.values(preset.name, TABLES[tab])
 
 
 def of_images(*texts: str | None) -> str:
@@ -261,6 +281,63 @@ def test_png_info_of_either_tab_sets_both_and_switches_its_own_on(accordion, mad
     if made == tab:
         assert TABLES[tab].parse(found) == settings
     assert not pasted(*fields_of(accordion, tab), {"Steps": 20}).pop("enabled")
+
+
+OLD = {
+    "img2img": (
+        "DINO Tile target: scale, DINO Tile scale: 3.0, DINO Tile upscaler: Lanczos, DINO Tile tile size: 512, "
+        "DINO Tile overlap: 64, DINO Tile order: chess, DINO Tile seams: bands, DINO Tile seam denoise: 0.25, "
+        "DINO Tile seam width: 64, DINO Tile colour: AdaIN, DINO Tile flat: 0.0, DINO Tile adapter: None, "
+        "DINO Tile guidance: 1.0, DINO Tile guidance start: 0.0, DINO Tile guidance end: 0.7, "
+        "DINO Tile guidance every: 1, DINO Tile guidance views: 1, DINO Tile guidance distance: patches, "
+        "DINO Tile guidance layer: 2, DINO Tile guidance decoder: approximate, DINO Tile guard: report, "
+        "DINO Tile guard threshold: 6.0, DINO Tile head: calibrated, DINO Tile encoder: facebook/dinov2-small, "
+        "DINO Tile patches: 64, DINO Tile windows: 1"
+    ),
+    "txt2img": (
+        "DINO Tile target: longest side, DINO Tile longest side: 1024, DINO Tile upscaler: Lanczos, "
+        "DINO Tile tile size: 0, DINO Tile overlap: 64, DINO Tile order: chess, DINO Tile seams: none, "
+        "DINO Tile colour: wavelet, DINO Tile flat: 0.0, DINO Tile adapter: None, DINO Tile guidance: 0.0, "
+        "DINO Tile guard: off, DINO Tile denoise: 0.3, DINO Tile steps: 0"
+    ),
+}
+"""PNG info of images from before its version, with all options that had a part in them."""
+MADE = {
+    "img2img": Settings(
+        scale=3.0,
+        tile=512,
+        seams="bands",
+        colour="AdaIN",
+        guard="report",
+        decoder="approximate",
+        head="calibrated",
+        encoder="facebook/dinov2-small",
+    ),
+    "txt2img": Txt2Img(target="longest side", longest=1024, guidance=0.0, guard="off"),
+}
+"""What they were made with."""
+
+
+@pytest.mark.parametrize("tab", TABLES)
+def test_images_without_a_version_are_read_as_ever(accordion, tab: str):
+    info = dict(FIELD.findall(OLD[tab]))
+    for place in TABLES:
+        found = pasted(*fields_of(accordion, place), info)
+        assert found.pop("enabled") == (place == tab)
+        if place == tab:
+            read = TABLES[tab].parse({name: str(value) for name, value in found.items()}, texts=True)
+            assert read == MADE[tab]
+            assert set(MADE[tab].infotext) - {"DINO Tile"} < set(info)  # an image says less of it now
+
+
+@pytest.mark.parametrize("tab", TABLES)
+def test_an_image_with_defaults_that_are_not_known_sets_nothing_and_says_why(accordion, monkeypatch, tab: str):
+    told, info = [], {**TABLES[tab](scale=3.0).infotext, "DINO Tile": "2"}
+    monkeypatch.setattr(accordion.gr, "Warning", told.append)
+    for _, key in fields_of(accordion, tab)[1]:
+        with pytest.raises(DinotileError, match=r"made with version 2 of DINO Tile's defaults.*update it") as error:
+            key(info)
+    assert told == [str(error.value)]  # the WebUI logs what they raise
 
 
 def test_a_size_that_txt2img_has_not_becomes_its_default(accordion):

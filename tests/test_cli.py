@@ -49,7 +49,7 @@ def test_an_image_is_upscaled_and_says_how(photo, tmp_path):
     assert run(photo, out, *QUICK, "--scale", "1.5", "--seed", "7") == 0
     image = Image.open(out)
     assert image.size == (75, 56)
-    told = ("Seed: 7", "Denoising strength: 0.3", "DINO Tile scale: 1.5", "DINO Tile adapter: mini")
+    told = ("Seed: 7", "Denoising strength: 0.3", "DINO Tile: 1, DINO Tile scale: 1.5", "DINO Tile adapter: mini")
     for part in (*told, 'DINO Tile notes: "guard: '):
         assert part in image.text["parameters"]
     assert sorted(file.name for file in tmp_path.iterdir()) == ["in.png", "out.png"]
@@ -424,7 +424,7 @@ def test_a_folder_with_other_files_is_left_alone(photo, tmp_path, capsys):
     (tmp_path / "out.png.tiles").mkdir()
     (tmp_path / "out.png.tiles" / "thesis.txt").write_text("mine")
     assert run(photo, tmp_path / "out.png", *QUICK) == 2
-    assert "holds other files" in capsys.readouterr().err
+    assert "it holds other files" in capsys.readouterr().err
     assert (tmp_path / "out.png.tiles" / "thesis.txt").read_text() == "mine"
 
 

@@ -85,7 +85,7 @@ def test_loading_draws_nothing_from_the_common_generator(adapters):
         ({"adapter": "leaves"}, {}, "adapter: 'leaves' is not installed, give one of None, fur, restored"),
         ({"adapter": "../fur"}, {}, "adapter: '../fur' is not installed"),
         ({}, {"base": "sdxl"}, "is for sd15 checkpoints, this one is sdxl"),
-        ({}, {"shape": None}, "this checkpoint's UNet takes no residuals"),
+        ({}, {"shape": None}, "adapters do not work with this checkpoint's model"),
         ({"encoder": "nowhere"}, {}, "encoder: 'nowhere' is not installed"),
         ({"encoder": "/etc"}, {}, "encoder: '/etc' is not installed"),
     ],
@@ -219,7 +219,7 @@ def test_a_coarse_decoder_is_told():
         return Conditioner.load(asked, HOST, {}).notes
 
     assert "guidance decoder: TAESD" in told("TAESD")
-    assert [note for note in told("linear") if "guidance decoder: linear (a colour per latent cell" in note]
+    assert [note for note in told("linear") if "guidance decoder: linear (too coarse" in note]
 
 
 def test_without_a_head_guidance_is_off_and_the_notes_say_so(adapters):

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).parents[1] / "lib_dinotile"
-ROOT_MODULES = {"__init__", "__main__", "settings", "options", "images", "lines", "weights"}
+ROOT_MODULES = {"__init__", "__main__", "settings", "options", "images", "lines", "presets", "weights"}
 BELOW = {
     "tiling": set(),
     "dino": {"tiling"},

@@ -458,7 +458,7 @@ def test_words_of_a_region_that_is_not_there_are_refused_in_one_line():
     check_letters(None, {})
     with pytest.raises(DinotileError) as error:
         check_letters(SHOWN, {"A": "fur", "D": "sky", "E": "sea"})
-    assert str(error.value) == "region_prompts: there is no region D, this image has 3 (A to C): see Preview"
+    assert str(error.value) == "region_prompts: there is no region D, this image has 3 (A to C): Preview shows them"
 
 
 # Reported -----------------------------------------------------------------------------------------------------------
@@ -474,16 +474,18 @@ def reported(*shown):
 
 
 def test_the_report_says_which_regions_each_tile_was_told():
-    assert reported("A", "A", "A", "AB", "").lines == ["regions told: A in tiles 1-3; A, B in tile 4; none in tile 5"]
-    assert reported("B", "A", "Ab", "b", "bA").lines == ["regions told: A in tiles 2-3, 5; B in tile 1; none in tile 4"]
-    assert reported("A", "A").lines == ["regions told: A in tiles 1-2"]
+    assert reported("A", "A", "A", "AB", "").lines == ["region prompts: A in tiles 1-3; A, B in tile 4; none in tile 5"]
+    assert reported("B", "A", "Ab", "b", "bA").lines == [
+        "region prompts: A in tiles 2-3, 5; B in tile 1; none in tile 4"
+    ]
+    assert reported("A", "A").lines == ["region prompts: A in tiles 1-2"]
     assert reported("ab", "", "c").lines == []
 
 
 def test_tiles_that_were_not_painted_were_told_nothing():
     report = reported("A", "AB", "B")
     report.tiles[1].state, report.tiles[2].state = FLAT, UNMASKED
-    assert report.lines == ["tiles passed over as flat: 2", "regions told: A in tile 1"]
+    assert report.lines == ["flat tiles skipped: 2", "region prompts: A in tile 1"]
 
 
 def test_small_regions_of_one_name_count_together():
@@ -513,7 +515,7 @@ def test_the_report_as_json_has_the_regions_of_each_tile():
     for tile in report.tiles:
         tile.state = PAINTED
     found = report.json()
-    assert found["notes"] == ["regions told: A in tiles 1-2"]
+    assert found["notes"] == ["region prompts: A in tiles 1-2"]
     first, second, third = found["tiles"]
     assert first["regions"] == [{"letter": "A", "share": pytest.approx(1), "words": "fur"}]
     assert [(each["letter"], each["words"]) for each in second["regions"]] == [("A", "fur"), ("B", "")]

@@ -128,7 +128,7 @@ def test_another_seed_mends_it():
     for tile in (result.report.tiles[number - 1] for number in HALF):
         assert tile.verdict.seeds == (1, 2) and tile.verdict.retries == 2 and tile.verdict.doubt_after == 0
         assert tile.verdict.before < tile.verdict.after and tile.seconds > 0
-    assert "mended by painting again: 1, 3, 6" in result.report.lines[0]
+    assert "fixed by a retry: 1, 3, 6" in result.report.lines[0]
 
 
 def test_then_less_denoise_is_tried_and_at_last_the_source_is_blended_in():
@@ -138,7 +138,7 @@ def test_then_less_denoise_is_tried_and_at_last_the_source_is_blended_in():
     assert sorted({strength for strength in host.strengths if strength}) == pytest.approx([0.245, 0.35, 0.5])
     assert abs(image - source).mean() < 0.3 * abs(run(Forger(), guard="off")[2] - source).mean()
     assert all((tile.verdict.blended > 0) == (tile.number in HALF) for tile in result.report.tiles)
-    assert "blended back in part: 1, 3, 6" in result.report.lines[0]
+    assert "partly blended back: 1, 3, 6" in result.report.lines[0]
 
 
 def test_blend_back_paints_nothing_again():
@@ -267,7 +267,7 @@ def test_a_hopeless_run_paints_nothing_again_and_says_what_to_change():
     assert host.retries == {} and result.report.retried == 0
     line = (
         "the guard doubts most tiles (6 of 6) and paints none of them again: use less denoising strength, another "
-        "checkpoint or a looser (higher) guard threshold"
+        "checkpoint or a higher guard threshold"
     )
     assert result.report.notes == [line] and line in result.report.json()["notes"]
     assert all(tile.verdict.blended for tile in result.report.tiles)  # judging and blending back go on

@@ -167,7 +167,7 @@ def test_flat_tiles_keep_the_source_and_are_named(order):
     source.paste(random_image(30, 70), (0, 0))
     result = run(StubHost(white, model=lambda x: torch.ones_like(x)), source, flat=1.5, order=order)
     assert result.report.numbers("flat") and result.report.numbers("painted")
-    assert result.report.lines == ["tiles passed over as flat: 3-4, 7-8, 11-12"]
+    assert result.report.lines == ["flat tiles skipped: 3-4, 7-8, 11-12"]
     assert (pixels(result.image)[:, 150:] == pixels(upscaled(source))[:, 150:]).all()
     assert run(StubHost(white), source).report.numbers("flat") == []
 
@@ -242,7 +242,7 @@ def test_every_tile_is_told_of_the_regions_that_it_shows(order):
     }
     assert result.complete and len(told) == 12
     assert all(prompts == wanted[tile.x] for tile, prompts in told.items())
-    lines = "regions told: A in tiles 1-2, 5-6, 9-10; A, B in tiles 3, 7, 11; B, C in tiles 4, 8, 12"
+    lines = "region prompts: A in tiles 1-2, 5-6, 9-10; A, B in tiles 3, 7, 11; B, C in tiles 4, 8, 12"
     assert result.report.lines == [lines]
     tiles = result.report.json()["tiles"]
     assert [(each["letter"], each["words"]) for each in tiles[2]["regions"]] == [("B", "wall"), ("A", "fur")]
@@ -255,7 +255,7 @@ def test_a_line_of_a_tile_s_own_comes_in_place_of_its_regions():
     own = {(tile.x, tile.y): prompts for tile, prompts in told.items()}
     assert own[40, 0] == ["main, whiskers"] and own[40, 40] == ["main, fur"]
     assert result.report.prompts == "2: whiskers"
-    assert result.report.lines[0].startswith("regions told: A in tiles 1, 5-6, 9-10; ")
+    assert result.report.lines[0].startswith("region prompts: A in tiles 1, 5-6, 9-10; ")
 
 
 @pytest.mark.parametrize("order", ["none", "chess"])
@@ -277,7 +277,7 @@ def test_words_of_a_region_that_the_image_does_not_have_are_refused_before_any_t
     host = StubHost()
     with pytest.raises(DinotileError) as error:
         run(host, conditioner=Shows(STRIPES), region_prompts="A: fur\nD: sea", order=order)
-    assert str(error.value) == "region_prompts: there is no region D, this image has 3 (A to C): see Preview"
+    assert str(error.value) == "region_prompts: there is no region D, this image has 3 (A to C): Preview shows them"
     assert error.value.status_code == 422 and host.sampled == [] and host.seen == []
 
 

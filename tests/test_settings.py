@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lib_dinotile import DinotileError
-from lib_dinotile.settings import REGIONS, Generation, Settings
+from lib_dinotile.settings import DEFAULTS, REGIONS, VERSION, Generation, Settings, Txt2Img
 
 TILE = "0 (automatic) or a whole number from 64 to 2048, a multiple of 8"
 
@@ -30,7 +30,7 @@ def test_every_option_says_what_it_is():
 def test_infotext_keys_are_unique_and_name_the_extension():
     keys = [option.infotext for option in Settings.table() if option.infotext]
     assert len(set(keys)) == len(keys)
-    assert all(key.startswith("DINO Tile ") for key in keys)
+    assert VERSION not in keys and all(key.startswith(f"{VERSION} ") for key in keys)
 
 
 @pytest.mark.parametrize(
@@ -160,18 +160,67 @@ def test_text_reads_back(table):
         Settings.option("tile").parse("many")
 
 
-def test_png_info_names_the_options_that_had_a_part_in_the_image():
-    plain, adapted = Settings().infotext, Settings(adapter="fur").infotext
-    assert "DINO Tile scale" in plain and "DINO Tile strength" not in plain
-    assert adapted["DINO Tile strength"] == 1.0
-    full = Settings(
-        adapter="fur",
-        target="longest side",
-        seams="bands",
-        captions="CLIP",
-        tile_prompt="fur",
-        tile_prompts="1: ear",
-        region_prompts="A: fur",
-    )
+def test_png_info_has_what_differs_from_the_defaults_and_had_a_part_in_the_image():
+    assert Settings(enabled=True).infotext == {"DINO Tile": DEFAULTS}
+    plain, adapted = Settings(scale=3.0, strength=0.5).infotext, Settings(adapter="fur", strength=0.5).infotext
+    assert plain == {"DINO Tile": DEFAULTS, "DINO Tile scale": 3.0}
+    assert adapted == {"DINO Tile": DEFAULTS, "DINO Tile adapter": "fur", "DINO Tile strength": 0.5}
+    assert next(iter(plain)) == "DINO Tile"  # is read by people, too
+    assert Txt2Img(enabled=True).infotext == {"DINO Tile": DEFAULTS, "DINO Tile denoise": 0.3}
+    values = {option.name: another(option) for option in Settings.table()}
+    values |= {"target": "scale", "seams": "bands", "guard": "retry", "captions": "CLIP", "tile_prompts": "1: fur"}
+    everything = Settings.parse({**values, "start": 0.0, "regions": "3", "guidance_start": 0.1, "guard_seeds": 3})
     keys = {option.infotext for option in Settings.table() if option.infotext}
-    assert set(adapted) < keys and set(full.infotext) == keys - {"DINO Tile scale"}
+    lacking = {"DINO Tile target", "DINO Tile longest side", "DINO Tile start", "DINO Tile guard"}
+    assert set(everything.infotext) == {"DINO Tile"} | (keys - lacking)
+
+
+def test_defaults_are_those_of_their_version():
+    """Images leave them out. If one has to change, raise DEFAULTS, and read images of version 1 by these."""
+    first = {
+        "target": "scale",
+        "scale": 2.0,
+        "longest": 2048,
+        "upscaler": "Lanczos",
+        "tile": 0,
+        "overlap": 64,
+        "order": "chess",
+        "seams": "none",
+        "seam_denoise": 0.25,
+        "seam_width": 64,
+        "colour": "wavelet",
+        "flat": 0.0,
+        "tile_prompt": "",
+        "tile_prompt_mode": "follow",
+        "captions": "None",
+        "tile_prompts": "",
+        "regions": "automatic",
+        "region_prompts": "",
+        "region_share": 0.1,
+        "adapter": "None",
+        "strength": 1.0,
+        "start": 0.0,
+        "end": 1.0,
+        "guidance": 1.0,
+        "guidance_start": 0.0,
+        "guidance_end": 0.7,
+        "every": 1,
+        "views": 1,
+        "distance": "patches",
+        "layer": 2,
+        "decoder": "Automatic",
+        "guard": "retry",
+        "guard_seeds": 2,
+        "guard_weaker": 1,
+        "guard_budget": 0.5,
+        "guard_strictness": 6.0,
+        "head": "Automatic",
+        "encoder": "Automatic",
+        "patches": 64,
+        "windows": 1,
+        "denoise": 0.3,
+        "steps": 0,
+    }
+    assert DEFAULTS == 1
+    now = {option.name: option.default for option in Txt2Img.table()}
+    assert {name: now[name] for name in first} == first

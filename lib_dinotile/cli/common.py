@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from lib_dinotile import DinotileError
+from lib_dinotile import DinotileError, presets
 from lib_dinotile.options import Options
 from lib_dinotile.settings import AUTOMATIC, CALIBRATED, NONE, Settings
 
@@ -42,11 +42,13 @@ def parse_options(table: type[Options], arguments: argparse.Namespace) -> Any:
 
 def parse_tables(tables: Sequence[type[Options]], arguments: argparse.Namespace) -> list[Any]:
     """The options of several tables; DinotileError for all that is wrong in any of them."""
-    parsed, faults = [], []
+    parsed, faults, preset = [], [], getattr(arguments, "preset", None)
     for table in tables:
         given = {option.name: getattr(arguments, option.name, None) for option in table.table()}
+        values = {name: str(value) for name, value in presets.values(preset, table).items()} if preset else {}
+        values |= {name: text for name, text in given.items() if text is not None}
         try:
-            parsed.append(table.parse({name: text for name, text in given.items() if text is not None}, texts=True))
+            parsed.append(table.parse(values, texts=True))
         except DinotileError as error:
             faults.append(str(error))
     if faults:

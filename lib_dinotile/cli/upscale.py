@@ -16,7 +16,7 @@ from typing import Any
 
 from PIL import Image, PngImagePlugin
 
-from lib_dinotile import DinotileError, __version__
+from lib_dinotile import DinotileError, __version__, presets
 from lib_dinotile.cli.common import add_options, head_files, parse_tables, quiet_transformers, silenced
 from lib_dinotile.cli.files import check_files, check_report
 from lib_dinotile.condition.conditioner import MINI, Conditioner
@@ -42,6 +42,10 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument("--resume", action="store_true", help="go on with what an earlier run has painted")
     command.add_argument(
         "--report", metavar="FILE", help="add what became of every tile to this file, as a line of JSON"
+    )
+    names = ", ".join(presets.NAMES)
+    command.add_argument(
+        "--preset", metavar="NAME", help=f"settings to start from, which other options change: {names}"
     )
     add_options(command, Settings)
     add_options(command, Generation)

@@ -160,7 +160,7 @@ class Conditioner:
             config = read_config(adapters[name])
             if host.shape is None:
                 raise DinotileError(
-                    f"adapter {name!r}: this checkpoint's UNet takes no residuals; choose adapter {NONE}"
+                    f"adapter {name!r}: adapters do not work with this checkpoint's model; set Adapter to {NONE}"
                 )
             check_fit(config, name, host.base, host.shape)
         dtype = encoder_dtype(device, host.dtype)
@@ -222,17 +222,14 @@ class Conditioner:
         notes = [f"encoder: {self.encoder.id}"]
         # Also where it was named, or PNG info would not give itself again.
         if self.encoder.id == BUILT_IN and self._adapter is None:
-            notes = ["encoder: the small built-in one; install a DINOv2 for better features, see DINO encoder"]
+            notes = ["encoder: the small built-in one; install a DINOv2 for better results, see DINO encoder"]
         if self._steers or self._settings.judges:
             notes += self._heads.notes
         if self._rests:
-            notes.append(
-                "guidance is off: without a restoration head it could only keep the blur; choose Restoration head "
-                f"{AUTOMATIC}"
-            )
+            notes.append(f"guidance is off: it needs a restoration head; set Restoration head to {AUTOMATIC}")
         elif self._decoder:
             name = self._decoder[0]
-            coarse = " (a colour per latent cell, too coarse for fine textures: TAESD is better where there is one)"
+            coarse = " (too coarse for fine textures, TAESD is better)"
             notes.append(f"guidance decoder: {name}{coarse if name == LINEAR else ''}")
         return notes
 

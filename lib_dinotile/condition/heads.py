@@ -45,7 +45,9 @@ class FixedHeads:
         lacking = [layer for layer in layers if layer not in self.heads]
         if self.heads and lacking:
             there = ", ".join(str(-layer) for layer in sorted(self.heads, reverse=True))
-            raise DinotileError(f"head: it has none for layer {-lacking[0]}, only for {there}: choose such a layer")
+            raise DinotileError(
+                f"head: it was not trained for layer {-lacking[0]}, only for {there}: set Guidance layer to one"
+            )
         return self.heads
 
     @property

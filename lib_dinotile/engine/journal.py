@@ -39,7 +39,7 @@ class Journal:
         if before is not None and any(folder.glob(TILES)):
             self._check(before, resume)
         elif os.path.lexists(folder) and not _holds_only_ours(folder):
-            raise DinotileError(f"{folder} holds other files, painted tiles are kept there: move it away")
+            raise DinotileError(f"{folder} is where painted tiles are kept, but it holds other files: move them away")
         self._begun = resume and before == self._recipe
 
     def _recipe_before(self) -> dict[str, Any] | None:

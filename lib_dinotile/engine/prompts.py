@@ -35,7 +35,9 @@ def check_letters(regions: Regions | None, words: Mapping[str, str]) -> None:
     beyond = [letter for letter in words if letter not in letters]
     if beyond:
         there = f"{len(letters)} ({letters[0]} to {letters[-1]})" if letters else "none"
-        raise DinotileError(f"region_prompts: there is no region {beyond[0]}, this image has {there}: see Preview")
+        raise DinotileError(
+            f"region_prompts: there is no region {beyond[0]}, this image has {there}: Preview shows them"
+        )
 
 
 def _with_main(host: Host, settings: Settings, own: str | None) -> str | None:

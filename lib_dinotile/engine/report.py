@@ -100,7 +100,7 @@ class Report:
     @property
     def lines(self) -> list[str]:
         """All notes for the user."""
-        flat = [f"tiles passed over as flat: {ranges(self.numbers(FLAT))}"] if self.numbers(FLAT) else []
+        flat = [f"flat tiles skipped: {ranges(self.numbers(FLAT))}"] if self.numbers(FLAT) else []
         return flat + self._by_region + self._guarded + self.notes
 
     @property
@@ -115,7 +115,7 @@ class Report:
         if not found:
             return []
         told = [f"{letters} in {_tiles(numbers)}" for letters, numbers in sorted(found.items())]
-        return ["regions told: " + "; ".join(told + [f"none in {_tiles(none)}"] * bool(none))]
+        return ["region prompts: " + "; ".join(told + [f"none in {_tiles(none)}"] * bool(none))]
 
     @property
     def _guarded(self) -> list[str]:
@@ -129,7 +129,7 @@ class Report:
         blended = [number for number, verdict in doubted.items() if verdict.blended]
         left = [number for number, verdict in doubted.items() if verdict.doubt_after and not verdict.blended]
         mended = [number for number in doubted if number not in blended and number not in left]
-        outcomes = (("mended by painting again", mended), ("blended back in part", blended), ("still in doubt", left))
+        outcomes = (("fixed by a retry", mended), ("partly blended back", blended), ("still in doubt", left))
         listed = "; ".join(f"{words}: {ranges(numbers)}" for words, numbers in outcomes if numbers)
         return [f"guard: {len(doubted)} of {len(judged)} tiles were in doubt ({listed})"]
 

@@ -280,7 +280,7 @@ class RetryPolicy:
             budget.hopeless = True
             self._report.note(
                 f"the guard doubts most tiles ({doubtful} of {len(watched)}) and paints none of them again: use less "
-                "denoising strength, another checkpoint or a looser (higher) guard threshold"
+                "denoising strength, another checkpoint or a higher guard threshold"
             )
         if budget.hopeless:
             return

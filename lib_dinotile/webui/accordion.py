@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import functools
+import html
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -12,14 +14,14 @@ from modules import infotext_utils
 from modules.ui_common import create_refresh_button
 from modules.ui_components import InputAccordion
 
-from lib_dinotile import DinotileError
+from lib_dinotile import DinotileError, presets
 from lib_dinotile.condition.conditioner import installed_weights
 from lib_dinotile.dino.checkpoint import encoders
 from lib_dinotile.hosts import upscalers
 from lib_dinotile.hosts.interrogators import interrogators
 from lib_dinotile.options import Option
 from lib_dinotile.settings import AUTOMATIC, CALIBRATED, NONE, Settings, Txt2Img
-from lib_dinotile.webui import first_minute, folders
+from lib_dinotile.webui import first_minute, folders, infotext
 from lib_dinotile.webui.javascript import in_the_browser, to_allowed
 from lib_dinotile.webui.notices import Notices
 from lib_dinotile.webui.preview import Captions, Img2Img
@@ -37,10 +39,10 @@ PREVIEW = ()
 """The row that has the preview, in img2img."""
 GROUPS: tuple[tuple[str | None, tuple[tuple[str, ...], ...]], ...] = (
     (None, (("target", "scale", "longest"), ("denoise", "steps"), ("tile",), ("guidance", "guard"), PREVIEW)),
-    ("Upscaler, colour and tile layout", (("upscaler", "colour"), ("overlap", "order"), ("batch", "flat"))),
-    ("Seam pass", (("seams",), ("seam_denoise", "seam_width"))),
+    ("Upscaler and tiles", (("upscaler", "colour"), ("overlap", "order"), ("batch", "flat"))),
+    ("Seam fix", (("seams",), ("seam_denoise", "seam_width"))),
     (
-        "Prompts by region and tile",
+        "Prompts per region and tile",
         (
             ("regions", "region_share"),
             ("region_prompts",),
@@ -50,7 +52,7 @@ GROUPS: tuple[tuple[str | None, tuple[tuple[str, ...], ...]], ...] = (
         ),
     ),
     (
-        "Guidance and guard",
+        "Guidance and guard settings",
         (
             ("guard_seeds", "guard_weaker"),
             ("guard_budget", "guard_strictness"),
@@ -62,7 +64,7 @@ GROUPS: tuple[tuple[str | None, tuple[tuple[str, ...], ...]], ...] = (
         ),
     ),
     ("Adapter", (("adapter",), ("strength",), ("start", "end"))),
-    ("DINO features of the source", (("encoder", "head"), ("patches", "windows"))),
+    ("DINO encoder", (("encoder", "head"), ("patches", "windows"))),
 )
 """Titles of foldable groups, and which options stand side by side in them, in tabs that have them.
 `enabled` is the accordion's own switch."""
@@ -117,6 +119,7 @@ def build(tab: str) -> dict[str, Any]:
     with InputAccordion(enabled.default, label=TITLE, elem_id=f"{prefix}enabled") as components["enabled"]:
         notices = Notices(components["enabled"], prefix)
         status = first_minute.add(prefix)
+        preset = _add_presets(prefix)
         for title, rows in GROUPS:
             with gr.Accordion(title, open=False) if title else contextlib.nullcontext():
                 for row in rows:
@@ -132,6 +135,7 @@ def build(tab: str) -> dict[str, Any]:
                                 _add_refresh(name, components[name], prefix)
                     if "tile_prompts" in row:
                         _add_captions(components["tile_prompts"], tab)
+    _connect_presets(*preset, components, TABS[tab])
     _follow_target(components)
     if tab == "img2img":
         img2img.show_in(*shown, notices, components)
@@ -139,6 +143,30 @@ def build(tab: str) -> dict[str, Any]:
         notices.connect(components["denoise"])
     first_minute.connect(*status, components)
     return {name: components[name] for name in options}
+
+
+def _add_presets(prefix: str) -> tuple[Any, Any]:
+    chosen = gr.Dropdown(
+        choices=list(presets.NAMES),
+        value=None,
+        label="Preset",
+        info="Sets the controls below for a purpose. Change them afterwards as you like.",
+        elem_id=f"{prefix}preset",
+    )
+    chosen.do_not_save_to_config = True  # it is not what the controls are at when the page is loaded
+    return chosen, gr.HTML(elem_id=f"{prefix}preset_hint")
+
+
+def _connect_presets(chosen: Any, hint: Any, components: Mapping[str, Any], table: type[Settings]) -> None:
+    names = list(presets.values(presets.NAMES[0], table))
+
+    def choose(name: str) -> list[Any]:
+        values = presets.values(name, table)
+        line = f"<p>{html.escape(f'{name} is set. Besides: {presets.find(name).hint}')}</p>"
+        return [line, *(gr.update(value=values[option]) for option in names)]
+
+    outputs = [hint, *(components[name] for name in names)]
+    chosen.input(fn=choose, inputs=[chosen], outputs=outputs, show_progress=False)
 
 
 def _add_preview(prefix: str) -> tuple[Any, Any, Any, Naming]:
@@ -173,38 +201,45 @@ def _add_refresh(name: str, component: Any, prefix: str) -> None:
     create_refresh_button(component, lambda: None, looked_up, f"{prefix}refresh_{name}")
 
 
+class InfotextKey(str):
+    """An option's key in PNG info. The WebUI gets the value by calling it, and its buttons, which carry values from tab
+    to tab, know it by its name."""
+
+    option: Option
+
+    def __new__(cls, option: Option) -> InfotextKey:
+        key = super().__new__(cls, option.infotext)
+        key.option = option
+        return key
+
+    def __call__(self, info: Mapping[str, Any]) -> Any:
+        return infotext.read(self.option, info)
+
+
 def infotext_fields(components: Mapping[str, Any], tab: str) -> list[tuple[Any, Any]]:
     """Which control is set from what when PNG info is pasted.
 
-    What an image of ours may leave untold goes to its default then: nothing of an earlier image stays. The switch goes
-    on only in the tab that the image was made in: in the other one its size is not what it is here.
+    What an image of ours leaves out goes to its default then: nothing of an earlier image stays. The switch goes on
+    only in the tab that the image was made in: in the other one its size is not what it is here.
     """
-    table = TABS[tab]
-    written = [option for option in table.table() if option.infotext]
-    # These the WebUI's own buttons carry from tab to tab, so they must be alike.
-    alike = {
-        option.infotext
-        for option in written
-        if option.infotext in Settings().infotext and option.choices == Settings.option(option.name).choices
-    }
 
-    def ours(params: Mapping[str, Any]) -> bool:
-        return written[0].infotext in params
+    def here(info: Mapping[str, Any]) -> bool:
+        try:
+            return infotext.is_ours(info) and infotext.is_of_txt2img(info) == (tab == "txt2img")
+        except DinotileError as error:
+            gr.Warning(str(error))  # the WebUI itself only logs it
+            raise
 
-    def here(params: Mapping[str, Any]) -> bool:
-        return ours(params) and (Txt2Img.option("denoise").infotext in params) == (tab == "txt2img")
+    def key(option: Option) -> Callable[[Mapping[str, Any]], Any]:
+        # Only what is alike in both tabs may have a name.
+        alike = all(
+            any((option.name, option.choices) == (row.name, row.choices) for row in table.table())
+            for table in TABS.values()
+        )
+        return InfotextKey(option) if alike else functools.partial(infotext.read, option)
 
-    def reader(option: Option) -> Callable[[Mapping[str, Any]], Any]:
-        def read(params: Mapping[str, Any]) -> Any:
-            if not ours(params):
-                return None
-            value = params.get(str(option.infotext), option.default)
-            return value if option.choices is None or value in option.choices else option.default
-
-        return read
-
-    keys = [option.infotext if option.infotext in alike else reader(option) for option in written]
-    return [(components["enabled"], here), *zip((components[option.name] for option in written), keys)]
+    keys = [(components[option.name], key(option)) for option in TABS[tab].table() if option.infotext]
+    return [(components["enabled"], here), *keys]
 
 
 def restore_types(*_: Any) -> None:

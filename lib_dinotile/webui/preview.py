@@ -340,7 +340,7 @@ def describe(preview: Preview, estimate: Estimate | None) -> str:
     main = 0 if plan.order == "none" else len(plan)
     parts = [f"{main} tile{'s' * (main > 1)} of {plan.tile_size[0]} x {plan.tile_size[1]}"] if main else []
     if tiles > main:
-        parts.append(f"{tiles - main} for the seam pass")
+        parts.append(f"{tiles - main} for the seam fix")
     work = " and ".join(parts) or "nothing to paint"
     time = f", {duration(estimate, preview.settings)}" if tiles else ""
     colours = "what DINO sees; alike is what looks alike."

@@ -6,6 +6,7 @@ from typing import Any
 
 from pydantic import VERSION, BaseModel, Field
 
+from lib_dinotile import presets
 from lib_dinotile.options import Option
 from lib_dinotile.settings import MAX_SIDE, Settings
 
@@ -30,8 +31,14 @@ def schema_of(option: Option) -> dict[str, Any]:
     }
 
 
+PRESET = {
+    "type": "string",
+    "title": "Preset",
+    "description": "Sets options for a purpose. Options that are given besides come before it.",
+    "enum": presets.NAMES,
+}
 OPTIONS = {
-    "properties": {option.name: schema_of(option) for option in Settings.table()},
+    "properties": {"preset": PRESET, **{option.name: schema_of(option) for option in Settings.table()}},
     "additionalProperties": False,
 }
 
@@ -115,7 +122,7 @@ class Plan(BaseModel):
         ...,
         description="Numbers of the tiles in the order in which they are painted; those of a wave do not overlap.",
     )
-    painted: int = Field(..., description="How many tiles are painted in all, with those of the seam pass.")
+    painted: int = Field(..., description="How many tiles are painted in all, with those of the seam fix.")
 
 
 class SemanticMap(BaseModel):

@@ -40,11 +40,13 @@ def _apply(option: Option) -> Callable[[Any, Any, Any], None]:
 
 def _confirm(option: Option) -> Callable[[Any, list[Any]], None]:
     def confirm(p: Any, values: list[Any]) -> None:
+        if not values:
+            raise DinotileError(f"{option.label}: this axis has no values, give some")
         installed = CHOICES[option.name]() if option.name in CHOICES else None
-        parsed = [option.parse(str(value)) for value in values]
+        parsed = [option.labelled.parse(str(value)) for value in values]
         for value in parsed:
             if installed is not None and value not in installed:
-                raise DinotileError(f"{option.name}: {value!r} is not installed, give one of {', '.join(installed)}")
+                raise DinotileError(f"{option.label}: {value!r} is not installed, give one of {', '.join(installed)}")
         setattr(p, PLOTTED, {**getattr(p, PLOTTED, {}), option.name: parsed})
 
     return confirm
@@ -86,21 +88,25 @@ def register() -> None:
             continue
         module = data.module
         present = {axis.label for axis in module.axis_options}
-        both = {option.name: option for option in Settings.table()}
-        options = {option.name: option for option in Txt2Img.table()} | both
-        for option in options.values():
-            name = f"[{TITLE}] {option.label}"
-            if not option.infotext or name in present:
-                continue
-            choices = CHOICES.get(option.name) or (option.choices and functools.partial(list, option.choices))
-            kind = module.AxisOption if option.name in both else module.AxisOptionTxt2Img
-            axis = kind(
-                name,
-                str if choices else option.type,
-                _apply(option),
-                format_value=_label(option),
-                confirm=_confirm(option),
-                cost=COSTS.get(option.name, 0.0),
-                choices=choices or None,
-            )
-            module.axis_options.append(axis)
+        tabs = {
+            module.AxisOptionTxt2Img: {option.name: option for option in Txt2Img.table()},
+            module.AxisOptionImg2Img: {option.name: option for option in Settings.table()},
+        }
+        for kind, options in tabs.items():
+            others = next(table for tab, table in tabs.items() if tab is not kind)
+            for option in options.values():
+                label = f"[{TITLE}] {option.label}"
+                alike = option.name in others and option.choices == others[option.name].choices
+                if not option.infotext or label in present or (alike and kind is module.AxisOptionTxt2Img):
+                    continue
+                choices = CHOICES.get(option.name) or (option.choices and functools.partial(list, option.choices))
+                axis = (module.AxisOption if alike else kind)(
+                    label,
+                    str if choices else option.type,
+                    _apply(option),
+                    format_value=_label(option),
+                    confirm=_confirm(option),
+                    cost=COSTS.get(option.name, 0.0),
+                    choices=choices or None,
+                )
+                module.axis_options.append(axis)

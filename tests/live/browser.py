@@ -146,7 +146,7 @@ class Tab:
         """Through the PNG Info tab, and its button that sends everything to this tab."""
         self.page.locator("#tabs > .tab-nav button", has_text="PNG Info").click()
         self.drop(image, "#pnginfo_image")
-        self.page.locator("#tab_pnginfo").get_by_text("DINO Tile scale").first.wait_for()
+        self.page.locator("#tab_pnginfo").get_by_text("DINO Tile: ").first.wait_for()
         self.page.locator(f"#tab_pnginfo #{self._name}_tab").click()
         self.page.wait_for_timeout(4000)
 

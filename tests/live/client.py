@@ -17,6 +17,8 @@ import numpy as np
 import requests
 from PIL import Image
 
+from lib_dinotile.settings import VERSION, Txt2Img
+
 TIMEOUT = 3600
 """Seconds that one generation may take."""
 POLL = 0.05
@@ -63,6 +65,13 @@ def fields(infotext: str) -> dict[str, str]:
     """Keys and values of PNG info's last line."""
     pairs = re.findall(r'([\w+/ -]+): ("(?:\\.|[^\\"])*"|[^,]*)(?:, |$)', infotext.split("\n")[-1])
     return {key.strip(): value.strip('"') for key, value in pairs}
+
+
+def used(info: Mapping[str, str], name: str) -> str:
+    """The value of an option as text, by PNG info: what it leaves out is at its default."""
+    option = Txt2Img.option(name)
+    assert VERSION in info, info
+    return info.get(str(option.infotext), str(option.default))
 
 
 @dataclass(frozen=True)

@@ -203,7 +203,7 @@ def check_installed(tab: Tab, webui: WebUI, models: Path, files: dict[str, bytes
     """On disk, in the list, for the API and on the command line."""
     assert {file.name: file.read_bytes() for file in (models / "encoders" / SHORT).iterdir()} == files
     assert not [file for file in contents(models) if Path(file).name.startswith(".") or file.endswith(".lock")]
-    tab.fold("DINO features")
+    tab.fold("DINO encoder")
     assert tab.choices("encoder")[:3] == [AUTOMATIC, "mini", NAME]
     assert tab.chosen("encoder") == AUTOMATIC
     found = encoders(webui)

@@ -88,7 +88,7 @@ def test_several_images(webui: WebUI, small: Image.Image):
 
 
 def test_a_plot_whose_cells_have_different_work(webui: WebUI, plot: Plot, small: Image.Image):
-    args = plot.args(x=("Retry budget", [0, 1.0]), y=("Overlap", [0, 16]))
+    args = plot.args(x=("Retry budget", [0, 1.0]), y=("Tile overlap", [0, 16]))
     job = webui.start(small, AGAIN, steps=20, script_name="x/y/z plot", script_args=args)
     check(looks(job))
     assert len(job.reply().images) == 5

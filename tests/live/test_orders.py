@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from client import Job, Reply, WebUI, correlation, difference, pixels
+from client import Job, Reply, WebUI, correlation, difference, pixels, used
 from conftest import PREVIEWS, TILES
 from PIL import Image
 
@@ -73,7 +73,7 @@ def test_the_size_is_exact_and_the_picture_is_that_of_the_source(webui: WebUI, p
     source = photo.resize((101, 67))
     reply = webui.img2img(source, {**TILES, "order": order, "scale": 1.3}, denoising_strength=0.25)
     assert reply.image.size == (131, 87)
-    assert reply.fields["Size"] == "131x87" and reply.fields["DINO Tile order"] == order
+    assert reply.fields["Size"] == "131x87" and used(reply.fields, "order") == order
     assert "DINO Tile painted" not in reply.fields
     assert correlation(reply.image, upscaled(source, (131, 87))) > 0.65
 
@@ -163,7 +163,7 @@ def test_a_seam_pass_changes_only_bands_along_the_borders(
     reply = webui.img2img(source, options)
     check_only_bands_changed(reply.image, canvases[order], seams)
     assert reply.fields["DINO Tile seams"] == seams
-    assert reply.fields["DINO Tile seam denoise"] == "0.25"
+    assert "DINO Tile seam denoise" not in reply.fields  # at its default
     assert ("DINO Tile seam width" in reply.fields) == (seams == "bands")
 
 

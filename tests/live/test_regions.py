@@ -134,7 +134,7 @@ def test_any_batch_gives_the_same_image(webui: WebUI, photo: Image.Image):
         assert difference(one.image, three.image) <= 1, sampler
     told = [tile["regions"] for tile in one.extra["DINO Tile report"][0]["tiles"]]
     assert len({tuple(region["letter"] for region in tile) for tile in told}) > 1
-    assert any(line.startswith("regions told: ") for line in one.extra["DINO Tile report"][0]["notes"])
+    assert any(line.startswith("region prompts: ") for line in one.extra["DINO Tile report"][0]["notes"])
 
 
 def test_a_tiles_own_line_wins(webui: WebUI, pair: Image.Image, named: str):

@@ -5,9 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from client import Reply, WebUI, correlation, difference, encode, pixels
+from client import Reply, WebUI, correlation, difference, encode, pixels, used
 from conftest import TILES
 from PIL import Image, ImageOps
+
+from lib_dinotile.settings import Settings
 
 UNPAINTED = {**TILES, "order": "none"}
 """Takes no time, and shows what the tiles would be painted on."""
@@ -38,9 +40,9 @@ def test_the_size_is_exact(webui: WebUI, photo: Image.Image, size, options, expe
     check_size(reply, expected)
     assert difference(reply.image, source.resize(expected, Image.Resampling.LANCZOS)) == 0
     target = options.get("target", "scale")
-    assert reply.fields["DINO Tile target"] == target
-    assert ("DINO Tile scale" in reply.fields) == (target == "scale")
-    assert ("DINO Tile longest side" in reply.fields) == (target == "longest side")
+    assert used(reply.fields, "target") == target
+    for name, its in (("scale", "scale"), ("longest", "longest side")):
+        assert used(reply.fields, name) == str(vars(Settings.parse(options if target == its else {}))[name])
 
 
 @pytest.mark.parametrize("order", ["chess", "fused"])
@@ -118,7 +120,7 @@ def test_upscalers_of_the_webui_to_exact_sizes(webui: WebUI, photo: Image.Image,
     source = photo.resize(size)
     reply = webui.img2img(source, {**UNPAINTED, "upscaler": name, "target": "longest side", "longest": target})
     check_size(reply, (target, round(size[1] * target / size[0])))
-    assert reply.fields["DINO Tile upscaler"] == name
+    assert used(reply.fields, "upscaler") == name
     near = source.resize(reply.image.size, Image.Resampling.LANCZOS)
     assert correlation(reply.image, near) > 0.9
     assert (difference(reply.image, near) == 0) == (name in ("None", "Lanczos"))

@@ -129,16 +129,16 @@ def test_an_axis_takes_what_is_allowed_and_nothing_else(
     """No cell is made: what is right is followed by an axis that is not."""
 
     def refusal(values: list[Any]) -> str:
-        other = ("Overlap", [-8]) if option.name != "overlap" else ("Scale", [9])
+        other = ("Tile overlap", [-8]) if option.name != "overlap" else ("Scale", [9])
         return webui.refusal(small, TILES, script_name=PLOT, script_args=plot.args(x=(option.label, values), y=other))
 
     right = within(option, controls[OPTIONS.index(option)])
-    assert not refusal(right).startswith(f"{option.name}: ")
+    assert not refusal(right).startswith(f"{option.label}: ")
     if option.type is str and option.choices is None and option.name not in INSTALLED:
         return  # any text will do
     wrong = [option.minimum - 1, option.maximum + 1] if option.type in (int, float) else ["nope"]
     for value in wrong:
-        assert refusal([*right, value]).startswith(f"{option.name}: "), value
+        assert refusal([*right, value]).startswith(f"{option.label}: "), value
 
 
 def test_every_option_comes_back_from_png_info(webui: WebUI, small: Image.Image, adapters: Adapters, head: str):
@@ -150,7 +150,7 @@ def test_every_option_comes_back_from_png_info(webui: WebUI, small: Image.Image,
     for options in runs:
         first = webui.img2img(small, {**TILES, **options})
         for option in told:
-            if option.name in options:
+            if options.get(option.name, option.default) != option.default:
                 assert value(first.infotexts[0], option.infotext) == str(options[option.name]), option.name
         second = webui.img2img(small, infotext=first.infotexts[0])
         assert difference(first.image, second.image) == 0

@@ -300,7 +300,7 @@ def test_a_plot_over_its_options(webui: WebUI):
     expected = [(scale, denoise) for denoise in (0.2, 0.5) for scale in (1, 1.5)]
     for cell, (scale, denoise) in zip(cells, expected):
         assert difference(cell, webui.txt2img({**TILES, "scale": scale, "denoise": denoise}).image) == 0
-    args = plot.args(x=("Tile size", [64, 96]), y=("Overlap", [16, 48]))
+    args = plot.args(x=("Tile size", [64, 96]), y=("Tile overlap", [16, 48]))
     refusal = webui.refused(webui.post("txt2img", webui.txt2img_body(TILES, script_name=SCRIPT, script_args=args)))
     assert refusal.startswith("overlap: 48 is not allowed with tile 64"), refusal
     args = plot.args(x=("Target size", ["img2img size"]))

@@ -54,9 +54,9 @@ def tab(browser: Browser, url: str, picture: Image.Image) -> Iterator[Tab]:
         tab.number("#img2img_denoising_strength", 0.4)
         tab.number("#img2img_seed", 7)
         tab.slide("tile", 128)
-        tab.fold("Upscaler, colour")
+        tab.fold("Upscaler and tiles")
         tab.slide("overlap", 32)
-        tab.fold("Upscaler, colour")
+        tab.fold("Upscaler and tiles")
         yield tab
         assert not [error for error in tab.errors if "dinotile" in error.lower()]
 
@@ -153,22 +153,22 @@ def test_regions_are_named_on_the_preview_and_told_to_the_tiles(tab: Tab, shots:
     assert len(said) > 1 and all(re.fullmatch("This place is in region [A-L].", line) for line in said), said
     boxes[0].fill("tabby fur: soft")
     boxes[1].fill("wall ")
-    tab.fold("Prompts by region")
+    tab.fold("Prompts per region")
     prompts = tab.control("region_prompts").locator("textarea")
     assert prompts.input_value() == "A: tabby fur: soft\nB: wall"
     prompts.fill("Ｂ：a blurred room\nA: fur")
     expect(boxes[0]).to_have_value("fur")
     expect(boxes[1]).to_have_value("a blurred room")
     tab.shot(shots / "regions.png")
-    tab.fold("Prompts by region")
+    tab.fold("Prompts per region")
     tab.generate()
     tab.done()
-    assert re.search(r"regions told: A.* in tiles? \d", tab.told), tab.told
+    assert re.search(r"region prompts: A.* in tiles? \d", tab.told), tab.told
     assert "A: fur" in fields(tab.image().info["parameters"])["DINO Tile region prompts"]
     tab.shot(shots / "regions-told.png", whole=True)
-    tab.fold("Prompts by region")
+    tab.fold("Prompts per region")
     prompts.fill("")
-    tab.fold("Prompts by region")
+    tab.fold("Prompts per region")
 
 
 def test_an_interrogator_is_asked_for_regions_without_words_or_says_why_not(tab: Tab):
@@ -200,11 +200,11 @@ def test_a_preview_follows_the_options(tab: Tab):
 
 def test_what_cannot_be_is_told_in_a_line(browser: Browser, tab: Tab, url: str):
     tab.slide("tile", 64)
-    tab.fold("Upscaler, colour")
+    tab.fold("Upscaler and tiles")
     tab.slide("overlap", 40)
     assert tab.preview() == "overlap: 40 is not allowed with tile 64, give at most 32"
     tab.slide("overlap", 32)
-    tab.fold("Upscaler, colour")
+    tab.fold("Upscaler and tiles")
     tab.slide("tile", 128)
     with open_tab(browser, url) as empty:
         empty.enable()
@@ -277,13 +277,13 @@ def test_an_interrupted_image_keeps_what_is_painted(tab: Tab, shots: Path):
 
 def test_a_refusal_is_told_where_the_user_looks(tab: Tab):
     tab.slide("tile", 64)
-    tab.fold("Upscaler, colour")
+    tab.fold("Upscaler and tiles")
     tab.slide("overlap", 40)
     tab.generate()
     tab.done()
     assert "overlap: 40 is not allowed with tile 64, give at most 32" in tab.told
     tab.slide("overlap", 32)
-    tab.fold("Upscaler, colour")
+    tab.fold("Upscaler and tiles")
     tab.slide("tile", 128)
 
 
