@@ -53,6 +53,8 @@ CHEAP = {
 """What runs of the whole command are asked for at most."""
 SLOW = {"model", "config", "encoder", "prediction", "decoder", "layer"}
 """Options that are left alone there: they load other models, or calibrate the encoder, which takes a minute."""
+UNUSED = {"cfg", "clip_skip"}
+"""Those that the built-in model has no use for, which is said."""
 QUICK = ("--quiet", "--steps=2", "--patches=8", "--tile=64", "--overlap=8", "--guard-seeds=0", "--longest=40")
 TOGETHER = (
     r"dinotile: (overlap: .* with tile|[a-z_]*start: .* with|target: no size|layer: encoder|.*a side"
@@ -179,7 +181,7 @@ def command_lines(draw):
         for row in table.table():
             if row.name == "enabled" or row.name in SLOW or draw(st.integers(0, 7)):
                 continue
-            if careful and (row.type is not str or row.choices):
+            if careful and row.name not in UNUSED and (row.type is not str or row.choices):
                 values[row.name] = row.check(draw(good(row, CHEAP.get(row.name))))
             if careful:
                 continue

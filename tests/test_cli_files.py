@@ -17,7 +17,7 @@ from lib_dinotile.cli.files import check_files
 from lib_dinotile.hosts.diffusers import DiffusersHost
 from tests.test_cli import QUICK, photo, run  # noqa: F401
 from tests.test_diffusers import sd15  # noqa: F401
-from tests.test_diffusers_addons import another_vae, write_controlnet, write_lora
+from tests.test_diffusers_addons import another_vae, with_peft, write_controlnet, write_lora
 from tests.test_tiling import random_image
 
 
@@ -150,6 +150,7 @@ def test_heic_is_read_where_pillow_heif_is_installed(tmp_path):
     assert abs(np.asarray(Image.open(tmp_path / "out.png")).astype(int) - image).mean() < 8
 
 
+@with_peft
 def test_png_info_names_what_was_added_as_the_webuis_do(sd15, photo, tmp_path):  # noqa: F811
     lora, vae = tmp_path / "fur, fine.safetensors", tmp_path / "vae"
     write_lora(lora)
@@ -173,6 +174,7 @@ def test_png_info_names_what_was_added_as_the_webuis_do(sd15, photo, tmp_path): 
         assert part in values
 
 
+@with_peft
 def test_an_image_of_another_lora_is_done_again(sd15, photo, tmp_path):  # noqa: F811
     lora, out = tmp_path / "a.safetensors", tmp_path / "out.png"
     write_lora(lora)

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderKL, AutoencoderTiny, ControlNetModel, UNet2DConditionModel
+from diffusers.utils import USE_PEFT_BACKEND
 from safetensors.torch import save_file
 
 from lib_dinotile import DinotileError
@@ -36,6 +37,9 @@ def one_line_of(model, **more):
 
 
 # LoRA -----------------------------------------------------------------------------------------------------------------
+
+
+with_peft = pytest.mark.skipif(not USE_PEFT_BACKEND, reason="diffusers loads LoRAs with peft and transformers 4.34")
 
 
 def write_lora(path, context=768, texts=(("lora_te_", 768),), rank=4, alpha=2.0, **more):
@@ -69,6 +73,7 @@ def test_loras_are_files_with_weights(text, loras):
     assert parse_loras(text) == [Lora(Path(path), weight) for path, weight in loras]
 
 
+@with_peft
 def test_a_lora_is_merged_into_unet_and_text_encoder_as_strongly_as_asked(sd15, tmp_path):  # noqa: F811
     changes = write_lora(tmp_path / "a.safetensors")
     plain, changed = (
@@ -88,6 +93,7 @@ def encoder(host):
     return host._text.__wrapped__._encoders[0][1]  # what is cached is the PromptEncoder
 
 
+@with_peft
 @pytest.mark.parametrize(
     "family, texts", [("sd15", [("lora_te_", 768)]), ("sdxl", [("lora_te1_", 1024), ("lora_te2_", 1024)])]
 )
@@ -101,6 +107,7 @@ def test_a_lora_changes_the_image_and_two_add_up(family, texts, request, tmp_pat
     assert (run(model, lora=f"{file}:0") == plain).all()
 
 
+@with_peft
 def test_a_lora_that_does_not_fit_is_refused_in_one_line(sd15, sdxl, tmp_path):  # noqa: F811
     file = tmp_path / "a.safetensors"
     write_lora(file)
@@ -114,6 +121,7 @@ def test_a_lora_that_does_not_fit_is_refused_in_one_line(sd15, sdxl, tmp_path): 
     assert "of a kind that diffusers does not load" in one_line_of(sd15, lora=str(file))
 
 
+@with_peft
 def test_what_is_no_lora_is_refused_in_one_line(sd15, tmp_path):  # noqa: F811
     save_file({"weight": torch.ones(3)}, tmp_path / "other.safetensors")
     (tmp_path / "text.safetensors").write_text("no tensors")
@@ -126,6 +134,13 @@ def test_what_is_no_lora_is_refused_in_one_line(sd15, tmp_path):  # noqa: F811
         (f"{tmp_path / 'other.safetensors'}:nan", "lora: 'nan' is no weight of other.safetensors, give a number"),
     ):
         assert says in one_line_of(sd15, lora=str(text))
+
+
+def test_without_what_diffusers_loads_loras_with_that_is_said(sd15, tmp_path, monkeypatch):  # noqa: F811
+    monkeypatch.setattr("lib_dinotile.hosts.diffusers_addons.USE_PEFT_BACKEND", False)
+    write_lora(tmp_path / "a.safetensors")
+    said = one_line_of(sd15, lora=str(tmp_path / "a.safetensors"))
+    assert said == "lora: needs newer packages: pip install --upgrade peft transformers"
 
 
 # VAE ------------------------------------------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import torch
 from diffusers import AutoencoderKL
+from diffusers.utils import USE_PEFT_BACKEND
 from diffusers.utils import logging as diffusers_logging
 from safetensors import SafetensorError
 from torch import Tensor, nn
@@ -74,10 +75,8 @@ def load_loras(pipe: Any, text: str) -> None:
     files = [read_tensors("lora", lora.path) for lora in loras]
     if not loras:
         return
-    try:
-        import peft  # noqa: F401
-    except ImportError as error:
-        raise DinotileError("lora: needs the package peft: pip install peft") from error
+    if not USE_PEFT_BACKEND:
+        raise DinotileError("lora: needs newer packages: pip install --upgrade peft transformers")
     for number, (lora, tensors) in enumerate(zip(loras, files)):
         name = f"lora{number}"
         if not any("lora" in key for key in tensors):

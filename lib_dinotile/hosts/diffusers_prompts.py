@@ -210,7 +210,9 @@ def _weighted(states: Tensor, weights: Tensor) -> Tensor:
         return states
     before = states.float()
     after = before * weights[..., None].to(before)
-    return (after * (before.mean((1, 2), keepdim=True) / after.mean((1, 2), keepdim=True))).to(states.dtype)
+    mean = after.mean((1, 2), keepdim=True)
+    factor = torch.where(mean == 0, 1.0, before.mean((1, 2), keepdim=True) / mean)
+    return (after * factor).to(states.dtype)
 
 
 def by_length(words: Sequence[tuple[Tensor, ...]], size: int) -> list[list[int]]:
