@@ -16,12 +16,15 @@ import torch
 from PIL import Image
 
 from lib_dinotile import DinotileError, presets
+from lib_dinotile.dino.checkpoint import KNOWN
 from lib_dinotile.dino.regions import Regions
 from lib_dinotile.engine.host import Interrupted
 from lib_dinotile.lines import LETTERS
 from lib_dinotile.settings import AUTOMATIC, CALIBRATED, NONE, Settings, Txt2Img
+from lib_dinotile.tiling.plan import TilePlan
 from tests.conftest import import_of_webuis
 from tests.stand_in import webui
+from tests.test_encoder import write_checkpoint
 
 gr = import_of_webuis("gradio")
 
@@ -36,7 +39,9 @@ def accordion(tmp_path: Path) -> Iterator[types.ModuleType]:
     @contextlib.contextmanager
     def input_accordion(value: bool, label: str, elem_id: str) -> Iterator[gr.Checkbox]:
         with gr.Accordion(label, open=value):
-            yield gr.Checkbox(value, elem_id=elem_id)
+            switch = gr.Checkbox(value, elem_id=elem_id)
+            switch.extra = gr.Column
+            yield switch
 
     with webui():
         paths, shared, ui_common, ui_components = (
@@ -139,6 +144,16 @@ def of_images(*texts: str | None) -> str:
     return json.dumps({"infotexts": list(told)})
 
 
+def wired(page: gr.Blocks) -> list[tuple]:
+    """(function or None, inputs, outputs) of all events of a page."""
+    if isinstance(page.fns, dict):  # gradio 4
+        return [(each.fn, each.inputs, each.outputs) for each in page.fns.values()]
+    return [
+        (each and each.fn, *([page.blocks[number] for number in one[place]] for place in ("inputs", "outputs")))
+        for each, one in zip(page.fns, page.dependencies)
+    ]
+
+
 @pytest.mark.parametrize("tab", ["txt2img", "img2img"])
 def test_captions_are_those_of_the_last_image_of_the_own_page(accordion, tab: str):
     """The WebUI is one process for all its users."""
@@ -147,16 +162,7 @@ def test_captions_are_those_of_the_last_image_of_the_own_page(accordion, tab: st
         prompts = accordion.build(tab)["tile_prompts"]
         information = gr.Textbox(visible=False)
         accordion.captions[tab].on_component(information, elem_id=f"generation_info_{tab}")
-    if isinstance(page.fns, dict):  # gradio 4
-        found = [(each.fn, each.inputs) for each in page.fns.values() if each.outputs == [prompts]]
-    else:
-        wired = zip(page.fns, page.dependencies)
-        found = [
-            (each.fn, [page.blocks[number] for number in one["inputs"]])
-            for each, one in wired
-            if one["outputs"] == [prompts._id]
-        ]
-    ((copy, given),) = found
+    ((copy, given),) = [(fn, inputs) for fn, inputs, outputs in wired(page) if outputs == [prompts]]
     assert given == [information]
     mine, yours = of_images("1: a dog", '1: a cat\n2: "soft", grey fur'), of_images("1: a letter: secret")
     assert copy(mine) == '1: a cat\n2: "soft", grey fur'
@@ -172,6 +178,118 @@ def test_the_folder_of_a_preview_is_made(accordion, tmp_path: Path, monkeypatch:
     monkeypatch.setattr(preview.ui_tempdir, "on_tmpdir_changed", folder.mkdir, raising=False)
     line, shown, *_ = preview.answer(lambda: preview.PreviewResult("a line", picture, None, {}))
     assert line["value"] == "<p>a line</p>" and shown["value"] is picture and folder.is_dir()
+
+
+HIGH = "Denoising strength {} is high for an upscale: tiles may show things that are not in the image. Set it to 0.2"
+
+
+@pytest.mark.parametrize("tab", TABLES)
+def test_a_high_denoising_strength_is_warned_of_as_soon_as_dinotile_is_on(accordion, tab: str):
+    """In img2img that of the WebUI counts, which begins at 0.75, in txt2img our own."""
+    with gr.Blocks() as page:
+        accordion.img2img.on_component(gr.State(), elem_id="mode_img2img")
+        for _ in range(2):
+            accordion.img2img.on_component(gr.Number(0, visible=False))
+        components = accordion.build(tab)
+        strength, area = gr.Slider(0, 1, 0.75), gr.Radio(["Whole picture", "Only masked"], type="index")
+        accordion.img2img.on_component(strength, elem_id="img2img_denoising_strength")
+        accordion.img2img.on_component(area, elem_id="img2img_inpaint_full_res")
+        accordion.img2img.on_component(gr.Gallery(), elem_id="img2img_gallery")
+    strength = components["denoise"] if tab == "txt2img" else strength
+    lines = f"{accordion.PREFIXES[tab]}notices"
+    found = [(fn, inputs) for fn, inputs, outputs in wired(page) if outputs and outputs[-1].elem_id == lines]
+    assert len(found) == (3 if tab == "txt2img" else 5)  # each of them changes, and a page is opened
+    for update, inputs in found:
+        assert inputs[:2] == [components["enabled"], strength]
+        for on, denoise, warned in ((True, 0.75, True), (True, 0.51, True), (True, 0.5, False), (False, 0.75, False)):
+            state, shown = update(on, denoise)
+            assert shown["visible"] == warned and (HIGH.format(denoise) in shown["value"]) == warned
+            assert state.split(",")[0] == ("on" if on else "off")
+        if tab == "img2img":
+            assert inputs[2] == area
+            for number, inpainting in enumerate((False, False, True, True, True, False)):  # the tabs, Batch last
+                for masked in (0, 1):
+                    shown = update(True, 0.3, masked, number)[1]
+                    assert ("the result keeps the size of the source" in shown["value"]) == (inpainting and masked)
+
+
+def test_a_preview_warns_below_its_line_and_looks_refused_where_it_is(accordion):
+    preview = importlib.import_module("lib_dinotile.webui.preview")
+    warned = preview.PreviewResult("a line", Image.new("RGB", (8, 8)), None, {}, preview.notices(0.75, True))
+    said = preview.answer(lambda: warned)[0]["value"]
+    assert said.startswith("<p>a line</p><div class='warning'>") and said.count("class='warning'") == 2
+    assert HIGH.format(0.75) in said and "Only masked" in said
+
+    def refuse():
+        raise DinotileError("a & b")
+
+    assert preview.answer(refuse)[0]["value"] == "<div class='error'>a &amp; b</div>"
+
+
+@pytest.mark.parametrize(
+    "settings, tried, said",
+    [
+        ({}, False, "about 3 min, up to 5 min if the guard repaints tiles"),
+        ({"guard_budget": 1.0}, False, "about 3 min, up to 6 min if the guard repaints tiles"),
+        ({"guard_budget": 0.0}, False, "about 3 min"),
+        ({"guard": "report"}, False, "about 3 min"),
+        ({"guard": "off"}, True, "about 3 min; guidance adds to that, how much is known after the first run"),
+        ({"guard": "off", "guidance": 0.0}, True, "about 3 min"),
+    ],
+)
+def test_the_time_is_that_without_and_with_all_that_the_guard_may_repaint(accordion, settings, tried, said):
+    speed, preview = (importlib.import_module(f"lib_dinotile.webui.{name}") for name in ("speed", "preview"))
+    assert preview.duration(speed.Estimate(180.0, tried), Settings(**settings)) == said
+    assert preview.duration(None, Settings(**settings)) == "time not known yet"
+
+
+def test_a_run_says_more_of_the_speed_than_a_tile_that_was_tried_out(accordion, monkeypatch):
+    speed = importlib.import_module("lib_dinotile.webui.speed")
+    model = types.SimpleNamespace(sd_checkpoint_info=types.SimpleNamespace(filename="a.safetensors"))
+    monkeypatch.setattr(speed, "_seconds", lambda model, tile, steps: 1.0 + 0.5 * steps)
+    found = speed.guess(model, 2_000_000, (1000, 1000), 20)
+    assert found == speed.Estimate(22.0, True)
+    speed.learn_speed(model, 100.0, 1e6, 20)  # with guidance
+    assert speed.guess(model, 2_000_000, (1000, 1000), 20) == speed.Estimate(200.0, False)
+
+
+def test_a_preview_says_what_its_tiles_are(accordion):
+    preview = importlib.import_module("lib_dinotile.webui.preview")
+    for (width, height), said in (((1200, 448), "3 tiles of 512 x 448"), ((500, 200), "1 tile of 504 x 200")):
+        plan = TilePlan(width, height, tile=512, overlap=64)
+        shown = types.SimpleNamespace(plan=plan, settings=Settings(), workload=(len(plan), 1))
+        assert preview.describe(shown, None).startswith(f"{width} x {height} pixels: {said}, time not known yet. ")
+
+
+def test_whole_numbers_are_rounded_where_their_field_is_left(accordion):
+    """What comes out of it is in the live tests; gradio itself minds the ends of the others."""
+    for tab, table in TABLES.items():
+        with gr.Blocks() as page:
+            components = accordion.build(tab)
+        for option in table.table():
+            control = components[option.name]
+            rounded = (None, [control], [control]) in wired(page)
+            assert rounded == (option.type is int and option.choices is None), option.name
+
+
+def test_the_list_of_encoders_says_what_is_installed_and_how_large_a_download_is(accordion, tmp_path: Path):
+    """Its values, and so PNG info, the user's defaults and what the API takes, are plain names."""
+    first_minute = importlib.import_module("lib_dinotile.webui.first_minute")
+    write_checkpoint(tmp_path / "dinotile" / "encoders" / "dinov2-base")
+    names = accordion.encoder_choices()
+    assert names[:3] == [AUTOMATIC, "mini", "facebook/dinov2-base"] and len(names) == 2 + len(KNOWN)
+    with gr.Blocks():
+        built = accordion.build("img2img")["encoder"].choices  # the WebUI looks there for the user's default
+    assert [choice[0] if isinstance(choice, (tuple, list)) else choice for choice in built] == names
+    shown = first_minute.listed()
+    if isinstance(built[0], str):  # gradio 3 shows values as they are
+        assert shown["choices"] == names and shown["info"].startswith(Settings.option("encoder").help)
+        assert " Installed: mini, dinov2-base. Downloads: small 86 to 115 MB, base 343 to 346 MB, " in shown["info"]
+    else:
+        assert [value for _, value in shown["choices"]] == names
+        words = [word for word, _ in shown["choices"]]
+        assert words[:3] == [AUTOMATIC, "mini (built in)", "dinov2-base (installed)"]
+        assert "dinov2-small (download, 88 MB)" in words and "dinov2-large (download, 1218 MB)" in words
 
 
 HALVES = Regions(torch.tensor([[0, 0, 1], [0, 0, 1]]), (90, 60))

@@ -55,6 +55,16 @@ def test_an_image_is_upscaled_and_says_how(photo, tmp_path):
     assert sorted(file.name for file in tmp_path.iterdir()) == ["in.png", "out.png"]
 
 
+def test_pictures_besides_the_result_are_written_beside_it(photo, tmp_path):
+    every = {"source", "semantic", "consistency"}
+    for maps, wanted in (("source", {"source"}), ("both", every - {"source"}), ("all", every)):
+        folder = tmp_path / maps
+        folder.mkdir()
+        assert run(photo, folder / "out.png", *QUICK, "--scale", "1.5", "--maps", maps) == 0
+        assert {file.name for file in folder.iterdir()} == {"out.png", *(f"out-{name}.png" for name in wanted)}
+    assert Image.open(folder / "out-source.png").size == Image.open(folder / "out.png").size
+
+
 def test_same_seed_same_image_at_any_batch_and_the_adapter_counts(photo, tmp_path):
     for name, *more in (("a", "--batch", 1), ("b", "--batch", 4), ("c", "--seed", 1), ("d", "--adapter", "None")):
         assert run(photo, tmp_path / f"{name}.png", *QUICK, *more) == 0

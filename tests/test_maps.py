@@ -59,6 +59,19 @@ def test_the_scale_is_always_the_same_and_doubt_has_a_border():
     assert (third[80, 150] == (200, 0, 0)).all() and (third[120, 150] == second[120, 150]).all()
 
 
+@pytest.mark.parametrize("width", [1, 40, 200, 260, 300, 340, 400, 700])
+def test_the_legend_is_whole_however_narrow_the_picture(width):
+    """All its words are there, in one line or in several."""
+
+    def legend(width):
+        doubt = torch.ones(30, 5, dtype=torch.bool)
+        drawn = np.asarray(consistency_map(Image.new("RGB", (width, 240), "white"), torch.full((30, 5), 0.5), doubt))
+        assert (drawn[240:, :2] == 255).all() and (drawn[240:, -2:] == 255).all() and (drawn[-2:] == 255).all()
+        return (drawn[240 + 42 :] < 128).all(2).sum()  # below the numbers
+
+    assert legend(width) == pytest.approx(legend(1000), rel=0.03)
+
+
 def test_where_no_tile_is_painted_the_picture_shows():
     image = Image.new("RGB", (320, 240), (90, 90, 90))
     values = torch.full((30, 40), 0.9)

@@ -74,6 +74,17 @@ def test_none_of_the_tiles_is_only_the_upscaler():
     assert result.image.tobytes() == upscaled().tobytes()
 
 
+@pytest.mark.parametrize("more", [{"seams": "half tile"}, {"order": "fused"}, {"mask": Image.new("L", (100, 70), 90)}])
+def test_the_enlarged_source_is_shown_as_the_tiles_found_it(more):
+    """To compare the result with; no DINO looks for it."""
+    settings = {"maps": "source", "guidance": 0.0, "guard": "off"}
+    result = run(StubHost(white), **settings, **more)
+    assert list(result.maps) == ["source"] and result.maps["source"].tobytes() == upscaled().tobytes()
+    assert result.image.size == upscaled().size and result.image.tobytes() != upscaled().tobytes()
+    assert not Settings(**settings).looks
+    assert run(StubHost(white), **{**settings, "maps": "none"}, **more).maps == {}
+
+
 @pytest.mark.parametrize("seams", ["bands", "half tile", "half tile + crossings"])
 @pytest.mark.parametrize("order", ["none", "chess", "fused"])
 def test_the_seam_pass_paints_its_bands_with_its_own_denoising_strength(seams, order):

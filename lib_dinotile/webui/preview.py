@@ -363,5 +363,5 @@ def in_words(seconds: float) -> str:
     """A time in words."""
     if seconds < 90:
         return f"{max(1, round(seconds))} s"
-    minutes = round(seconds / 60)
+    minutes = int(seconds / 60 + 0.5)
     return f"{minutes} min" if minutes < 90 else f"{seconds / 3600:.1f} h"

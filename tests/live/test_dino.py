@@ -146,3 +146,17 @@ def test_maps_come_behind_the_image(webui: WebUI, source: Image.Image, tiled: Re
     assert len(reply.infotexts) == 3 and "DINO Tile map: semantic" in reply.infotexts[1]
     again = webui.img2img(source, {**LOOK, "maps": "semantic"}, seed=5)
     assert len(again.images) == 2 and correlation(again.images[1], semantic) > 0.9  # the colours are the source's
+
+
+def test_the_enlarged_source_comes_behind_the_image(webui: WebUI, source: Image.Image, tiled: Reply):
+    """As large as the image, also where that is as large as the source."""
+    reply = webui.img2img(source, {**TILES, "maps": "source"})
+    image, enlarged = reply.images
+    assert difference(image, tiled.image) == 0 and enlarged.size == image.size
+    assert difference(enlarged, source.resize(image.size, Image.Resampling.LANCZOS)) <= 1
+    assert "DINO Tile map: source" in reply.infotexts[1]
+    mask = Image.new("L", source.size)
+    mask.paste(255, (20, 20, 60, 50))
+    masked = {"mask": encode(mask), "inpaint_full_res": True, "inpaint_full_res_padding": 8}
+    image, enlarged = webui.img2img(source, {**TILES, "maps": "source"}, **masked).images
+    assert image.size == enlarged.size == source.size

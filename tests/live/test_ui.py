@@ -126,7 +126,7 @@ def test_every_control_says_what_it_does(tab: Tab):
 def test_a_preview_shows_tiles_map_and_time_before_anything_is_run(tab: Tab, picture: Image.Image, shots: Path):
     plan = TilePlan(300, 200, 128, 32)
     line = tab.preview()
-    more = r"(, and up to \d+ (s|min) more for tiles that the guard paints again)?"
+    more = r", up to \d+ (s|min) if the guard repaints tiles(; guidance adds to that, [\w ]+)?"
     found = re.match(rf"300 x 200 pixels: (\d+) tiles of 128 x 128, about \d+ (s|min){more}\. ", line)
     assert found and int(found[1]) == len(plan), line
     shown = tab.page.locator("#dinotile_preview_image img")
@@ -134,6 +134,57 @@ def test_a_preview_shows_tiles_map_and_time_before_anything_is_run(tab: Tab, pic
     width, height = shown.evaluate("image => [image.naturalWidth, image.naturalHeight]")
     assert width == 300 and height > 200  # a legend is below it
     tab.shot(shots / "preview.png")
+
+
+def test_a_high_denoising_strength_is_warned_of_without_pressing_anything(browser: Browser, url: str, shots: Path):
+    with open_tab(browser, url) as tab:
+        notices = tab.control("notices").first
+        expect(notices).not_to_be_visible()
+        tab.enable()
+        expect(notices).to_contain_text("Denoising strength 0.75 is high for an upscale", timeout=PATIENCE)
+        tab.shot(shots / "warned.png")
+        tab.number("#img2img_denoising_strength", 0.3)
+        expect(notices).not_to_be_visible(timeout=PATIENCE)
+        tab.page.locator("#mode_img2img .tab-nav button", has_text=re.compile(r"^\s*Inpaint\s*$")).first.click()
+        tab.page.locator("#img2img_inpaint_full_res label", has_text="Only masked").click()
+        expect(notices).to_contain_text("the result keeps the size of the source", timeout=PATIENCE)
+    with open_tab(browser, url, name="txt2img") as tab:
+        tab.enable()
+        tab.slide("denoise", 0.6)
+        expect(tab.control("notices").first).to_contain_text("Denoising strength 0.6 is high", timeout=PATIENCE)
+
+
+def test_the_title_says_whether_it_is_on_however_it_is_folded(browser: Browser, url: str):
+    with open_tab(browser, url) as tab:
+        state = tab.control("state").first
+        for text, ticked in (("on", True), ("off", False)):  # the WebUI's accordion switches as it is folded
+            tab.fold("DINO Tile")
+            expect(state).to_have_text(re.compile(rf"^\s*{text}"), timeout=PATIENCE)
+            assert tab.switch.first.is_checked() == ticked
+        tab.switch.first.check()
+        for shown in (True, False):  # once its box has been clicked no more
+            tab.fold("DINO Tile")
+            tab.page.wait_for_timeout(1000)
+            assert tab.shows("scale") == shown and tab.switch.first.is_checked()
+            expect(state).to_have_text(re.compile(r"^\s*on"), timeout=PATIENCE)
+
+
+def test_whatever_is_typed_into_a_field_becomes_an_allowed_number(browser: Browser, url: str):
+    with open_tab(browser, url) as tab:
+        tab.enable()
+        for title in tab.accordion.locator(".label-wrap").all_inner_texts()[1:]:
+            tab.fold(title.split("\n")[0].strip(" ▼◀"))
+        for option in Settings.table():
+            if option.type not in (int, float) or option.choices or not tab.shows(option.name):
+                continue
+            least, most, step = option.minimum, option.maximum, option.step
+            for typed in (least - 1, least + 1.6 * step, most - 0.6 * step, most + 1000, (least + most) / 2 + step / 3):
+                tab.slide(option.name, typed)
+                tab.page.wait_for_timeout(300)
+                found = tab.slid(option.name)
+                assert option.check(found) == found, (option.name, typed)
+                inside = least <= typed <= most
+                assert not inside or abs(found - typed) <= step / 2 + 1e-6, (option.name, typed, found)
 
 
 def test_regions_are_named_on_the_preview_and_told_to_the_tiles(tab: Tab, shots: Path):
