@@ -16,9 +16,9 @@ def test_the_page_says_whose_refusal_it_is_and_what_to_do(webui: WebUI, small: I
     with open_browser() as browser, open_tab(browser, url) as tab:
         tab.drop(small)
         tab.enable()
-        tab.fold("Prompts by region")
+        tab.fold("Prompts per region")
         tab.control("tile_prompts").locator("textarea").fill("99: whiskers")
-        tab.fold("Prompts by region")
+        tab.fold("Prompts per region")
         tab.generate()
         tab.done()
         folder = request.config.getoption("--shots")
