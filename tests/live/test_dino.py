@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from client import Reply, WebUI, correlation, difference, pixels
+from client import Reply, WebUI, correlation, difference, encode, pixels
 from conftest import TILES
 from PIL import Image, ImageDraw
 
