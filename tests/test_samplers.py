@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from lib_dinotile.engine.host import Interrupted
 from tests.host_contract import batch_of, close, latents_of, sampled
 from tests.test_host_state import same, snapshot
 from tests.webui_odd_samplers import DRAWN, MIXED, NEEDED
@@ -107,6 +108,39 @@ def test_trying_a_sampler_out_asks_no_model_and_leaves_nothing_behind(webui, sam
         host.batch_note()
     same(before, snapshot(webui, p))
     assert not calls and webui.loaded is loaded and torch.equal(torch.get_rng_state(), state)
+
+
+@some("name", ["interrupted", "skipped", "stopping_generation"])
+def test_a_stop_is_heard_at_the_next_step_and_a_batch_that_is_through_is_kept(webui, name):
+    """The page's Interrupt sets the last of the three where there is more than one job to do."""
+    host, state = webui.host(webui.job()), webui.modules["modules.shared"].state
+    steps = host.steps()
+
+    def stop_at(step: int) -> int:
+        """The steps that were taken when it was told to stop in one of them."""
+        seen, inner = [], webui.apply
+        with monkeypatch.context() as patch:
+
+            def apply(*args: Any, **more: Any) -> Any:
+                seen.append(host._p.sampler.model_wrap_cfg.step)
+                if seen[-1] == step:
+                    setattr(state, name, True)
+                return inner(*args, **more)
+
+            patch.setattr(webui, "apply", apply)
+            try:
+                found = sampled(host, batch_of(range(3)), latents_of(host))
+                assert found.isfinite().all()
+            finally:
+                setattr(state, name, False)
+        return seen[-1]
+
+    monkeypatch = pytest.MonkeyPatch()
+    with webui.running():
+        for step in range(steps - 1):
+            with pytest.raises(Interrupted):
+                stop_at(step)
+        assert stop_at(steps - 1) == steps - 1
 
 
 def test_a_sampler_is_tried_once_for_each_strength(webui, monkeypatch):

