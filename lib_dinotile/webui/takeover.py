@@ -337,7 +337,9 @@ class Takeover:
             store=folders.calibrated_heads(_getting_ready),
         )
         resolved = self._conditioner.resolved if self._conditioner else self._settings
-        p.extra_generation_params.update(resolved.infotext)
+        for key, value in resolved.infotext.items():  # in one order, whatever was automatic
+            p.extra_generation_params.pop(key, None)
+            p.extra_generation_params[key] = value
         if self._settings.adapter != NONE:
             self._host.check_residuals()
         if self._settings.order == "fused":
