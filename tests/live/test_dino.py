@@ -151,12 +151,12 @@ def test_maps_come_behind_the_image(webui: WebUI, source: Image.Image, tiled: Re
 def test_the_enlarged_source_comes_behind_the_image(webui: WebUI, source: Image.Image, tiled: Reply):
     """As large as the image, also where that is as large as the source."""
     reply = webui.img2img(source, {**TILES, "maps": "source"})
-    image, enlarged = reply.images
-    assert difference(image, tiled.image) == 0 and enlarged.size == image.size
-    assert difference(enlarged, source.resize(image.size, Image.Resampling.LANCZOS)) <= 1
+    image, before = reply.images
+    assert difference(image, tiled.image) == 0 and before.size == image.size
+    assert difference(before, enlarged(source, image)) <= 1
     assert "DINO Tile map: source" in reply.infotexts[1]
     mask = Image.new("L", source.size)
     mask.paste(255, (20, 20, 60, 50))
     masked = {"mask": encode(mask), "inpaint_full_res": True, "inpaint_full_res_padding": 8}
-    image, enlarged = webui.img2img(source, {**TILES, "maps": "source"}, **masked).images
-    assert image.size == enlarged.size == source.size
+    image, before = webui.img2img(source, {**TILES, "maps": "source"}, **masked).images
+    assert image.size == before.size == source.size
