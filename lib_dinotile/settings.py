@@ -696,7 +696,7 @@ class Generation(Options):
     sampler: str = option(
         "DPM++ 2M",
         "Sampler",
-        "As in the WebUIs; samplers that ask the model twice a step (Heun, DPM++ SDE ...) are not there.",
+        "As in the WebUIs. Not there: DPM++ 3M SDE, and those that ask the model twice a step, as Heun and DPM++ SDE.",
         choices=SAMPLERS,
     )
     scheduler: str = option(

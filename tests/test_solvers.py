@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import sys
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ import torch
 from diffusers import DDIMScheduler
 from PIL import Image
 
+from lib_dinotile import DinotileError
 from lib_dinotile import __main__ as cli
 from lib_dinotile.engine.flow import upscale
 from lib_dinotile.engine.prediction import from_x0
@@ -202,6 +204,12 @@ def test_automatic_spaces_the_steps_as_the_configuration_says_and_diffusers_does
         assert np.abs(np.array(found) - theirs.timesteps.numpy()).max() <= 1
         part = [float(step.timestep) for step in one.begin(0.35, 7)]
         assert np.abs(np.array(part) - theirs.timesteps.numpy()[13:]).max() <= 1
+
+
+def test_a_schedule_that_needs_what_is_not_installed_is_refused_at_once(monkeypatch):
+    monkeypatch.setitem(sys.modules, "scipy.stats", None)
+    with pytest.raises(DinotileError, match="scheduler: Beta needs scipy: pip install scipy"):
+        solver(scheduler="Beta")
 
 
 def test_nothing_but_the_training_is_taken_over_from_a_checkpoint_s_scheduler():
