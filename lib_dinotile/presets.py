@@ -25,16 +25,20 @@ class Preset:
 
 
 PRESETS = (
-    Preset("Photo", {"denoise": 0.3}, "Denoising strength 0.25 to 0.35, Upscaler R-ESRGAN 4x+ or another for photos."),
+    Preset(
+        "Photo",
+        {"denoise": 0.3},
+        "Also set Denoising strength 0.25 to 0.35, Upscaler R-ESRGAN 4x+ or another for photos.",
+    ),
     Preset(
         "Anime",
         {"denoise": 0.25, "flat": 0.9, "guard": "blend back"},
-        "Denoising strength 0.2 to 0.3, Upscaler R-ESRGAN 4x+ Anime6B or another for drawings.",
+        "Also set Denoising strength 0.2 to 0.3, Upscaler R-ESRGAN 4x+ Anime6B or another for drawings.",
     ),
     Preset(
         "Low VRAM",
         {"tile": 512, "batch": 1},
-        "A small DINOv2 as DINO encoder. If memory is still short, Guidance strength 0.",
+        "Also choose a small DINOv2 as DINO encoder. If memory is still short, Guidance strength 0.",
     ),
     Preset(
         "Plain tiles",

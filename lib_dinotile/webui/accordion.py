@@ -162,7 +162,7 @@ def _connect_presets(chosen: Any, hint: Any, components: Mapping[str, Any], tabl
 
     def choose(name: str) -> list[Any]:
         values = presets.values(name, table)
-        line = f"<p>{html.escape(f'{name} is set. Besides: {presets.find(name).hint}')}</p>"
+        line = f"<p>{html.escape(f'{name}: {presets.find(name).hint}')}</p>"
         return [line, *(gr.update(value=values[option]) for option in names)]
 
     outputs = [hint, *(components[name] for name in names)]
