@@ -154,7 +154,8 @@ class DiffusersHost(Host):
         scheduler.set_begin_index(skipped)
         start = noise.next().to(latents)
         free = None if mask is None else mask.to(latents)
-        x = scheduler.add_noise(latents, start, timesteps[:1].repeat(len(latents)))
+        begin = latents if tiled.begin is None else tiled.begin.to(latents)
+        x = scheduler.add_noise(begin, start, timesteps[:1].repeat(len(latents)))
         for number, timestep in enumerate(timesteps):
             alpha, sigma = coefficients(self.alphas, timestep)
             model = functools.partial(self._denoise_batch, timestep=timestep, number=number, total=len(timesteps))
