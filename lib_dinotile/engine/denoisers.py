@@ -23,9 +23,9 @@ class TileBatch(TiledDenoiser):
 
     is_batch = True
 
-    def __init__(self, batch: Batch, pixels: Callable[[], Tensor]) -> None:
+    def __init__(self, batch: Batch, pixels: Callable[[], Tensor], begin: Tensor | None = None) -> None:
         """pixels: gives what the tiles start from, (k, 3, H, W)."""
-        self._batch, self.pixels = batch, pixels
+        self._batch, self.pixels, self.begin = batch, pixels, begin
         self.limit = len(batch.tiles)
         self.tile_size = batch.tiles[0].width, batch.tiles[0].height
         self.conditioned = batch.condition is not None

@@ -89,6 +89,9 @@ class TiledDenoiser(Protocol):
     """Whether the batches have conditions."""
     prompts: Sequence[Sequence[Prompt]]
     """Of each of its tiles; see `Batch`."""
+    begin: Tensor | None = None
+    """Latents that are noised in place of those given to `Host.sample`, of the same shape; None: those are. What stays
+    stays as the given ones have it."""
 
     def __call__(self, x: Tensor, model: Denoise, known: Callable[[], Tensor]) -> Tensor:
         """The model's output for all of x, at one step.

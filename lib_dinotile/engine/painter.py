@@ -71,6 +71,9 @@ class Attempt:
     """Denoising strength, if not the generation's own."""
     neighbours: Mapping[Rect, PaintedNeighbours | None] = field(default_factory=dict)
     """By tile, the part that is painted already and is to stay."""
+    alike: bool = False
+    """Whether all of a tile starts from the source, what is to stay, too. So all tiles start alike, in whatever order:
+    a model that sees sharp neighbours from the first step on paints a texture with less detail than theirs."""
     precise: bool = False
     """Whether the host computes in full precision."""
 
@@ -98,8 +101,8 @@ class TilePainter:
     def paint(self, tiles: Sequence[Rect], attempt: Attempt) -> PaintedBatch:
         """The tiles painted, some at a time; those that are done if an error breaks it off, and the error.
 
-        Where neighbours have painted already a tile sees that, and holds on to it; everywhere else it starts from the
-        source. So it fits to what is there, and yet no pixel is denoised twice.
+        Where neighbours have painted already a tile holds on to that; all the rest is painted on the source. So it fits
+        to what is there, and yet no pixel is denoised twice.
         """
         host, size = self._host, self._size
         done: list[PaintedTile] = []
@@ -114,7 +117,8 @@ class TilePainter:
                 with size.halved(len(part)):
                     neighbours = [attempt.neighbours.get(tile) for tile in part]
                     latents, mask = self.start(part, neighbours), self.mask(part, neighbours)
-                    tiled = TileBatch(self.batch(part), partial(self._pixels, part, neighbours))
+                    begin = self.start(part, [None] * len(part)) if attempt.alike and any(neighbours) else None
+                    tiled = TileBatch(self.batch(part), partial(self._pixels, part, neighbours), begin)
                     noise = TileNoise(attempt.noise, [tile.shrink(host.factor) for tile in part])
                     sampled = host.sample(latents, tiled, noise, self._plan.size, attempt.denoise, mask)
                     done += self._finished(part, neighbours, sampled, attempt)

@@ -157,7 +157,7 @@ class Run:
                 kept = [self.kept(str(now.number), batch) for batch in group]
                 missing = [batch for batch, one in zip(group, kept) if one is None]
                 shown = {tile: neighbours.of(tile) for batch in missing for tile in batch}
-                work = partial(painter.paint, attempt=Attempt(self._noise, now.denoise, shown))
+                work = partial(painter.paint, attempt=Attempt(self._noise, now.denoise, shown, alike=True))
                 fresh = iter(self._team.share(missing, work))
                 painted = [one or next(fresh) for one in kept]
                 for batch, one in zip(group, painted):

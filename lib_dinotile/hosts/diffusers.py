@@ -157,7 +157,8 @@ class DiffusersHost(Host):
             return latents
         steps = self._solver.begin(denoise, self.steps(denoise))
         free = None if mask is None else mask.to(latents)
-        x = steps[0].alpha.to(latents) * latents + steps[0].sigma.to(latents) * noise.next().to(latents)
+        begin = latents if tiled.begin is None else tiled.begin.to(latents)
+        x = steps[0].alpha.to(latents) * begin + steps[0].sigma.to(latents) * noise.next().to(latents)
         for number, step in enumerate(steps):
             model = functools.partial(self._denoise_batch, step=step, number=number, total=len(steps))
             known = functools.partial(from_x0, x, latents, step.alpha, step.sigma, self.prediction)

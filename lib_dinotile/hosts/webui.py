@@ -247,7 +247,7 @@ class WebUIHost(Host):
         denoiser = p.sampler.model_wrap_cfg
         stops = list[bool]()
         forward = self._tiled_forward(denoiser, tiled, latents, free, stops)
-        begin = self._with_frame(latents)
+        begin = self._with_frame(latents if tiled.begin is None else tiled.begin.to(latents))
         if free is not None and denoise is None and p.inpainting_fill in (LATENT_NOISE, LATENT_NOTHING):
             content = rng.next().to(begin) if p.inpainting_fill == LATENT_NOISE else torch.zeros_like(begin)
             begin = torch.lerp(begin, content, self._with_frame(free))
