@@ -172,16 +172,16 @@ class Rehearsal:
                 function({"denoised": x0, "cond_denoised": x0, "uncond_denoised": x0, "sigma": sigma, "input": x})
             return x0
 
-        start = noise()
+        start, rng = noise(), _Drawn(noise)
         values = {
             "batch_size": count,
             "all_seeds": [p.all_seeds[0]] * count,
             "iteration": 0,
-            "rng": _Drawn(noise),
+            "rng": rng,
             "extra_generation_params": dict(p.extra_generation_params),
         }
         nothing = dict.fromkeys(("sampling_prepare", "sampling_cleanup", "extra_noise_callback"), lambda *_, **__: None)
-        with contextlib.ExitStack() as stack:
+        with contextlib.closing(rng), contextlib.ExitStack() as stack:
             for module in (sd_samplers_kdiffusion, sd_samplers_timesteps):
                 stack.enter_context(patched(module, **nothing))
             stack.enter_context(patched(p, **values))
@@ -198,7 +198,15 @@ class _Drawn:
     """In place of `p.rng`."""
 
     def __init__(self, draw: Draw) -> None:
-        self.next = draw
+        self._draw: Draw | None = draw
+
+    def next(self) -> Tensor:
+        assert self._draw is not None
+        return self._draw()
+
+    def close(self) -> None:
+        """Lets the processing object go: the samplers' module keeps this until the next sampling."""
+        self._draw = None
 
 
 def other_sizes(p: Any) -> DinotileError:
