@@ -66,6 +66,21 @@ def _size(args: Any, kwargs: Any) -> tuple[int, ...]:
     return tuple(size)
 
 
+class DrawnRNG:
+    """In place of `p.rng`: `next()` gives what `draw` draws."""
+
+    def __init__(self, draw: Draw) -> None:
+        self._draw: Draw | None = draw
+
+    def next(self) -> Tensor:
+        assert self._draw is not None
+        return self._draw()
+
+    def close(self) -> None:
+        """Lets the noise and the processing object go: the samplers' module keeps this until the next sampling."""
+        self._draw = None
+
+
 @contextlib.contextmanager
 def noise_from(sampler: Any, shape: torch.Size, draw: Draw, **more: Any) -> Iterator[DrawnNoise]:
     """While open, all noise of the latents' shape that the sampler adds comes from `draw`.
@@ -172,7 +187,7 @@ class Rehearsal:
                 function({"denoised": x0, "cond_denoised": x0, "uncond_denoised": x0, "sigma": sigma, "input": x})
             return x0
 
-        start, rng = noise(), _Drawn(noise)
+        start, rng = noise(), DrawnRNG(noise)
         values = {
             "batch_size": count,
             "all_seeds": [p.all_seeds[0]] * count,
@@ -192,21 +207,6 @@ class Rehearsal:
         if not calls:
             raise ValueError("it never asks the model")
         return made
-
-
-class _Drawn:
-    """In place of `p.rng`."""
-
-    def __init__(self, draw: Draw) -> None:
-        self._draw: Draw | None = draw
-
-    def next(self) -> Tensor:
-        assert self._draw is not None
-        return self._draw()
-
-    def close(self) -> None:
-        """Lets the processing object go: the samplers' module keeps this until the next sampling."""
-        self._draw = None
 
 
 def other_sizes(p: Any) -> DinotileError:

@@ -26,7 +26,7 @@ from lib_dinotile.hosts.interrogators import interrogators
 from lib_dinotile.hosts.memory_format import fast, fast_input
 from lib_dinotile.hosts.patched import patched, seeded
 from lib_dinotile.hosts.post_cfg import whole_after_parts
-from lib_dinotile.hosts.samplers import Rehearsal, Steps, noise_from, other_sizes
+from lib_dinotile.hosts.samplers import DrawnRNG, Rehearsal, Steps, noise_from, other_sizes
 from lib_dinotile.tiling.canvas import Canvas
 from lib_dinotile.tiling.noise import TileNoise
 
@@ -52,24 +52,6 @@ def _stopped_or_not() -> contextlib.AbstractContextManager[None]:
     """While open, tiles are decoded as ever, though the user has stopped the run: the WebUIs have an option to take the
     live preview's decoder then."""
     return patched(shared.state, interrupted=False) if shared.state.interrupted else contextlib.nullcontext()
-
-
-class SamplerNoise:
-    """A batch's noise, as the samplers draw it: `next()` in place of `p.rng`, on the sampler's device."""
-
-    def __init__(self, noise: TileNoise, frames: bool) -> None:
-        """frames: whether the model knows frames, of which this is one."""
-        self._noise: TileNoise | None = noise
-        self._frames = frames
-
-    def next(self) -> Tensor:
-        assert self._noise is not None
-        noise = self._noise.next().to(devices.device)
-        return noise.unsqueeze(2) if self._frames else noise
-
-    def close(self) -> None:
-        """Lets the noise go: the samplers' module keeps this until the next sampling."""
-        self._noise = None
 
 
 class WebUIHost(Host):
@@ -225,7 +207,7 @@ class WebUIHost(Host):
         denoise: float | None = None,
         mask: Tensor | None = None,
     ) -> Tensor:
-        p, count, rng = self._p, len(latents), SamplerNoise(noise, self.frames)
+        p, count, rng = self._p, len(latents), DrawnRNG(lambda: self._with_frame(noise.next().to(devices.device)))
         start = rng.next() * p.initial_noise_multiplier
         free = None if mask is None else mask.to(latents)
         # The sampler reads these off p; Brownian noise would be seeded per image, so that overlaps would not agree.

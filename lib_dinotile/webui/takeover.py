@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 import torch
-from modules import errors, extra_networks, images, masking, processing, sd_samplers, shared
+from modules import errors, images, masking, processing, sd_samplers, shared
 from PIL import Image
 from torch import Tensor
 
@@ -33,6 +33,7 @@ from lib_dinotile.settings import NONE, OFF, SOURCE, Settings
 from lib_dinotile.tiling.noise import NoiseField
 from lib_dinotile.webui import folders
 from lib_dinotile.webui.area import Area
+from lib_dinotile.webui.refusals import check_img2img
 from lib_dinotile.webui.speed import learn_speed
 
 T = TypeVar("T")
@@ -41,24 +42,6 @@ UNDO = "_dinotile_undo"
 """Where what a processing object had of its own waits on it: (attributes, names of all that are replaced)."""
 FOUND = "_dinotile_found"
 """Where reports and maps wait on it for the gallery: (report, maps) of each image, None without tiles."""
-
-
-RIVALS = (
-    "sd upscale",
-    "ultimate sd upscale",
-    "poor man's outpainting",
-    "outpainting mk2",
-    "img2img alternative test",
-)
-"""Scripts that hand img2img parts of the image, or something else in its place."""
-SWITCHES = {
-    "multidiffusion integrated": "cuts the image into tiles, too",
-    "tiled diffusion": "cuts the image into tiles, too",
-    "demofusion": "cuts the image into tiles, too",
-    "stylealign integrated": "takes tiles for images that are to look alike",
-    "pid integrated": "decodes latents, and is given pixels",
-}
-"""Always-on scripts that do not go together with tiles, and why."""
 
 
 NO_PART = ("RNG", "ENSD")
@@ -75,32 +58,6 @@ def make_host(p: Any) -> WebUIHost:
     from lib_dinotile.hosts.a1111 import A1111Host
 
     return A1111Host(p)
-
-
-def _switched_on(p: Any, title: str) -> bool:
-    """Whether the always-on script of that title has its switch, the first of its arguments, on.
-
-    The scripts take whatever is true for that, and a request may say 1 or "True".
-    """
-    scripts = p.scripts.alwayson_scripts if p.scripts else ()
-    return any(
-        bool(p.script_args[script.args_from])
-        for script in scripts
-        if script.title().lower() == title and script.args_from is not None and script.args_from < script.args_to
-    )
-
-
-def _setting(p: Any, name: str) -> Any:
-    """A setting of the WebUI as it will be for this job: those for the job alone are not in force yet."""
-    return p.override_settings.get(name, getattr(shared.opts, name, False))
-
-
-def _selected(p: Any) -> str:
-    """The title of the script that is chosen under Script, or nothing."""
-    chosen = p.script_args[0] if p.scripts and p.script_args else 0
-    if isinstance(chosen, str):  # that is how PNG info in a request says it
-        return chosen
-    return p.scripts.selectable_scripts[chosen - 1].title() if chosen else ""
 
 
 def _first(error: BaseException) -> BaseException:
@@ -180,24 +137,6 @@ def _getting_ready(text: str, share: float) -> None:
     state.textinfo = f"DINO Tile: {text} ({share:.0%})"
 
 
-def check_tiles_can_follow(p: Any, settings: Settings) -> None:
-    """DinotileError for what no tab can have together with tiles."""
-    if p.refiner_checkpoint not in (None, "", "None", "none"):
-        raise DinotileError("DINO Tile cannot change to a refiner within a tile: set Refiner to None")
-    for title, why in SWITCHES.items():
-        if _switched_on(p, title):
-            raise DinotileError(f"{title} {why}: switch it off, or DINO Tile")
-    if any(_setting(p, name) for name in ("hypertile_enable_unet", "hypertile_enable_vae")):
-        raise DinotileError("HyperTile takes the whole picture for a tile: switch it off in the settings")
-    if _setting(p, "tiling") if p.tiling is None else p.tiling:
-        raise DinotileError("Tiling would make every tile seamless, not the image: switch Tiling off, or DINO Tile")
-    for text in (settings.tile_prompt, settings.tile_prompts, settings.region_prompts):
-        if extra_networks.parse_prompt(text)[1]:
-            raise DinotileError(
-                "prompts of tiles and regions cannot load networks such as LoRA: write them into the main prompt"
-            )
-
-
 class Takeover:
     """One img2img job of the WebUI, done by the engine."""
 
@@ -210,36 +149,12 @@ class Takeover:
 
     def __init__(self, p: Any, settings: Settings) -> None:
         """Changes nothing yet; DinotileError if img2img is set up in a way that tiles cannot follow."""
-        if not p.init_images or None in p.init_images:
-            raise DinotileError("there is no image to upscale: drop one into the img2img tab")
-        check_tiles_can_follow(p, settings)
-        if _selected(p).lower() in RIVALS:
-            raise DinotileError(
-                f"{_selected(p)} and DINO Tile both take img2img over: set Script to None, or switch DINO Tile off"
-            )
-        if p.seed_resize_from_w > 0 and p.seed_resize_from_h > 0:
-            raise DinotileError(
-                "Resize seed: DINO Tile draws noise for the size of the result, not for another: set Resize seed from "
-                "width and height to 0"
-            )
-        if p.image_mask is not None and _switched_on(p, "soft inpainting"):
-            raise DinotileError("Soft inpainting does not know tiles: switch it off, Mask blur softens the border, too")
-        sizes = {image.size for image in p.init_images}
-        if len(sizes) != 1:
-            raise DinotileError("DINO Tile upscales a batch only if all its images have one size")
-        if len(p.init_images) > p.batch_size:
-            count = len(p.init_images)
-            raise DinotileError(f"batch size {p.batch_size} is too small for {count} images: make it {count}")
+        check_img2img(p, settings)
         if p.image_mask is not None and p.inpainting_fill in (LATENT_NOISE, LATENT_NOTHING):
             settings = dataclasses.replace(settings, colour="none")  # what is new has colours of its own
         if p.image_mask is not None and p.inpainting_fill != ORIGINAL:
             settings = dataclasses.replace(settings, guidance=0.0, guard=OFF)  # and is not to show what was there
-        if p.image_mask is not None and p.inpaint_full_res and settings.region_words:
-            raise DinotileError(
-                "prompts by region: Only masked shows DINO a part of the image, whose regions have other letters: set "
-                "Inpaint area to Whole picture, or regions to 0"
-            )
-        self._area = Area(p, settings, sizes.pop())
+        self._area = Area(p, settings, p.init_images[0].size)
         if self._area.colour_only:
             settings = dataclasses.replace(settings, colour="none")
         self._job, self._settings = weakref.ref(p), settings

@@ -25,7 +25,8 @@ from lib_dinotile.hosts.patched import patched
 from lib_dinotile.hosts.webui import ORIGINAL
 from lib_dinotile.settings import Settings, Txt2Img
 from lib_dinotile.webui.area import Area
-from lib_dinotile.webui.takeover import FOUND, UNDO, Takeover, _in_one_line, _replace, check_tiles_can_follow, undo
+from lib_dinotile.webui.refusals import check_tiles_can_follow
+from lib_dinotile.webui.takeover import FOUND, UNDO, Takeover, _in_one_line, _replace, undo
 
 BEFORE = "-before-dinotile"
 """Ends the names of the files that images are kept in as they were before."""
