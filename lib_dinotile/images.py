@@ -220,7 +220,7 @@ def _orientation(image: Image.Image) -> int | None:
 
 def _check_depth(image: Image.Image, name: str) -> None:
     if image.mode == "F" or (image.mode == "I" and image.format == "TIFF"):
-        raise DinotileError(f"{name} has numbers for colours whose white is not known: save it with 8 or 16 bits")
+        raise DinotileError(f"{name} has colour values of an unknown range: save it with 8 or 16 bits")
 
 
 def _in_8_bits(image: Image.Image, name: str) -> Image.Image:

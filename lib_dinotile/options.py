@@ -143,7 +143,7 @@ class Options:
             return rows[name]
         near = difflib.get_close_matches(name[:80], rows, n=1) if isinstance(name, str) else ()
         hint = f": did you mean {near[0]!r}?" if near else cls._listed()
-        raise DinotileError(f"{_shown(name)} is no option of DINO Tile{hint}")
+        raise DinotileError(f"{_shown(name)} is not an option of DINO Tile{hint}")
 
     @classmethod
     def _listed(cls) -> str:

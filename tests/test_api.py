@@ -64,7 +64,7 @@ def test_a_plan_needs_no_more_of_an_image_than_its_header(planned, monkeypatch, 
     [(b"no image", "cannot be read as an image"), (b"\x89PNG\r\n\x1a\n", "cannot be read as an image")],
 )
 def test_what_is_no_image_is_refused_in_one_line(api, data, says):
-    for text, line in ((base64.b64encode(data).decode(), says), ("?", "image: this is no base64")):
+    for text, line in ((base64.b64encode(data).decode(), says), ("?", "image: this is not base64")):
         with pytest.raises(DinotileError, match=line) as error:
             api.plan(api.PlanRequest(image=text))
         assert "\n" not in str(error.value)
@@ -99,7 +99,7 @@ def test_regions_are_told_with_their_boxes_and_words(api, monkeypatch):
     "options, interrogator, line",
     [
         ("[]", "", "options: give one dict of options"),
-        ("{", "", "options: this is no JSON: .*"),
+        ("{", "", "options: this is not JSON: .*"),
         ('{"regions": 0}', "", "regions: 0 finds none, give automatic or how many"),
         ("{}", "nobody", "interrogator: 'nobody' is not installed, give one of .*"),
     ],

@@ -124,7 +124,7 @@ def test_options_of_a_request_are_taken_as_they_are_or_refused_by_name(values):
     except DinotileError as error:
         line, names = str(error), {row.name for row in Settings.table()}
         assert line.isprintable() and len(line) <= LONGEST + len(" ... ") and error.status_code == 422
-        assert line.split(":")[0] in names or "is no option of DINO Tile" in line
+        assert line.split(":")[0] in names or "is not an option of DINO Tile" in line
         return
     assert Settings.parse(dataclasses.asdict(parsed)) == parsed
     for row in Settings.table():

@@ -161,7 +161,7 @@ def test_what_is_painted_is_kept_when_a_run_breaks_off(photo, tmp_path, capsys, 
     assert run(photo, tmp_path / "out.png", *QUICK, "--batch", 1) == code
     err = capsys.readouterr().err
     assert re.fullmatch(
-        r"dinotile: stopped after 2 of \d tiles \(kept in .*out-unfinished.png; --resume goes on with it\): .+\n", err
+        r"dinotile: stopped after 2 of \d tiles \(kept in .*out-unfinished.png; --resume continues with it\): .+\n", err
     )
     kept = pixels(tmp_path / "out-unfinished.png")
     plain = np.asarray(Image.open(photo).resize((100, 74), Image.Resampling.LANCZOS)).astype(int)
@@ -233,7 +233,7 @@ def test_painted_tiles_are_not_painted_over_by_mistake(photo, tmp_path, sampled,
         run(photo, tmp_path / "out.png", *QUICK, "--batch", 1)
     sampled[:], sampled.stop = [], None
     assert run(photo, tmp_path / "out.png", *QUICK, "--batch", 1) == 2 and not sampled
-    assert "out.png.tiles holds painted tiles of this image: --resume goes on with them" in capsys.readouterr().err
+    assert "out.png.tiles holds painted tiles of this image: --resume continues with them" in capsys.readouterr().err
     assert run(photo, tmp_path / "out.png", *QUICK, "--batch", 1, "--resume") == 0
 
 
@@ -243,7 +243,7 @@ def test_what_has_no_room_on_the_disk_is_said_with_where_the_tiles_are(photo, tm
 
     monkeypatch.setattr(upscale_command, "write_image", full)
     assert run(photo, tmp_path / "out.png", *QUICK) == 1
-    kept = re.escape(f"(painted tiles are kept in {tmp_path / 'out.png.tiles'}; --resume goes on with them)")
+    kept = re.escape(f"(painted tiles are kept in {tmp_path / 'out.png.tiles'}; --resume continues with them)")
     assert re.fullmatch(rf"dinotile: out.png cannot .* left on device {kept}\n", capsys.readouterr().err)
     sample, calls = DiffusersHost.sample, []
 
@@ -309,7 +309,7 @@ def test_tiles_of_other_settings_are_left_alone_and_said_to_be_there(photo, tmp_
     said = capsys.readouterr().err
     assert said == (
         f"dinotile: {tiles} holds tiles painted with another overlap (16, now 8): --resume with the same settings goes "
-        "on with them; to start anew, delete it or give another OUT\n"
+        "on with them; to start over, delete it or give another OUT\n"
     )
     assert {file.name: file.read_bytes() for file in tiles.iterdir()} == kept
     assert run(photo, other, *QUICK, "--batch", 1, "--overlap", 8) == 0
@@ -580,7 +580,7 @@ def test_images_of_every_kind_are_read_as_rgb(tmp_path):
 @pytest.mark.parametrize("kind", [np.float32, np.int32])
 def test_an_image_whose_white_is_not_known_is_refused(tmp_path, kind):
     Image.fromarray(np.ones((8, 12), kind)).save(tmp_path / "deep.tiff")
-    with pytest.raises(DinotileError, match=r"deep\.tiff has numbers for colours whose white is not known"):
+    with pytest.raises(DinotileError, match=r"deep\.tiff has colour values of an unknown range"):
         read_image(tmp_path / "deep.tiff")
 
 

@@ -103,7 +103,7 @@ def test_a_mask_among_the_results_of_a_folder_is_safe(tmp_path, capsys, unpainte
 def test_lines_are_added_to_files_of_reports_only(photo, tmp_path, capsys, unpainted, text):  # noqa: F811
     (tmp_path / "notes.txt").write_bytes(text)
     line = refused(capsys, photo, tmp_path / "out.png", "--report", tmp_path / "notes.txt")
-    assert "notes.txt is there already and is no file of reports: give another name" in line
+    assert "notes.txt exists already and is not a file of reports: give another name" in line
 
 
 def test_a_report_goes_on(photo, tmp_path):  # noqa: F811

@@ -320,7 +320,7 @@ def test_a_controlnet_of_another_base_is_refused_in_one_line(sd15, sdxl, nets, t
         file = str(Path(nets[other]) / "diffusion_pytorch_model.safetensors")
         assert f"controlnet: {file} is no ControlNetModel for this checkpoint" in one_line_of(model, controlnet=file)
     save_file({"weight": torch.ones(3)}, tmp_path / "other.safetensors")
-    for name, says in (("other.safetensors", "is no ControlNetModel"), ("gone", "is no .safetensors file")):
+    for name, says in (("other.safetensors", "is no ControlNetModel"), ("gone", "is not a .safetensors file")):
         assert says in one_line_of(sd15, controlnet=str(tmp_path / name))
     assert "holds an AutoencoderKL, not a ControlNetModel" in one_line_of(sd15, controlnet=str(Path(sd15) / "vae"))
 

@@ -432,7 +432,7 @@ def test_a_map_that_has_no_room_is_made_by_resuming(photo, tmp_path, monkeypatch
     with monkeypatch.context() as patch:
         patch.setattr(upscale_command, "write_image", full)
         assert cli.main(arguments) == 1
-    assert "--resume goes on with them" in capsys.readouterr().err and not (tmp_path / "out.png").exists()
+    assert "--resume continues with them" in capsys.readouterr().err and not (tmp_path / "out.png").exists()
     assert cli.main([*arguments, "--resume"]) == 0
     names = ["in.png", "out-consistency.png", "out-semantic.png", "out.png"]
     assert sorted(file.name for file in tmp_path.iterdir()) == names

@@ -278,7 +278,7 @@ def test_automatic_passes_over_a_damaged_file(webui):
     with webui.running():
         assert host.guidance_decoder(AUTOMATIC)[0] == LINEAR
         assert webui.log == ["DINO Tile: TAESD cannot be read, another decoder takes its place"]
-        with pytest.raises(DinotileError, match="decoder: TAESD cannot be had: expected state_dict"):
+        with pytest.raises(DinotileError, match="decoder: TAESD is not available: expected state_dict"):
             host.guidance_decoder(TAESD)
 
 
@@ -310,7 +310,7 @@ def test_a_download_that_fails_is_told_in_one_line(webui):
     taesd.download_model = lambda path, url: (_ for _ in ()).throw(OSError("no\nnetwork"))
     with webui.running(), pytest.raises(DinotileError) as error:
         host.guidance_decoder(TAESD)
-    assert str(error.value) == "decoder: TAESD cannot be had: no network; choose full VAE"
+    assert str(error.value) == "decoder: TAESD is not available: no network; choose full VAE"
 
 
 def test_the_linear_decoder_is_the_webuis_own(webui):

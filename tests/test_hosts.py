@@ -186,7 +186,7 @@ def test_a_sampler_that_paints_in_other_sizes_is_refused():
         latents = latents_of(host)
         tiled = TileBatch(batch_of(range(3), PROMPTS), lambda: torch.zeros(3, 3, 64, 64))
         forward = host._tiled_forward(p.sampler.model_wrap_cfg, tiled, latents, None, [])
-        with pytest.raises(DinotileError, match="the sampler Euler paints tiles in other sizes: choose another"):
+        with pytest.raises(DinotileError, match="the sampler Euler changes the size of tiles: choose another"):
             forward(latents[..., ::2, ::2], torch.ones(3), image_cond=torch.zeros(3, 5, 1, 1))
 
 

@@ -36,7 +36,7 @@ def test_infotext_keys_are_unique_and_name_the_extension():
 @pytest.mark.parametrize(
     "values, line",
     [
-        ({"scal": 2}, "'scal' is no option of DINO Tile: did you mean 'scale'?"),
+        ({"scal": 2}, "'scal' is not an option of DINO Tile: did you mean 'scale'?"),
         ({"scale": 9}, "scale: 9 is not allowed, give a number from 1 to 8"),
         ({"scale": "2"}, "scale: '2' is not allowed, give a number from 1 to 8"),
         ({"scale": True}, "scale: True is not allowed, give a number from 1 to 8"),

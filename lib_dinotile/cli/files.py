@@ -42,7 +42,7 @@ def check_report(path: Path) -> None:
     except (OSError, ValueError, RecursionError):
         ours = False
     if not ours:
-        raise DinotileError(f"report: {path} is there already and is no file of reports: give another name")
+        raise DinotileError(f"report: {path} exists already and is not a file of reports: give another name")
 
 
 def _identity(path: Path) -> object:

@@ -146,7 +146,7 @@ def run(arguments: argparse.Namespace) -> None:
             with contextlib.suppress(DinotileError):  # for want of space, say, and that is said already
                 parameters = _parameters(resolved, generation, size, error.result.report.lines)
                 write_image(error.result.image, kept, {"parameters": parameters})
-                where = f" (kept in {kept}; --resume goes on with it)"
+                where = f" (kept in {kept}; --resume continues with it)"
             raise UnfinishedError(error.__cause__ or error, error.result, where) from error.__cause__
         if sharing.rank == 0:
             try:  # the image last: once it is there --resume makes nothing any more

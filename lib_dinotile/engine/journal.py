@@ -64,12 +64,12 @@ class Journal:
             more = f" and {len(other) - MOST} more" if len(other) > MOST else ""
             raise DinotileError(
                 f"{self._folder} holds tiles painted with another {', '.join(differing)}{more}: --resume with the same "
-                "settings goes on with them; to start anew, delete it or give another OUT"
+                "settings goes on with them; to start over, delete it or give another OUT"
             )
         if not resume:
             raise DinotileError(
-                f"{self._folder} holds painted tiles of this image: --resume goes on with them; to start anew, delete "
-                "it"
+                f"{self._folder} holds painted tiles of this image: --resume continues with them; to start over, "
+                "delete it"
             )
 
     def _file(self, step: str, tile: Rect) -> Path:
@@ -115,7 +115,7 @@ class Journal:
     @property
     def kept(self) -> str:
         """Words for a run that broke off: where its tiles are, if there are any."""
-        return f" (painted tiles are kept in {self._folder}; --resume goes on with them)" if self._begun else ""
+        return f" (painted tiles are kept in {self._folder}; --resume continues with them)" if self._begun else ""
 
     def close(self) -> None:
         """The image is done: the tiles are no longer needed."""

@@ -89,5 +89,5 @@ def make_team() -> Team:
 
     state = PartialState(cpu=not torch.cuda.is_available(), timeout=PATIENCE)
     if state.num_processes != count:
-        raise DinotileError(f"{count} processes were started, but they do not find each other", 500)
+        raise DinotileError(f"{count} processes were started, but they cannot connect to each other", 500)
     return Processes(state)

@@ -53,7 +53,7 @@ def guidance_decoder(
         try:
             decoder = load[choice](True)
         except Exception as error:  # whatever the download or the file raises
-            raise DinotileError(f"decoder: {choice} cannot be had: {one_line(error)}; choose {FULL_VAE}") from error
+            raise DinotileError(f"decoder: {choice} is not available: {one_line(error)}; choose {FULL_VAE}") from error
         if decoder is None:
             raise DinotileError(f"decoder: the WebUI has no {choice} for this checkpoint; choose {FULL_VAE}")
         return choice, decoder

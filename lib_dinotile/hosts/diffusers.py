@@ -120,7 +120,7 @@ class DiffusersHost(Host):
 
     def check_prompt(self, prompt: str | None) -> None:
         if self._text is None and prompt is not None:
-            raise DinotileError("prompt: this model reads no words, leave prompts by tile and by region out")
+            raise DinotileError("prompt: this model reads no prompts: leave out prompts per tile and per region")
         if self._text is not None:
             self._text(self.prompt if prompt is None else prompt)
 

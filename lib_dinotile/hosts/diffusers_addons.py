@@ -164,7 +164,7 @@ def _a(name: Any) -> str:
 def read_tensors(option: str, path: Path) -> dict[str, Tensor]:
     """The tensors of a .safetensors file; DinotileError if it is none."""
     if path.suffix.lower() != ".safetensors":
-        raise DinotileError(f"{option}: {path} is no .safetensors file; other formats can run code, convert it")
+        raise DinotileError(f"{option}: {path} is not a .safetensors file; other formats can run code, convert it")
     if not os.path.isfile(path):
         raise DinotileError(f"{option}: there is no file {path}")
     try:

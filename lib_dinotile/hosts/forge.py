@@ -127,18 +127,16 @@ class ForgeHost(WebUIHost):
     def check(self) -> None:
         p = self._p
         if getattr(_dynamic_args(), "pid", False):
-            raise DinotileError("PiD paints pixels, not latents, and knows no tiles: choose another checkpoint")
+            raise DinotileError("PiD paints pixels, not latents, and does not work with tiles: choose another")
         if getattr(_dynamic_args(), "wan", False) and p.batch_size > 1:
             raise DinotileError("Wan takes a batch for the frames of a video: set the batch size to 1")
         if (self.channels, self.factor) == (32, 8):
-            raise DinotileError("Mugen's VAE takes latent cells two by two, tiles do not: choose another checkpoint")
+            raise DinotileError("Mugen's VAE joins latent cells in pairs, which tiles cannot follow: choose another")
         for script in p.scripts.alwayson_scripts if p.scripts else ():
             if script.title().lower() == "controlnet":
                 units = (getattr(script, "current_params", None) or {}).values()
                 if any("lllite" in type(getattr(unit, "model", None)).__name__.lower() for unit in units):
-                    raise DinotileError(
-                        "ControlNet-LLLite takes the whole picture for a tile: choose another ControlNet"
-                    )
+                    raise DinotileError("ControlNet-LLLite does not work with tiles: choose another ControlNet")
 
     def set_levels(self) -> None:
         p = self._p

@@ -211,4 +211,4 @@ class Rehearsal:
 
 def other_sizes(p: Any) -> DinotileError:
     """For samplers that give the model latents of another size, as SMEA does."""
-    return DinotileError(f"the sampler {p.sampler_name} paints tiles in other sizes: choose another")
+    return DinotileError(f"the sampler {p.sampler_name} changes the size of tiles: choose another")

@@ -126,7 +126,7 @@ def train(options: Training, images: Path, out: Path, head: bool, resume: bool) 
     except CheckpointError as error:
         raise DinotileError(str(error)) from error
     except FloatingPointError as error:
-        raise DinotileError(f"{error}: --resume goes on from the last checkpoint, try a lower --rate", 500) from error
+        raise DinotileError(f"{error}: --resume continues from the last checkpoint, try a lower --rate", 500) from error
     except DinotileError:
         raise
     except Exception as error:
@@ -219,14 +219,14 @@ def _already_there(job: Job) -> str:
         metadata = read_metadata(job.out)
         kind = KINDS.get(metadata.get("format", ""), "")
         if not kind:
-            raise DinotileError(f"out: {job.out} is there already, and is none of dinotile's files: give another name")
+            raise DinotileError(f"out: {job.out} exists already and is not a file of dinotile's: give another name")
         if job.head and kind == "an adapter":
-            raise DinotileError(f"out: {job.out} is there already, an adapter: a head comes first, into a new file")
+            raise DinotileError(f"out: {job.out} exists already and is an adapter: train a head first, into a new file")
         if not job.resume and (job.head or kind == "an adapter"):
-            raise DinotileError(f"out: {job.out} is there already, {kind}: --resume goes on, or give another name")
+            raise DinotileError(f"out: {job.out} is there already, {kind}: --resume continues, or give another name")
         kind += " with a head" if "heads" in metadata else ""
     if not job.resume and last_checkpoint(job.run) is not None:
         raise DinotileError(
-            f"out: the checkpoint of another run is in {job.run}: --resume goes on with it, or give another name"
+            f"out: the checkpoint of another run is in {job.run}: --resume continues with it, or give another name"
         )
     return kind

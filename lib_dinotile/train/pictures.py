@@ -196,7 +196,7 @@ class Prepared(torch.utils.data.Dataset):
         tensors = {name: tensor.half().cpu().contiguous() for name, tensor in self._compute(picture).items()}
         odd = [name for name, tensor in tensors.items() if not tensor.isfinite().all()]
         if odd:
-            raise DinotileError(f"{picture.name}: its {odd[0]} came out as not a number, leave it out", 500)
+            raise DinotileError(f"{picture.name}: its {odd[0]} contains NaN: leave it out", 500)
         part = path.with_suffix(f".{os.getpid()}.part")
         try:
             self._folder.mkdir(parents=True, exist_ok=True)

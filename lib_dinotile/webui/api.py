@@ -199,7 +199,7 @@ def regions_of(
     try:
         parsed = json.loads(options)
     except ValueError as error:
-        raise DinotileError(f"options: this is no JSON: {one_line(error)}") from error
+        raise DinotileError(f"options: this is not JSON: {one_line(error)}") from error
     if not isinstance(parsed, dict):
         raise DinotileError("options: give one dict of options")
     return regions(RegionRequest(image=image, options=parsed, interrogator=interrogator))
@@ -213,7 +213,7 @@ def _enough_memory() -> Iterator[None]:
     except Exception as error:
         if not is_out_of_memory(error):
             raise
-        raise DinotileError("there is not enough memory: give a smaller image, or less patches or windows") from error
+        raise DinotileError("there is not enough memory: give a smaller image, or fewer patches or windows") from error
 
 
 def _png(picture: Image.Image) -> dict[str, Any]:
@@ -239,7 +239,7 @@ def _file(text: str) -> io.BytesIO:
     try:
         data = base64.b64decode("".join(text.split()), validate=True)
     except (ValueError, binascii.Error) as error:
-        raise DinotileError("image: this is no base64") from error
+        raise DinotileError("image: this is not base64") from error
     return io.BytesIO(data)
 
 

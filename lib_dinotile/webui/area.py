@@ -74,7 +74,7 @@ class Area:
             wide, high = self._part(size)
             if self._resize == FILL and wide * high > MAX_PIXELS:
                 raise DinotileError(
-                    f"img2img size: {self.canvas[0]}x{self.canvas[1]} would have this image filled to {wide}x{high}, "
+                    f"img2img size: {self.canvas[0]}x{self.canvas[1]} needs this image filled up to {wide}x{high}, "
                     "give one that is nearer to its shape"
                 )
         if self.mask is not None:

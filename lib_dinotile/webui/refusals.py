@@ -55,12 +55,12 @@ def _selected(p: Any) -> str:
 def check_tiles_can_follow(p: Any, settings: Settings) -> None:
     """DinotileError for what no tab can have together with tiles."""
     if p.refiner_checkpoint not in (None, "", "None", "none"):
-        raise DinotileError("DINO Tile cannot change to a refiner within a tile: set Refiner to None")
+        raise DinotileError("DINO Tile does not support the Refiner: set Refiner to None")
     for title, why in SWITCHES.items():
         if found := _switched_on(p, title):
             raise DinotileError(f"{found} {why}: switch it off, or DINO Tile")
     if any(_setting(p, name) for name in ("hypertile_enable_unet", "hypertile_enable_vae")):
-        raise DinotileError("HyperTile takes the whole picture for a tile: switch it off in the settings")
+        raise DinotileError("HyperTile does not work with DINO Tile: switch it off in the settings")
     if _setting(p, "tiling") if p.tiling is None else p.tiling:
         raise DinotileError("Tiling would make every tile seamless, not the image: switch Tiling off, or DINO Tile")
     for text in (settings.tile_prompt, settings.tile_prompts, settings.region_prompts):
@@ -77,7 +77,7 @@ def check_img2img(p: Any, settings: Settings) -> None:
     check_tiles_can_follow(p, settings)
     if _selected(p).lower() in RIVALS:
         raise DinotileError(
-            f"{_selected(p)} and DINO Tile both take img2img over: set Script to None, or switch DINO Tile off"
+            f"{_selected(p)} and DINO Tile both replace img2img: set Script to None, or switch DINO Tile off"
         )
     if p.seed_resize_from_w > 0 and p.seed_resize_from_h > 0:
         raise DinotileError(
@@ -85,7 +85,7 @@ def check_img2img(p: Any, settings: Settings) -> None:
             "width and height to 0"
         )
     if p.image_mask is not None and _switched_on(p, "soft inpainting"):
-        raise DinotileError("Soft inpainting does not know tiles: switch it off, Mask blur softens the border, too")
+        raise DinotileError("Soft inpainting does not work with tiles: switch it off and use Mask blur")
     if len({image.size for image in p.init_images}) != 1:
         raise DinotileError("DINO Tile upscales a batch only if all its images have one size")
     if len(p.init_images) > p.batch_size:
@@ -93,6 +93,6 @@ def check_img2img(p: Any, settings: Settings) -> None:
         raise DinotileError(f"batch size {p.batch_size} is too small for {count} images: make it {count}")
     if p.image_mask is not None and p.inpaint_full_res and settings.region_words:
         raise DinotileError(
-            "prompts by region: Only masked shows DINO a part of the image, whose regions have other letters: set "
-            "Inpaint area to Whole picture, or regions to 0"
+            "prompts per region do not work with Only masked, where DINO sees a part of the image: set Inpaint area to "
+            "Whole picture, or Regions to 0"
         )

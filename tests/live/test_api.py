@@ -327,19 +327,19 @@ def claimed(width: int, height: int) -> str:
 
 
 IMAGES = {
-    "not base64": ("no base64!", "image: this is no base64"),
-    "half a character": ("\ud800", "image: this is no base64"),
+    "not base64": ("no base64!", "image: this is not base64"),
+    "half a character": ("\ud800", "image: this is not base64"),
     "empty": ("", "image cannot be read as an image: .*"),
     "not an image": (base64.b64encode(b"<!doctype html>").decode(), "image cannot be read as an image: .*"),
     "a path": ("/etc/hostname", "image.*"),
-    "an address": ("http://127.0.0.1:7860/", "image: this is no base64"),
+    "an address": ("http://127.0.0.1:7860/", "image: this is not base64"),
     "claims too much": (claimed(60000, 60000), "image has too many pixels: at most .* are read"),
     "claims more than it holds": (claimed(3000, 3000), "image cannot be read as an image: .*"),
     "number": (7, r"image: .*"),
     "list": (["x"], r"image: .*"),
 }
 OPTIONS: dict[str, tuple[Any, str]] = {
-    "unknown": ({"scal": 2}, r"'scal' is no option of DINO Tile: did you mean 'scale'\?"),
+    "unknown": ({"scal": 2}, r"'scal' is not an option of DINO Tile: did you mean 'scale'\?"),
     "out of range": ({"scale": 9}, "scale: 9 is not allowed, give a number from 1 to 8"),
     "not a number": ({"scale": float("nan")}, "scale: nan is not allowed, give a number from 1 to 8"),
     "text": ({"scale": "2"}, "scale: '2' is not allowed, give a number from 1 to 8"),
@@ -353,7 +353,7 @@ OPTIONS: dict[str, tuple[Any, str]] = {
     "list": ([1], "options: .*"),
     "nothing": (None, "options: .*"),
     "half a character": ({"upscaler": "\ud800"}, "upscaler: .* is not allowed, give text"),
-    "half a character as a name": ({"\ud800": 1}, ".* is no option of DINO Tile: .*"),
+    "half a character as a name": ({"\ud800": 1}, ".* is not an option of DINO Tile: .*"),
     "digits": ({"tile": 10**400}, "tile: 1000.* is not allowed, .*"),
 }
 LOOKING: dict[str, tuple[dict[str, Any], str]] = {

@@ -111,7 +111,7 @@ def test_scripts_that_take_the_image_apart_are_refused(webui: WebUI, photo: Imag
     if args is None:
         args = [argument["value"] for argument in known[script]["args"]]
     line = webui.refusal(photo, TILES, script_name=script, script_args=args, width=128, height=128)
-    assert line.lower().startswith(f"{script} and dino tile both take img2img over: "), line
+    assert line.lower().startswith(f"{script} and dino tile both replace img2img: "), line
 
 
 def test_scripts_that_leave_it_whole_are_not(webui: WebUI, small: Image.Image):

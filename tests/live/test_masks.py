@@ -248,4 +248,4 @@ def test_soft_inpainting_is_refused(webui: WebUI, small: Image.Image):
         pytest.skip("this WebUI has no soft inpainting")
     args = [True, *(arg["value"] for arg in soft["args"][1:])]
     request = {"mask": encode(box_mask(small.size)), "alwayson_scripts": {"soft inpainting": {"args": args}}}
-    assert "Soft inpainting does not know tiles" in webui.refusal(small, TILES, **HARD, **request)
+    assert "Soft inpainting does not work with tiles" in webui.refusal(small, TILES, **HARD, **request)

@@ -13,7 +13,7 @@ from PIL import Image
 
 TILE = r"0 \(automatic\) or a whole number from 64 to 2048, a multiple of 8"
 OPTIONS = {
-    "unknown option": ({"scal": 2}, r"'scal' is no option of DINO Tile: did you mean 'scale'\?"),
+    "unknown option": ({"scal": 2}, r"'scal' is not an option of DINO Tile: did you mean 'scale'\?"),
     "out of range": ({"scale": 9}, "scale: 9 is not allowed, give a number from 1 to 8"),
     "below range": (
         {"tile": 8},
@@ -115,7 +115,7 @@ def test_hyper_tile(webui: WebUI, small: Image.Image):
         pytest.skip("this WebUI has no HyperTile")
     webui.post("options", {"hypertile_enable_unet": False}).raise_for_status()
     more = {"override_settings": {"hypertile_enable_unet": True}}
-    assert "HyperTile takes the whole picture for a tile" in webui.refusal(small, TILES, **more)
+    assert "HyperTile does not work with DINO Tile" in webui.refusal(small, TILES, **more)
 
 
 def test_a_refiner(webui: WebUI, small: Image.Image):

@@ -185,7 +185,7 @@ def test_only_masked_is_refused(webui: WebUI, pair: Image.Image, named: str):
     mask.paste(255, (0, 0, 20, 20))
     request = {"mask": encode(mask), "inpaint_full_res": True}
     assert webui.refusal(pair, {**PAIR, "region_prompts": named}, **request).startswith(
-        "prompts by region: Only masked"
+        "prompts per region do not work with Only masked"
     )
 
 

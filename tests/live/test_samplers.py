@@ -7,7 +7,7 @@ from client import WebUI, difference
 from PIL import Image
 
 ONE = {"scale": 2.0, "tile": 64, "overlap": 0, "colour": "none", "batch": 1}
-REFUSED = "paints tiles in other sizes: choose another"
+REFUSED = "changes the size of tiles: choose another"
 FEW = ("DPM++ 2M SDE", "DPM++ 3M SDE", "UniPC", "DPM fast", "DDIM", "PLMS")
 """Samplers that cannot do a single step, in one WebUI or in all."""
 
