@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from modules import devices, sd_samplers_common, sd_samplers_kdiffusion, sd_samplers_timesteps
+from modules import devices, sd_samplers_common, sd_samplers_kdiffusion, sd_samplers_timesteps, shared
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
@@ -201,6 +201,7 @@ class Rehearsal:
                 stack.enter_context(patched(module, **nothing))
             stack.enter_context(patched(p, **values))
             stack.enter_context(patched(sampler, callback_state=lambda *_: None))
+            stack.enter_context(patched(shared.total_tqdm, update=lambda: None))
             drawn = stack.enter_context(noise_from(sampler, latents.shape, noise, disable=True))
             stack.enter_context(patched(denoiser, forward=drawn.without(model)))
             made = sampler.sample_img2img(p, latents, start, None, None, steps=steps)
