@@ -229,7 +229,7 @@ def test_without_a_head_guidance_is_off_and_the_notes_say_so(adapters):
         return conditioner.notes
 
     off = [note for note in notes(head="None") if note.startswith("guidance is off")]
-    assert len(off) == 1 and "choose Restoration head Automatic" in off[0]
+    assert len(off) == 1 and "set Restoration head to Automatic" in off[0]
     assert not any("guidance is off" in note for note in notes(head="None", distance="self-similarity"))
     assert "restoration head: calibrated" in notes() and not any("guidance is off" in note for note in notes())
 

@@ -286,6 +286,7 @@ def predicted(host, prompts):
         seen.append((x, model(x, Batch(tiles, prompts, None))))
         return seen[-1][1]
 
+    tiled.begin = None
     tiles = [Rect(0, 0, 64, 48), Rect(64, 0, 64, 48)]
     latents = torch.randn(2, 4, 6, 8, generator=torch.Generator().manual_seed(3))
     noise = TileNoise(NoiseField(1, 4), [tile.shrink(8) for tile in tiles])

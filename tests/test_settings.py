@@ -75,7 +75,10 @@ def test_what_is_not_allowed_is_refused_with_one_line(values, line):
     "values, lines",
     [
         ({"tile": 100, "overlap": 7}, ("tile: 100 is not", "overlap: 7 is not")),
-        ({"scal": 2, "tile": 100, "x": 1, "y": 2}, ("'scal' is not an option", "tile: 100", "'x' is not", "'y' is not")),
+        (
+            {"scal": 2, "tile": 100, "x": 1, "y": 2},
+            ("'scal' is not an option", "tile: 100", "'x' is not", "'y' is not"),
+        ),
         ({"tile": 64, "overlap": 64, "start": 0.5, "end": 0.2}, ("overlap: 64 is not allowed with tile 64", "start:")),
         (
             {"guidance": 9, "start": 0.5, "end": 0.2, "tile_prompts": "fur"},

@@ -80,4 +80,5 @@ class WorldHost(DiffusersHost):
 
             return tiled(x, of_batch, known)
 
+        conditioned.begin = tiled.begin  # type: ignore[attr-defined]
         return super().sample(latents, conditioned, *more)  # type: ignore[arg-type]  # called, and no more

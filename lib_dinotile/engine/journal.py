@@ -39,7 +39,9 @@ class Journal:
         if before is not None and any(folder.glob(TILES)):
             self._check(before, resume)
         elif os.path.lexists(folder) and not _holds_only_ours(folder):
-            raise DinotileError(f"{folder} is where painted tiles are kept, but it holds other files: move them away")
+            raise DinotileError(
+                f"{folder} is where painted tiles are kept, but it is not a folder of tiles: move it away"
+            )
         self._begun = resume and before == self._recipe
 
     def _recipe_before(self) -> dict[str, Any] | None:

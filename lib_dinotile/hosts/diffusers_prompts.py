@@ -133,7 +133,7 @@ class PromptEncoder:
             clip_skip = max(clip_skip, 2)  # trained on the layer before the last, which Forge counts from, too
         self._skip, self._negative = clip_skip, negative
         fewest = min(encoder.config.num_hidden_layers for _, encoder in self._encoders)
-        if clip_skip > fewest:
+        if clip_skip > max(fewest, 1 + self._xl):
             raise DinotileError(
                 f"clip_skip: {clip_skip} is not allowed, this checkpoint's text encoder has {fewest} layers"
             )

@@ -143,18 +143,8 @@ def _train(job: Job, kind: str) -> None:
     options = job.options
     number = int(os.environ.get("LOCAL_RANK", 0))
     device = torch.device("cuda", number) if torch.cuda.is_available() else torch.device("cpu")
-    encoder = load_encoder(options.encoder, device=device)
-    if options.layer > encoder.depth:
-        raise DinotileError(f"layer: encoder {encoder.id!r} has {encoder.depth} layers, give at most that")
-    if job.head:
-        set_seed(options.seed)  # the new model's parameters
-        return _train_heads(job, encoder)
-    if not options.base:
+    if not job.head and not options.base:
         raise DinotileError("base: say which checkpoint the adapter is for")
-    heads = load_heads(job.out, encoder.id, encoder.width, device) if "head" in kind else {}
-    if heads and -options.layer not in heads:
-        there = ", ".join(str(-layer) for layer in sorted(heads, reverse=True))
-        raise DinotileError(f"layer: {job.out} has heads for the layers {there}, give one of them")
     generation = Generation(
         model=options.base,
         config=options.config,
@@ -162,9 +152,18 @@ def _train(job: Job, kind: str) -> None:
         device=str(device),
         precision="fp32" if options.precision == "no" else options.precision,
     )
-    host = load_host(generation)
+    host = None if job.head else load_host(generation)
+    encoder = load_encoder(options.encoder, device=device)
+    if options.layer > encoder.depth:
+        raise DinotileError(f"layer: encoder {encoder.id!r} has {encoder.depth} layers, give at most that")
+    set_seed(options.seed)  # the new model's parameters
+    if host is None:
+        return _train_heads(job, encoder)
+    heads = load_heads(job.out, encoder.id, encoder.width, device) if "head" in kind else {}
+    if heads and -options.layer not in heads:
+        there = ", ".join(str(-layer) for layer in sorted(heads, reverse=True))
+        raise DinotileError(f"layer: {job.out} has heads for the layers {there}, give one of them")
     job.say(f"base {options.base}: {host.base}, predicts {host.prediction}")
-    set_seed(options.seed)
     return _train_adapter(job, encoder, host, heads)
 
 
