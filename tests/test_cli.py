@@ -434,7 +434,7 @@ def test_a_folder_with_other_files_is_left_alone(photo, tmp_path, capsys):
     (tmp_path / "out.png.tiles").mkdir()
     (tmp_path / "out.png.tiles" / "thesis.txt").write_text("mine")
     assert run(photo, tmp_path / "out.png", *QUICK) == 2
-    assert "it holds other files" in capsys.readouterr().err
+    assert "it is not a folder of tiles" in capsys.readouterr().err
     assert (tmp_path / "out.png.tiles" / "thesis.txt").read_text() == "mine"
 
 

@@ -431,7 +431,11 @@ def test_what_is_there_already_is_not_written_over(
 ) -> None:
     out = tmp_path / "a.safetensors"
     shutil.copy(MINI / "unet" / "diffusion_pytorch_model.safetensors", out)
-    for more, says in (([], "not a file of dinotile's"), (["--head"], "none of dinotile's"), (["--resume"], "nothing to")):
+    for more, says in (
+        ([], "not a file of dinotile's"),
+        (["--head"], "none of dinotile's"),
+        (["--resume"], "nothing to"),
+    ):
         train(photos, out, *more, code=2)
         assert says in capsys.readouterr().err
     shutil.copy(MINI / "adapter.safetensors", out)
