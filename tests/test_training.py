@@ -179,7 +179,7 @@ def test_a_checkpoint_of_another_run_is_not_gone_on_with_and_not_written_over(
     for more, says in (
         (["--resume", "--width", "32"], "width: the checkpoint"),
         (["--resume", "--seed", "1"], "seed: the checkpoint"),
-        ([], "is there already, an adapter"),
+        ([], "exists already and is an adapter"),
         (["--head"], "train a head first"),
     ):
         train(photos, out, *more, code=2)
@@ -433,7 +433,7 @@ def test_what_is_there_already_is_not_written_over(
     shutil.copy(MINI / "unet" / "diffusion_pytorch_model.safetensors", out)
     for more, says in (
         ([], "not a file of dinotile's"),
-        (["--head"], "none of dinotile's"),
+        (["--head"], "not a file of dinotile's"),
         (["--resume"], "nothing to"),
     ):
         train(photos, out, *more, code=2)
@@ -441,6 +441,6 @@ def test_what_is_there_already_is_not_written_over(
     shutil.copy(MINI / "adapter.safetensors", out)
     for more in ([], ["--head"]):
         train(photos, out, *more, code=2)
-        assert "is there already" in capsys.readouterr().err
+        assert "exists already" in capsys.readouterr().err
     with safe_open(out, "pt") as file, safe_open(MINI / "adapter.safetensors", "pt") as before:
         assert file.metadata() == before.metadata()

@@ -84,5 +84,5 @@ def _writable(out: Path) -> Path:
     if out.exists():
         kind = describe(out)["kind"]
         if kind != HEADS:
-            raise DinotileError(f"out: {out} is there already, {kind}: give another name")
+            raise DinotileError(f"out: {out} exists already and is {kind}: give another name")
     return out

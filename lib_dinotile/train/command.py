@@ -222,7 +222,9 @@ def _already_there(job: Job) -> str:
         if job.head and kind == "an adapter":
             raise DinotileError(f"out: {job.out} exists already and is an adapter: train a head first, into a new file")
         if not job.resume and (job.head or kind == "an adapter"):
-            raise DinotileError(f"out: {job.out} is there already, {kind}: --resume continues, or give another name")
+            raise DinotileError(
+                f"out: {job.out} exists already and is {kind}: --resume continues, or give another name"
+            )
         kind += " with a head" if "heads" in metadata else ""
     if not job.resume and last_checkpoint(job.run) is not None:
         raise DinotileError(
