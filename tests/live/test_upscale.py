@@ -7,6 +7,8 @@ from client import Reply, WebUI, correlation, difference, encode, fields, pixels
 from conftest import TILES
 from PIL import Image
 
+from lib_dinotile.settings import Settings
+
 ONE_TILE = {**TILES, "tile": 128}
 """`small` upscaled is one tile of these."""
 
@@ -63,7 +65,8 @@ def test_png_info_says_how_it_was_made(webui: WebUI, tiled: Reply):
     }
     assert expected.items() <= tiled.fields.items()
     automatic = {"DINO Tile guidance decoder", "DINO Tile head", "DINO Tile encoder", "DINO Tile notes"}
-    assert {key for key in tiled.fields if key.startswith("DINO Tile")} <= {*expected, *automatic}
+    switched_off = {"DINO Tile guidance", "DINO Tile guard"}
+    assert {key for key in tiled.fields if key.startswith("DINO Tile")} <= {*expected, *automatic, *switched_off}
     assert "DINO Tile painted" not in tiled.fields
     read = webui.post("png-info", {"image": encode_with_info(tiled)}).json()
     assert expected.items() <= fields(read["info"]).items()
@@ -101,7 +104,7 @@ def test_switched_off_it_has_no_part_in_the_image(webui: WebUI, small: Image.Ima
 def test_upscalers_of_the_webui_make_the_canvas(webui: WebUI, small: Image.Image, upscaler: str):
     reply = webui.img2img(small, {**ONE_TILE, "upscaler": upscaler})
     assert reply.image.size == (128, 96)
-    assert reply.fields["DINO Tile upscaler"] == upscaler
+    assert reply.fields.get("DINO Tile upscaler", Settings().upscaler) == upscaler
 
 
 def test_a_transparent_source_is_laid_on_the_background(webui: WebUI, small: Image.Image):
