@@ -16,7 +16,7 @@ from lib_dinotile.engine.flow import upscale
 from lib_dinotile.engine.prediction import from_x0
 from lib_dinotile.hosts import solvers
 from lib_dinotile.hosts.diffusers import load_host
-from lib_dinotile.hosts.solvers import SCHEDULES, SPACINGS, Solver
+from lib_dinotile.hosts.diffusers_solvers import SCHEDULES, SPACINGS, Solver
 from lib_dinotile.settings import AUTOMATIC, SAMPLERS, SCHEDULERS, Generation, Settings
 from lib_dinotile.tiling.noise import NoiseField, TileNoise
 from lib_dinotile.tiling.plan import Rect

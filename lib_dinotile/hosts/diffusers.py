@@ -21,15 +21,15 @@ from lib_dinotile.engine.host import Batch, Host, TiledDenoiser
 from lib_dinotile.engine.memory import is_out_of_memory
 from lib_dinotile.engine.prediction import from_x0, to_x0
 from lib_dinotile.engine.progress import Progress
-from lib_dinotile.hosts.checkpoints import ASK
 from lib_dinotile.hosts.devices import empty_cache, find_device, find_dtype
 from lib_dinotile.hosts.diffusers_addons import load_loras, load_vae
+from lib_dinotile.hosts.diffusers_checkpoints import ASK
 from lib_dinotile.hosts.diffusers_controlnet import ControlNet, load_controlnet
+from lib_dinotile.hosts.diffusers_pipelines import load_pipeline
 from lib_dinotile.hosts.diffusers_prompts import PromptEncoder, by_length
+from lib_dinotile.hosts.diffusers_solvers import Solver, Step
 from lib_dinotile.hosts.memory_format import fast
 from lib_dinotile.hosts.patched import in_float32, patched
-from lib_dinotile.hosts.pipelines import load_pipeline
-from lib_dinotile.hosts.solvers import Solver, Step
 from lib_dinotile.settings import APPROXIMATE, AUTO, FULL_VAE, LINEAR, TAESD, Generation
 from lib_dinotile.tiling.canvas import Canvas
 from lib_dinotile.tiling.noise import TileNoise

@@ -16,8 +16,8 @@ from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 from torch import nn
 
 from lib_dinotile import DinotileError, one_line
-from lib_dinotile.hosts.checkpoints import ASK, by_channels, check_checkpoint, is_pointer
-from lib_dinotile.hosts.solvers import trained
+from lib_dinotile.hosts.diffusers_checkpoints import ASK, by_channels, check_checkpoint, is_pointer
+from lib_dinotile.hosts.diffusers_solvers import trained
 from lib_dinotile.settings import AUTOMATIC, Generation
 
 PARTS = {
