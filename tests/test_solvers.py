@@ -14,7 +14,7 @@ from lib_dinotile import DinotileError
 from lib_dinotile import __main__ as cli
 from lib_dinotile.engine.flow import upscale
 from lib_dinotile.engine.prediction import from_x0
-from lib_dinotile.hosts import solvers
+from lib_dinotile.hosts import diffusers_solvers as solvers
 from lib_dinotile.hosts.diffusers import load_host
 from lib_dinotile.hosts.diffusers_solvers import SCHEDULES, SPACINGS, Solver
 from lib_dinotile.settings import AUTOMATIC, SAMPLERS, SCHEDULERS, Generation, Settings
