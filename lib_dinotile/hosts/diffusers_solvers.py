@@ -170,10 +170,10 @@ class Training:
 
     def at(self, timesteps: np.ndarray) -> np.ndarray:
         """Noise levels of timesteps, between two of the model's log-linearly as k-diffusion does."""
-        return np.exp(np.interp(timesteps, np.arange(self.last + 1), self._logs))
+        return np.exp(np.asarray(np.interp(timesteps, np.arange(self.last + 1), self._logs)))
 
     def timesteps(self, levels: np.ndarray) -> np.ndarray:
-        return np.interp(np.log(levels), self._logs, np.arange(self.last + 1))
+        return np.asarray(np.interp(np.log(levels), self._logs, np.arange(self.last + 1)))
 
 
 def _uniform(share: Share, training: Training) -> np.ndarray:
