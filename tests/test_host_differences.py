@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import nn
 
 from lib_dinotile import DinotileError
@@ -459,6 +459,37 @@ def test_a_job_taken_over_ends_in_pixels_and_its_conditionings_are_its_own(webui
         assert found.shape == (3, 60, 80) and ((found + 1) * 127.5).byte().float().mean() > 50
     assert hashes[0] == hashes[2] != hashes[1]
     assert webui.model.__dict__.get("ini_latent") is None and not webui.args.ref_latents
+
+
+def test_the_webuis_colour_correction_stays_within_the_mask(webui, monkeypatch, tmp_path):
+    takeover, processing = taken_over(webui, monkeypatch, tmp_path), webui.modules["modules.processing"]
+    stand_ins = {
+        "setup_color_correction": lambda image: image, "create_binary_mask": lambda image, round: image,
+        "apply_color_correction": lambda _, image: ImageOps.invert(image),
+    }  # fmt: skip
+    for name, stand_in in stand_ins.items():
+        monkeypatch.setattr(processing, name, stand_in, raising=False)
+    settings = Settings(enabled=True, tile=64, overlap=16, scale=2, encoder="mini", guidance=0.0, guard="off")
+    source, mask, found = random_image(40, 30), Image.new("L", (40, 30)), []
+    mask.paste(255, (0, 0, 20, 30))
+    for corrected in (False, True):
+        webui.modules["modules.shared"].opts.img2img_color_correction = corrected
+        p = webui.job()
+        vars(p).update(
+            init_images=[source], refiner_checkpoint=None, image_mask=mask, color_corrections=None, script_args=[],
+            override_settings={}, n_iter=1, init_latent=None, comment=print, resize_mode=0, mask=None, mask_round=True,
+            inpainting_mask_invert=0, mask_blur_x=0, mask_blur_y=0, inpainting_fill=1, inpaint_full_res=False,
+        )  # fmt: skip
+        with webui.running():
+            takeover.Takeover(p, settings).apply()
+            p.init(["a cat"], [1], [1])
+            p.setup_conds()
+            found += p.sample(Multicond((1,), p.c.batch), p.uc, [1], [1], 0.0, ["a cat"])
+            takeover.undo(p)
+        assert p.color_corrections is None  # or the WebUI would correct all of the image
+    plain, corrected = found
+    assert torch.equal(plain[..., 44:], corrected[..., 44:])
+    torch.testing.assert_close(plain[..., :36], -corrected[..., :36], atol=0.01, rtol=0)  # a level of 255
 
 
 def test_words_of_a_region_that_an_image_of_a_batch_lacks_stop_it_before_any_is_painted(webui, monkeypatch, tmp_path):

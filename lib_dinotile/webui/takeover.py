@@ -143,6 +143,8 @@ class Takeover:
     _host: WebUIHost | None = None
     _conditioner: Conditioner | None = None
     _sources: Sequence[Image.Image] = ()
+    _corrections: Sequence[Any] = ()
+    """Of the WebUI's colour correction, by source, where there is a mask."""
     _area: Area
     _painted = 0
     """Tiles of the last batch."""
@@ -170,7 +172,7 @@ class Takeover:
         if self._host is not None:
             self._host.restore_levels()
         self._host = self._conditioner = None
-        self._sources = ()
+        self._sources = self._corrections = ()
 
     def apply(self) -> None:
         """Replace `init` and `sample` of the processing object."""
@@ -228,7 +230,10 @@ class Takeover:
         p.init_latent = torch.tensor(list(digest), dtype=torch.uint8).reshape(1, 1, 4, 8)
         if opts.img2img_color_correction and p.color_corrections is None:
             corrections = [processing.setup_color_correction(source) for source in self._sources]
-            p.color_corrections = corrections * (p.batch_size // len(corrections))
+            if self._area.mask is None:
+                p.color_corrections = corrections * (p.batch_size // len(corrections))
+            else:  # the WebUI would correct what is outside the mask, too
+                self._corrections = corrections
         self._prepare()
         bars.expect(p.n_iter, p.batch_size)
 
@@ -327,12 +332,19 @@ class Takeover:
             notes["DINO Tile notes"].append("; ".join(result.report.lines) or None)
             if self._settings.captions != NONE:
                 notes["DINO Tile tile prompts"].append(result.report.prompts or None)
-            results.append(self._area.finish(result.image, source))
+            results.append(self._in_its_colours(self._area.finish(result.image, source), number))
         # One entry per image of the batch; the WebUI leaves out what is None.
         p.extra_generation_params.update(notes)
         samples = processing.DecodedSamples()
         samples.extend(to_sample(image) for image in results)
         return samples
+
+    def _in_its_colours(self, image: Image.Image, number: int) -> Image.Image:
+        """Image `number` of the batch, corrected within the mask by the WebUI's colour correction, if that is on."""
+        if not self._corrections:
+            return image
+        corrected = processing.apply_color_correction(self._corrections[number % len(self._corrections)], image)
+        return Image.composite(corrected, image, self._area.shown_mask)
 
     def _check_letters(self) -> None:
         """DinotileError for words of a region that one of the images does not have, but for the first: that is seen

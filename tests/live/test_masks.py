@@ -67,6 +67,7 @@ def totals(job: Job) -> set[int]:
         ({"order": "fused"}, {"inpainting_fill": 0}),
         ({"order": "fused"}, {"inpainting_fill": 3}),
         ({"scale": 1.3}, {}),
+        ({}, {"override_settings": {"img2img_color_correction": True}}),
         ({}, {"sampler_name": "Euler a"}),
         ({"order": "fused"}, {"sampler_name": "DDIM", "steps": 10}),
     ],
