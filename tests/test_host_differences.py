@@ -463,12 +463,12 @@ def test_a_job_taken_over_ends_in_pixels_and_its_conditionings_are_its_own(webui
 
 def test_the_webuis_colour_correction_stays_within_the_mask(webui, monkeypatch, tmp_path):
     takeover, processing = taken_over(webui, monkeypatch, tmp_path), webui.modules["modules.processing"]
-    stand_ins = {
+    functions = {
         "setup_color_correction": lambda image: image, "create_binary_mask": lambda image, round: image,
         "apply_color_correction": lambda _, image: ImageOps.invert(image),
     }  # fmt: skip
-    for name, stand_in in stand_ins.items():
-        monkeypatch.setattr(processing, name, stand_in, raising=False)
+    for name, function in functions.items():
+        monkeypatch.setattr(processing, name, function, raising=False)
     settings = Settings(enabled=True, tile=64, overlap=16, scale=2, encoder="mini", guidance=0.0, guard="off")
     source, mask, found = random_image(40, 30), Image.new("L", (40, 30)), []
     mask.paste(255, (0, 0, 20, 30))

@@ -22,6 +22,7 @@ from lib_dinotile.hosts.interrogators import interrogators
 from lib_dinotile.options import Option
 from lib_dinotile.settings import AUTOMATIC, CALIBRATED, NONE, Settings, Txt2Img
 from lib_dinotile.webui import first_minute, folders, infotext
+from lib_dinotile.webui.comparison import Comparison
 from lib_dinotile.webui.javascript import in_the_browser, to_allowed
 from lib_dinotile.webui.notices import Notices
 from lib_dinotile.webui.preview import Captions, Img2Img
@@ -169,11 +170,15 @@ def _connect_presets(chosen: Any, hint: Any, components: Mapping[str, Any], tabl
     chosen.input(fn=choose, inputs=[chosen], outputs=outputs, show_progress=False)
 
 
-def _add_preview(prefix: str) -> tuple[Any, Any, Any, Naming]:
-    button = gr.Button("Preview tiles and time", size="sm", elem_id=f"{prefix}preview")
+def _add_preview(prefix: str) -> tuple[Any, Any, Any, Naming, Comparison]:
+    with gr.Row():
+        button = gr.Button("Preview tiles and time", size="sm", elem_id=f"{prefix}preview")
+        comparison = Comparison(prefix)
     text = gr.HTML(elem_id=f"{prefix}preview_text")
     picture = gr.Image(visible=False, interactive=False, type="pil", show_label=False, elem_id=f"{prefix}preview_image")
-    return button, text, picture, Naming(prefix)
+    naming = Naming(prefix)
+    comparison.build()
+    return button, text, picture, naming, comparison
 
 
 def _follow_target(components: Mapping[str, Any]) -> None:

@@ -40,6 +40,7 @@ from lib_dinotile.settings import NO_REGIONS, NONE, OFF, SEMANTIC, Settings
 from lib_dinotile.tiling.plan import TilePlan
 from lib_dinotile.webui import folders
 from lib_dinotile.webui.area import Area
+from lib_dinotile.webui.comparison import Comparison
 from lib_dinotile.webui.notices import Notices, as_html, notices
 from lib_dinotile.webui.regions import Naming, ask, lines
 from lib_dinotile.webui.speed import Estimate, guess
@@ -168,7 +169,7 @@ class Img2Img:
         self._found: dict[str, Any] = {}
         self._place: str | None = None
         self._hidden: list[Any] = []
-        self._own: tuple[Any, Any, Any, Naming, Notices, Mapping[str, Any]] | None = None
+        self._own: tuple[Any, Any, Any, Naming, Comparison, Notices, Mapping[str, Any]] | None = None
 
     def on_component(self, component: Any, **arguments: Any) -> None:
         """Called with every component that is built, and the arguments that it is built with."""
@@ -186,19 +187,26 @@ class Img2Img:
         elif not name and isinstance(component, gr.Number) and not component.visible:
             self._hidden.append(component)  # the numbers of the chosen tabs: of sources, and of sizes
         elif name == LAST:
-            self._connect()
+            self._connect(component)
 
     def show_in(
-        self, button: Any, text: Any, picture: Any, naming: Naming, notices: Notices, options: Mapping[str, Any]
+        self,
+        button: Any,
+        text: Any,
+        picture: Any,
+        naming: Naming,
+        comparison: Comparison,
+        notices: Notices,
+        options: Mapping[str, Any],
     ) -> None:
-        """Set the button, the line, the image and the fields of the preview, the notices, and the controls of the
-        options."""
-        self._own = button, text, picture, naming, notices, options
+        """Set the button, the line, the image and the fields of the preview, what compares the result, the notices,
+        and the controls of the options."""
+        self._own = button, text, picture, naming, comparison, notices, options
 
-    def _connect(self) -> None:
+    def _connect(self, gallery: Any) -> None:
         if self._own is None:
             return
-        button, text, picture, naming, notices, options = self._own
+        button, text, picture, naming, comparison, notices, options = self._own
         places = [name for name in IMAGES if name in self._found]
         numbers = [key for key, name in NUMBERS.items() if name in self._found]
         tabs = self._hidden[:2]
@@ -225,6 +233,11 @@ class Img2Img:
         for name, each in {"": button, **naming.buttons}.items():
             each.click(fn=clicked(name), inputs=inputs, outputs=[text, picture, *naming.outputs, prompts])
         naming.connect(picture, prompts)
+        comparison.connect(
+            gallery,
+            [*(self._found[name] for name in places), *tabs[:1]],
+            lambda *values: source_of(dict(zip(places, values)), int(values[len(places)] or 0) if tabs else 0),
+        )
         denoise, area = (self._found.get(NUMBERS[key]) for key in ("denoise", "area"))
         notices.connect(denoise, area, tabs[0] if tabs else None, INPAINTING)
 
@@ -292,6 +305,17 @@ class PreviewResult:
     notices: Sequence[str] = ()
 
 
+def source_of(sources: Mapping[str, Any], chosen: int) -> Image.Image:
+    """The source (RGB) in the chosen tab. DinotileError if there is none."""
+    if chosen == BATCH:
+        raise DinotileError("this shows one image: choose a tab with one, Batch has many")
+    source = sources.get(IMAGES[chosen])
+    source = source["image"] if isinstance(source, dict) else source  # with a mask drawn on it
+    if source is None:
+        raise DinotileError("there is no image to upscale: drop one into the img2img tab")
+    return flat(source)
+
+
 def show(
     sources: Mapping[str, Any],
     chosen: int,
@@ -301,13 +325,7 @@ def show(
     interrogator: str = "",
 ) -> PreviewResult:
     """The preview of an image; interrogator: is asked for regions without words, if any. DinotileError as in a run."""
-    if chosen == BATCH:
-        raise DinotileError("a preview shows one image: choose a tab with one, Batch has many")
-    source = sources.get(IMAGES[chosen])
-    source = source["image"] if isinstance(source, dict) else source  # with a mask drawn on it
-    if source is None:
-        raise DinotileError("there is no image to upscale: drop one into the img2img tab")
-    source, settings = flat(source), Settings.parse({**options, "enabled": True}, labels=True)
+    source, settings = source_of(sources, chosen), Settings.parse({**options, "enabled": True}, labels=True)
     given = int(img2img.get("width") or 0), int(img2img.get("height") or 0)
     if sizing == 1:  # Resize by, as img2img counts it
         width, height = (int(side * img2img["scale"]) // 8 * 8 for side in source.size)

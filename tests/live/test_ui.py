@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import re
 import time
+import urllib.parse
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -412,3 +414,22 @@ def test_the_users_defaults_survive_a_reload(browser: Browser, url: str, webui: 
             assert tab.slid("scale") == 3.5
     finally:
         apply(2.0)
+
+
+def test_a_result_is_laid_over_its_source(tab: Tab, picture: Image.Image, shots: Path):
+    compare = tab.page.locator("#dinotile_compare")
+    if not compare.count():
+        pytest.skip("this WebUI has no image slider")
+    tab.generate()
+    tab.done()
+    result = tab.image()
+    compare.click()
+    shown = tab.page.locator("#dinotile_slider img")
+    expect(shown).to_have_count(2)
+    before, after = (
+        Image.open(io.BytesIO(tab.page.request.get(urllib.parse.urljoin(tab.page.url, each)).body())).convert("RGB")
+        for each in (image.get_attribute("src") for image in shown.all())
+    )
+    tab.shot(shots / "slider.png")
+    assert difference(before, picture.resize(result.size, Image.Resampling.LANCZOS)) <= 1
+    assert difference(after, result) <= 1
