@@ -150,6 +150,13 @@ class Options:
         return ": there are " + ", ".join(row.name for row in cls.table())
 
     @classmethod
+    def with_label(cls, line: str) -> str:
+        """A line that begins with an option's name, as refusals do, with its label in place of that."""
+        name, colon, rest = line.partition(":")
+        labels = {row.name: row.label for row in cls.table()}
+        return labels.get(name, name) + colon + rest
+
+    @classmethod
     def parse(cls: type[Table], values: Mapping[str, Any], labels: bool = False, texts: bool = False) -> Table:
         """Options from a dict, defaults for what is left out.
 

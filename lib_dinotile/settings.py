@@ -474,7 +474,7 @@ class Settings(Options):
 
     @classmethod
     def parse(cls: type[Own], values: Mapping[str, Any], labels: bool = False, texts: bool = False) -> Own:
-        """As of every table. `preset` names a preset; what else is given comes before its values."""
+        """As of every table. `preset` names a preset; options given explicitly take precedence."""
         parse = super().parse
         if not isinstance(values, Mapping) or "preset" not in values:
             return parse(values, labels, texts)
@@ -588,7 +588,7 @@ class Txt2Img(Settings):
     denoise: float = option(
         0.3,
         "Denoising strength",
-        "Only in txt2img. How much the tiles may change. 0 changes nothing.",
+        "Only in txt2img. How much the tiles may change. 0 changes next to nothing.",
         minimum=0.0,
         maximum=1.0,
         step=0.01,
@@ -687,7 +687,7 @@ class Generation(Options):
     denoise: float = option(
         0.35,
         "Denoising strength",
-        "How much the tiles may change. 0 changes nothing.",
+        "How much the tiles may change. 0 changes next to nothing.",
         minimum=0.0,
         maximum=1.0,
         step=0.01,

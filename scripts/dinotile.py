@@ -27,12 +27,13 @@ class Script(scripts.Script):
             return
         if self.is_txt2img != is_txt2img(p):  # another extension's own work within a job of this tab
             return
+        called = accordion.called(args, options_for(p))
         try:
             settings = accordion.settings_from(args, xyz.axes(p), options_for(p))
             if settings.enabled:
-                takeover(p, settings).apply()
+                takeover(p, settings).apply(called)
         except Exception as error:  # the WebUI would log it and go on without us
-            refuse(p, error)
+            refuse(p, error, called)
 
     def postprocess(self, p, processed, *args):
         Takeover.publish(p, processed)

@@ -354,9 +354,9 @@ def test_what_a_job_had_is_gone_when_it_breaks_off(takeover, alive, monkeypatch,
     assert job() is None
 
 
-@pytest.mark.parametrize("painted, total, pass_", [(9, 12, "the pass over them"), (9, 9, "the guard")])
+@pytest.mark.parametrize("painted, total, later", [(9, 12, "the seam fix"), (9, 9, "the guard")])
 def test_where_all_tiles_are_painted_no_later_error_costs_the_image(
-    takeover, alive, monkeypatch, painted, total, pass_
+    takeover, alive, monkeypatch, painted, total, later
 ):
     inner = flow.upscale
 
@@ -365,14 +365,14 @@ def test_where_all_tiles_are_painted_no_later_error_costs_the_image(
         try:
             raise RuntimeError("broken")
         except RuntimeError as error:
-            result = dataclasses.replace(result, painted=painted, total=total, covered=True)
+            result = dataclasses.replace(result, painted=painted, total=total, later=later)
             raise flow.UnfinishedError(error, result) from error
 
     monkeypatch.setattr(flow, "upscale", upscale)
     p = Job()
     finish(takeover, p)
     (note,) = p.extra_generation_params["DINO Tile notes"]
-    assert note.split("; ")[-1] == f"all tiles are painted, {pass_} stopped: broken"
+    assert note.split("; ")[-1] == f"all tiles are painted, but {later} failed: broken"
     assert p.extra_generation_params["DINO Tile painted"] == [None if painted == total else "9 of 12"]
     assert gone(p, alive)
 

@@ -329,8 +329,8 @@ def test_a_retry_that_cannot_be_done_is_left_out_and_said(fails, left):
     host = Broken()
     result, source, image = run(host, guard_seeds=2, guard_weaker=1)
     assert result.complete and host.freed
-    assert [line for line in result.report.notes if "left out" in line] == [
-        f"guard, attempt {number} to repaint is left out: broken" for number in left
+    assert [line for line in result.report.notes if "failed" in line] == [
+        f"guard: repaint attempt {number} failed: broken" for number in left
     ]
     assert host.retries == ({} if 3 in left else {10: [*HALF]})
     assert abs(image - source).max() <= 1, "it was not blended back"
@@ -342,7 +342,7 @@ def test_a_retry_with_more_steps_than_it_asked_for_says_so():
             return "4 sampling steps instead of 3" if denoise is not None and denoise < 0.5 else ""
 
     result, *_ = run(Needy(), guard_seeds=1, guard_weaker=1)
-    assert "guard, attempt 2 to repaint: 4 sampling steps instead of 3" in result.report.notes
+    assert "guard, repaint attempt 2: 4 sampling steps instead of 3" in result.report.notes
     assert not [line for line in run(Needy(wrong=lambda number: 0))[0].report.notes if "steps" in line]
 
 

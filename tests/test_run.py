@@ -364,8 +364,8 @@ def test_an_error_after_the_first_pass_tells_that_all_tiles_are_painted(after):
     with pytest.raises(UnfinishedError, match=rf"stopped after {after} of \d+ tiles: broken") as caught:
         run(Broken(white), EVEN, overlap=0, batch=1, seams="half tile")
     result = caught.value.result
-    assert result.covered == (after >= 12) and not result.complete
-    if result.covered:
+    assert result.later == ("the seam fix" if after >= 12 else "") and not result.complete
+    if result.later:
         assert pixels(result.image).min() == 255
 
 
@@ -375,7 +375,7 @@ def test_a_pass_that_takes_more_steps_than_it_asked_for_says_so():
             return "4 sampling steps instead of 1" if denoise == 0.03 else ""
 
     notes = run(Needy(), seams="bands", seam_denoise=0.03).report.notes
-    assert notes == ["seam pass: 4 sampling steps instead of 1"]
+    assert notes == ["seam fix: 4 sampling steps instead of 1"]
     assert run(Needy(), seams="bands", seam_denoise=0.2).report.notes == []
 
 

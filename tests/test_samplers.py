@@ -93,7 +93,7 @@ def test_a_sampler_that_mixes_the_tiles_of_a_batch_is_known(webui, sampler):
     host = webui.host(webui.job(sampler))
     with webui.running():
         note = host.batch_note()
-    mixes = f"tiles are sampled one by one: {sampler} does not give each tile of a batch what it gives it alone"
+    mixes = f"tiles are sampled one at a time: with {sampler} the tiles of a batch would influence each other"
     assert note == (mixes if sampler in MIXED else "")
 
 

@@ -26,7 +26,7 @@ from lib_dinotile.engine.flow import UnfinishedError, canvas_size, upscale
 from lib_dinotile.engine.journal import open_journal
 from lib_dinotile.engine.team import Team, make_team
 from lib_dinotile.images import check_writable, endings, read_image, read_mask, unread, write_image
-from lib_dinotile.settings import BOTH, CONSISTENCY, NONE, SEMANTIC, Generation, Settings
+from lib_dinotile.settings import MAPS, NONE, Generation, Settings
 from lib_dinotile.tiling.noise import NoiseField
 from lib_dinotile.weights import stamp
 
@@ -247,8 +247,7 @@ def _named_files(settings: Settings, generation: Generation) -> dict[str, str]:
 
 def _written(target: Path, settings: Settings) -> list[Path]:
     """The files that an image and its maps are written to."""
-    maps = {BOTH: [SEMANTIC, CONSISTENCY], "none": []}.get(settings.maps, [settings.maps])
-    return [target, *(_map_file(target, name) for name in maps)]
+    return [target, *(_map_file(target, name) for name in MAPS[settings.maps])]
 
 
 def _map_file(target: Path, name: str) -> Path:

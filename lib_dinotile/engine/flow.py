@@ -19,6 +19,7 @@ from lib_dinotile.engine.memory import OutOfMemoryError, is_out_of_memory
 from lib_dinotile.engine.passes import passes
 from lib_dinotile.engine.prompts import check_letters, check_prompts
 from lib_dinotile.engine.report import Report
+from lib_dinotile.engine.retry import retries
 from lib_dinotile.engine.run import Run
 from lib_dinotile.engine.team import Team
 from lib_dinotile.images import enough_memory
@@ -45,8 +46,8 @@ class Result:
     maps: Mapping[str, Image.Image] = field(default_factory=dict)
     """Pictures besides it, by name, as `Settings.maps` asks for them; none of an unfinished run."""
 
-    covered: bool = False
-    """Whether all tiles of the first pass are painted: what is missing is a pass over them, or the guard's mending."""
+    later: str = ""
+    """What was at work last, where all tiles of the first pass are painted: the guard or the seam fix."""
 
     @property
     def complete(self) -> bool:
@@ -141,8 +142,8 @@ def upscale(
                     check_letters(conditions.regions, settings.region_words)
             except Interrupted:
                 stopped = True
-            fused = settings.order == "fused" and settings.seams == "none"
-            alone = host.batch_note() if settings.batch > 1 and not fused else ""
+            batches = settings.order != "fused" or settings.seams != "none" or bool(retries(settings))
+            alone = host.batch_note() if settings.batch > 1 and batches else ""
             settings = dataclasses.replace(settings, batch=1) if alone else settings
             run = Run(host, settings, noise, canvas, plan, conditions, journal, team or Team())
             run.report.notes += [alone] if alone else []
@@ -280,4 +281,4 @@ def analyze(
 
 
 def _result(run: Run, maps: Mapping[str, Image.Image] | None = None) -> Result:
-    return Result(run.canvas.finish(), run.done, run.total, run.report, maps or {}, run.covered)
+    return Result(run.canvas.finish(), run.done, run.total, run.report, maps or {}, run.later)

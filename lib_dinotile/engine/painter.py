@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cache, partial
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -171,8 +171,7 @@ class TilePainter:
             guide = guidance.of(self._canvas, tiles, self.source, self._report.note, named)
         latent = tiles[0].height // factor, tiles[0].width // factor
         prompts, condition = [self._prompts.of(tile) for tile in tiles], adapted and adapted(tiles, latent)
-        source = cache(lambda: torch.stack([self._canvas.source(tile) for tile in tiles]))  # not every step
-        return Batch(tiles, prompts, condition, guide, source)
+        return Batch(tiles, prompts, condition, guide, lambda: torch.stack(list(map(self._canvas.source, tiles))))
 
     def start(self, tiles: Sequence[Rect], neighbours: Sequence[PaintedNeighbours | None]) -> Tensor:
         """Latents (k, C, h, w) that tiles start from: the source's, and where they hold on to neighbours, theirs."""

@@ -291,10 +291,10 @@ class RetryPolicy:
             chosen = most_first[: budget.pays_for(cost)]
             attempt = f"attempt {number}" if number > 1 else ""
             if chosen and (note := self._host.steps_note(self._denoise(retry))):
-                self._report.note(f"guard, {attempt or 'attempt 1'} to repaint: {note}")
+                self._report.note(f"guard, repaint {attempt or 'attempt 1'}: {note}")
             failed = self._attempt(retry, chosen, cost, attempt)
             if failed:
-                self._report.note(f"guard, {attempt or 'attempt 1'} to repaint is left out: {failed}")
+                self._report.note(f"guard: repaint {attempt or 'attempt 1'} failed: {failed}")
                 self._host.free_memory()
         left = sum(one.judged.doubtful and not one.verdict.retries for one in watched)
         if left and ways and not failed:

@@ -64,7 +64,9 @@ class Run:
         ]
         for each in self._passes:
             if note := host.steps_note(each.denoise):
-                self.report.note(note if each.denoise is None else f"seam pass: {note}")
+                self.report.note(note if each.denoise is None else f"seam fix: {note}")
+        self.later = ""
+        """What is at work on a canvas whose tiles are all painted: the guard or the seam fix."""
         self.done, self.total = 0, sum(len(each.tiles) for each in self._passes)
         self._meter = Meter([each.work for each in self._passes], reserve(settings) if self._guard else 0.0)
         self._ahead = 0.0
@@ -81,9 +83,9 @@ class Run:
         return [tile.area for tile in self.report.tiles if tile.state == PAINTED]
 
     @property
-    def covered(self) -> bool:
-        """Whether all tiles of the first pass are painted, if it is not all that there is."""
-        return bool(self._passes) and self.done >= len(self._passes[0].tiles) > 0
+    def _covered(self) -> bool:
+        """Whether all tiles of the first pass are painted."""
+        return self.done >= len(self._passes[0].tiles) > 0
 
     def _left_out(self, tile: Rect) -> str | None:
         """Why this tile is not painted, if it is not."""
@@ -125,13 +127,17 @@ class Run:
             if self._settings.colour != "none":
                 self.canvas.keep_levels(now.plan, now.blend, now.tiles)
             good: list[Rect] = []
+            self.later = "the seam fix" if self._covered else ""
             try:
                 (self._fused if fused else self._waves)(now, painter, good)
             except Interrupted:
                 self._check(now, painter, good, stopped=True)
                 raise
-            self._check(now, painter, good, stopped=False)
-            self.canvas.level()
+            self.later = "the guard"
+            try:
+                self._check(now, painter, good, stopped=False)
+            finally:
+                self.canvas.level()
         self._progress(1.0, f"painted {counted(self.done, 'tile')}")
 
     def _progress(self, ahead: float, text: str = "") -> None:

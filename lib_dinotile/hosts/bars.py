@@ -1,4 +1,4 @@
-"""The WebUI's progress bars: in the page, in its API and in the console."""
+"""The WebUI's progress bars, in the page, in its API and in the console, and its buttons that stop a job."""
 
 from __future__ import annotations
 
@@ -17,6 +17,12 @@ JOBS = 10_000
 there are batches: what it adds itself for the steps of the current job is nothing to see."""
 PASS = JOBS // 4
 """So many are what the WebUI itself does for an image before: a pass of txt2img."""
+
+
+def stopped() -> bool:
+    """Whether the user has stopped the job, with any of the buttons for that."""
+    state = shared.state
+    return bool(state.interrupted or state.skipped or state.stopping_generation)
 
 
 def expect(batches: int, images: int, passes: int = 0) -> None:

@@ -10,6 +10,7 @@ from PIL import Image
 
 from lib_dinotile import DinotileError, one_line
 from lib_dinotile.engine.host import Interrupted
+from lib_dinotile.hosts.bars import stopped
 from lib_dinotile.hosts.patched import patched
 
 
@@ -30,10 +31,9 @@ def _each(name: str, images: Sequence[Image.Image], ask: Callable[[Image.Image],
     """What it says of each of them. Interrupted if the user stops it."""
     captions = []
     for number, image in enumerate(images, 1):
-        state = shared.state
-        if state.interrupted or state.skipped or state.stopping_generation:
+        if stopped():
             raise Interrupted
-        state.textinfo = f"DINO Tile: {name} looks at tile {number} of {len(images)}"
+        shared.state.textinfo = f"DINO Tile: {name} looks at tile {number} of {len(images)}"
         caption = ask(image)
         if "<error>" in caption:
             raise DinotileError(

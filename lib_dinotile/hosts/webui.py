@@ -20,7 +20,7 @@ from lib_dinotile.engine.host import Batch, Host, Interrupted, Prompt, TiledDeno
 from lib_dinotile.engine.prediction import coefficients, from_x0
 from lib_dinotile.engine.progress import Progress
 from lib_dinotile.hosts import decoders, upscalers
-from lib_dinotile.hosts.bars import Bars
+from lib_dinotile.hosts.bars import Bars, stopped
 from lib_dinotile.hosts.conditionings import form, stacked
 from lib_dinotile.hosts.interrogators import interrogators
 from lib_dinotile.hosts.memory_format import fast, fast_input
@@ -267,7 +267,7 @@ class WebUIHost(Host):
             if not self._rehearsal().alone(told):
                 return ""
         name = self._p.sampler_name
-        return f"tiles are sampled one by one: {name} does not give each tile of a batch what it gives it alone"
+        return f"tiles are sampled one at a time: with {name} the tiles of a batch would influence each other"
 
     def _rehearsal(self) -> Rehearsal:
         self.set_levels()
@@ -458,8 +458,7 @@ class WebUIHost(Host):
         devices.torch_gc()
 
     def interrupted(self) -> bool:
-        state = shared.state
-        return state.interrupted or state.skipped or state.stopping_generation
+        return stopped()
 
     def progress(self, progress: Progress, canvas: Canvas) -> None:
         self.bars.show(progress)

@@ -260,6 +260,11 @@ def restore_types(*_: Any) -> None:
                 field.component.value = option.type(field.component.value)
 
 
+def called(args: tuple[Any, ...], table: type[Settings] = Settings) -> Callable[[str], str]:
+    """What makes of a refusal what the caller reads: who sent the script's arguments from the page sees labels."""
+    return str if args and isinstance(args[0], Mapping) else table.with_label
+
+
 def settings_from(args: tuple[Any, ...], axes: Mapping[str, Any], table: type[Settings] = Settings) -> Settings:
     """Settings from the script's arguments: one value per option of the table, or, from the API, one dict in front.
 

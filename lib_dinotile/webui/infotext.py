@@ -39,8 +39,13 @@ def is_of_txt2img(info: Mapping[str, Any]) -> bool:
 
 
 def read(option: Option, info: Mapping[str, Any]) -> Any:
-    """An option's value in an image of ours, as text, or its default; None for other images. DinotileError as above."""
-    if not is_ours(info):
+    """An option's value in an image of ours, as text, or its default; None for other images, and where that cannot be
+    known."""
+    try:
+        ours = is_ours(info)
+    except DinotileError:  # told once, by the switch
+        ours = False
+    if not ours:
         return None
     value = info.get(str(option.infotext), option.default)
     return value if option.choices is None or value in option.choices else option.default

@@ -284,7 +284,7 @@ def answer(make: Callable[[], PreviewResult], asked: bool = False) -> list[Any]:
         prompts = gr.update(value=lines(found.words)) if asked else gr.update()
         return [line, image, *Naming.updates(found.regions, found.words), prompts]
     except DinotileError as error:
-        line = str(error)
+        line = Settings.with_label(str(error))
     except Exception as error:
         errors.report("DINO Tile: preview failed", exc_info=True)
         line = f"the preview failed: {' '.join(str(error).split()) or type(error).__name__}"

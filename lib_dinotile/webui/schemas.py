@@ -34,7 +34,7 @@ def schema_of(option: Option) -> dict[str, Any]:
 PRESET = {
     "type": "string",
     "title": "Preset",
-    "description": "Sets options for a purpose. Options that are given besides come before it.",
+    "description": "Sets options for a purpose. Options that are given explicitly take precedence.",
     "enum": presets.NAMES,
 }
 OPTIONS = {

@@ -12,7 +12,7 @@ import functools
 import hashlib
 import time
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import numpy as np
@@ -24,12 +24,12 @@ from torch import Tensor
 from lib_dinotile import DinotileError, one_line
 from lib_dinotile.condition.conditioner import Conditioner, installed_weights
 from lib_dinotile.engine import flow
-from lib_dinotile.engine.host import Interrupted, check_name
+from lib_dinotile.engine.host import check_name
 from lib_dinotile.engine.prompts import check_letters, check_prompts
 from lib_dinotile.hosts import bars
 from lib_dinotile.hosts.patched import patched
 from lib_dinotile.hosts.webui import LATENT_NOISE, LATENT_NOTHING, ORIGINAL, WebUIHost
-from lib_dinotile.settings import NONE, OFF, SOURCE, Settings
+from lib_dinotile.settings import NONE, OFF, SOURCE, VERSION, Settings
 from lib_dinotile.tiling.noise import NoiseField
 from lib_dinotile.webui import folders
 from lib_dinotile.webui.area import Area
@@ -44,6 +44,8 @@ FOUND = "_dinotile_found"
 """Where reports and maps wait on it for the gallery: (report, maps) of each image, None without tiles."""
 
 
+NOTES = ("DINO Tile painted", "DINO Tile notes", "DINO Tile tile prompts")
+"""Keys in PNG info whose values belong to the images of one batch."""
 NO_PART = ("RNG", "ENSD")
 """Keys in PNG info for where the WebUI's own noise comes from. Tiles have theirs from a field of dinotile's own, the
 same on all machines."""
@@ -80,7 +82,7 @@ def _in_one_line(work: Callable[..., T]) -> Callable[..., T]:
                 raise
             if not isinstance(_first(error), DinotileError):
                 errors.report("DINO Tile: stopped by an error", exc_info=True)
-            line, code = one_line(error), getattr(error, "status_code", 500)
+            line, code = takeover._called(one_line(error)), getattr(error, "status_code", 500)
         # Not the error itself: its frames know all that the run had, and Forge keeps what was raised last.
         raise DinotileError(line, code)
 
@@ -106,12 +108,15 @@ def undo(p: Any) -> None:
     p.__dict__.pop(FOUND, None)
 
 
-def refuse(p: Any, error: Exception) -> None:
-    """Let the job fail with this error. The WebUI only logs what a script's hook raises, and would go on without it."""
+def refuse(p: Any, error: Exception, called: Callable[[str], str] = str) -> None:
+    """Let the job fail with this error. The WebUI only logs what a script's hook raises, and would go on without it.
+
+    called: makes of a refusal what the user reads.
+    """
     if not isinstance(error, DinotileError):
         errors.report("DINO Tile: a job could not be begun", exc_info=True)
     # Not the error itself: its frames know p, and p would have it.
-    line, code, job = one_line(error), getattr(error, "status_code", 500), weakref.ref(p)
+    line, code, job = called(one_line(error)), getattr(error, "status_code", 500), weakref.ref(p)
 
     def fail(*_: Any, **__: Any) -> None:
         undo(job())
@@ -130,11 +135,10 @@ def to_sample(image: Image.Image) -> Tensor:
 
 
 def _getting_ready(text: str, share: float) -> None:
-    """Shown above the progress bar before the first tile. Interrupted if the user stops it."""
-    state = shared.state
-    if state.interrupted or state.skipped or state.stopping_generation:
-        raise Interrupted
-    state.textinfo = f"DINO Tile: {text} ({share:.0%})"
+    """Shown above the progress bar before the first tile. DinotileError if the user stops it."""
+    if bars.stopped():
+        raise DinotileError("stopped before the first tile")
+    shared.state.textinfo = f"DINO Tile: {text} ({share:.0%})"
 
 
 class Takeover:
@@ -152,14 +156,30 @@ class Takeover:
     def __init__(self, p: Any, settings: Settings) -> None:
         """Changes nothing yet; DinotileError if img2img is set up in a way that tiles cannot follow."""
         check_img2img(p, settings)
+        self._begin(p, settings)
+        self._area, anew = Area(p, settings, p.init_images[0].size), "Masked content paints something new there"
         if p.image_mask is not None and p.inpainting_fill in (LATENT_NOISE, LATENT_NOTHING):
-            settings = dataclasses.replace(settings, colour="none")  # what is new has colours of its own
+            self._switch_off(anew, colour="none")  # what is new has colours of its own
         if p.image_mask is not None and p.inpainting_fill != ORIGINAL:
-            settings = dataclasses.replace(settings, guidance=0.0, guard=OFF)  # and is not to show what was there
-        self._area = Area(p, settings, p.init_images[0].size)
+            self._switch_off(anew, guidance=0.0, guard=OFF)  # and is not to show what was there
         if self._area.colour_only:
-            settings = dataclasses.replace(settings, colour="none")
+            self._switch_off("the mask is only a few pixels wide", colour="none")
+
+    def _begin(self, p: Any, settings: Settings) -> None:
         self._job, self._settings = weakref.ref(p), settings
+        self._called: Callable[[str], str] = str
+        self._notes: list[str] = []
+        """For every image."""
+        self._unsaved: list[tuple[Image.Image, int, str]] = []
+        """Images of earlier batches, with seed and prompt, that the WebUI does not save."""
+
+    def _switch_off(self, why: str, **values: Any) -> None:
+        """Changes options for this job, and notes it for the user."""
+        changed = {name: value for name, value in values.items() if getattr(self._settings, name) != value}
+        if changed:
+            self._settings = dataclasses.replace(self._settings, **changed)
+            names = " and ".join(Settings.option(name).label for name in changed)
+            self._notes.append(f"{names} off: {why}")
 
     @property
     def _p(self) -> Any:
@@ -173,15 +193,21 @@ class Takeover:
             self._host.restore_levels()
         self._host = self._conditioner = None
         self._sources = self._corrections = ()
+        self._unsaved = []
 
-    def apply(self) -> None:
-        """Replace `init` and `sample` of the processing object."""
-        p = self._p
+    def apply(self, called: Callable[[str], str] = str) -> None:
+        """Replace `init` and `sample` of the processing object; called: makes of a refusal what the user reads."""
+        p, self._called = self._p, called
         width, height = self._area.canvas  # so long: ControlNet cuts its hints to that
         _replace(p, width=width, height=height, init=self.init, sample=self.sample)
+        self._tell({**dict.fromkeys(NO_PART), **self._settings.infotext, **self._area.infotext})
+
+    def _tell(self, infotext: Mapping[str, Any]) -> None:
+        """Puts these keys and values into PNG info, in place of those of an earlier image of the processing object."""
+        p = self._p
         setattr(p, FOUND, [])
-        told = {**dict.fromkeys(NO_PART), **self._settings.infotext, **self._area.infotext}
-        p.extra_generation_params = {**p.extra_generation_params, **told}  # a new dict: an X/Y/Z plot's cells share it
+        others = {key: value for key, value in p.extra_generation_params.items() if not key.startswith(VERSION)}
+        p.extra_generation_params = {**others, **infotext}  # a new dict: an X/Y/Z plot's cells share theirs
 
     @staticmethod
     def publish(p: Any, processed: Any) -> None:
@@ -266,6 +292,7 @@ class Takeover:
             self._host.check_fused()
         check_name("upscaler", self._settings.upscaler, self._host.upscalers())
         check_prompts(self._host, plan, self._settings)
+        self._host.steps()  # tries the sampler
 
     @_in_one_line
     def sample(
@@ -333,6 +360,8 @@ class Takeover:
             if self._settings.captions != NONE:
                 notes["DINO Tile tile prompts"].append(result.report.prompts or None)
             results.append(self._in_its_colours(self._area.finish(result.image, source), number))
+        if not p.save_samples():
+            self._unsaved += zip(results, seeds, prompts)
         # One entry per image of the batch; the WebUI leaves out what is None.
         p.extra_generation_params.update(notes)
         samples = processing.DecodedSamples()
@@ -376,12 +405,15 @@ class Takeover:
                     fill=fill,
                 )
             except flow.UnfinishedError as error:
-                if not error.result.covered or not isinstance(error.__cause__, Exception):
+                if not error.result.later or not isinstance(error.__cause__, Exception):
                     raise
                 errors.report("DINO Tile: stopped by an error", exc_info=True)
                 result = error.result
-                left_out = "the guard stopped" if result.complete else "the pass over them stopped"
-                result.report.note(f"all tiles are painted, {left_out}: {one_line(error.__cause__)}")
+                result.report.note(f"all tiles are painted, but {result.later} failed: {one_line(error.__cause__)}")
+                if self._settings.maps != "none":
+                    result.report.note("maps: none, since the run was not finished")
+        for line in self._notes:
+            result.report.note(line)
         tiles, pixels = flow.workload(flow.make_plan(host, area.canvas, self._settings), self._settings)
         painted = pixels * result.painted / max(1, tiles) * (1 + (result.report.retried or 0))
         learn_speed(self._p.sd_model, time.perf_counter() - began, painted, host.steps())
@@ -390,14 +422,18 @@ class Takeover:
 
     def _keep(self, done: Sequence[Image.Image], seeds: Sequence[int], prompts: Sequence[str]) -> str:
         """Saves what a failed run has painted where the finished images would have gone, also if those would not have
-        been saved: with an error no image is answered. Words for where that is."""
-        if not done:
+        been saved: with an error no image is answered. Words for where that is.
+
+        done: the images of this batch.
+        """
+        every = [*self._unsaved, *zip(done, seeds, prompts)]
+        if not every:
             return ""
         folder, form = self._p.outpath_samples, shared.opts.samples_format
         try:
             kept = [
                 images.save_image(image, folder, "", seed, prompt, form, p=self._p, suffix="-unfinished")[0]
-                for image, seed, prompt in zip(done, seeds, prompts)
+                for image, seed, prompt in every
             ]
         except Exception as error:  # for want of space, say
             return f" (they cannot be kept: {one_line(error)})"

@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -26,13 +25,11 @@ from lib_dinotile.hosts.webui import ORIGINAL
 from lib_dinotile.settings import Settings, Txt2Img
 from lib_dinotile.webui.area import Area
 from lib_dinotile.webui.refusals import check_tiles_can_follow
-from lib_dinotile.webui.takeover import FOUND, UNDO, Takeover, _in_one_line, _replace, undo
+from lib_dinotile.webui.takeover import FOUND, NOTES, UNDO, Takeover, _in_one_line, _replace, undo
 
 BEFORE = "-before-dinotile"
 """Ends the names of the files that images are kept in as they were before."""
 SAME = (None, "", "Use same checkpoint")
-NOTES = ("DINO Tile painted", "DINO Tile notes", "DINO Tile tile prompts")
-"""Keys in PNG info whose values belong to the images of one batch."""
 
 
 def is_txt2img(p: Any) -> bool:
@@ -78,16 +75,13 @@ class Txt2ImgTakeover(Takeover):
                 "DINO Tile paints with the checkpoint of the first pass: leave Hires checkpoint, and its VAE and text "
                 "encoder, at 'Use same'"
             )
-        self._job, self._settings = weakref.ref(p), settings
+        self._begin(p, settings)
         self._kept: list[str] = []
 
-    def apply(self) -> None:
-        """Replace `init` and `sample` of the processing object."""
-        p = self._p
-        _replace(p, init=self.init, sample=self.sample)
-        setattr(p, FOUND, [])
-        # A new dict: the cells of an X/Y/Z plot share theirs.
-        p.extra_generation_params = {**p.extra_generation_params, **self._settings.infotext}
+    def apply(self, called: Callable[[str], str] = str) -> None:
+        self._called = called
+        _replace(self._p, init=self.init, sample=self.sample)
+        self._tell(self._settings.infotext)
 
     def _own(self, name: str) -> Any:
         """A method of the processing object as it was before."""
@@ -162,12 +156,11 @@ class Txt2ImgTakeover(Takeover):
 
         If the user stops it before the first tile, it gives what was generated until then.
         """
-        p, state = self._p, shared.state
-        ours = self._settings.infotext
+        p, ours = self._p, self._settings.infotext
         for key in NOTES:  # of the last batch
             p.extra_generation_params.pop(key, None)
             p.extra_generation_params.update({key: ours[key]} if key in ours else {})
-        state.textinfo = None
+        shared.state.textinfo = None
         passes = 1 + bool(p.enable_hr)
         steps = p.steps + bool(p.enable_hr) * (getattr(p, "hr_second_pass_steps", 0) or p.steps)
         arguments: dict[str, Any] = {
@@ -181,7 +174,7 @@ class Txt2ImgTakeover(Takeover):
         try:
             with bars.passing(bars.PASS * passes * len(seeds), steps):
                 generated = self._own("sample")(**arguments)
-            if state.interrupted or state.skipped or state.stopping_generation:
+            if bars.stopped():
                 p.extra_generation_params["DINO Tile painted"] = [f"0 of {self._tiles}"] * len(seeds)
                 getattr(p, FOUND).extend([(None, {})] * len(seeds))
                 return generated

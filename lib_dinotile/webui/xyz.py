@@ -16,7 +16,7 @@ from lib_dinotile.condition.conditioner import installed_weights
 from lib_dinotile.options import Option
 from lib_dinotile.settings import AUTOMATIC, Settings, Txt2Img
 from lib_dinotile.webui import folders
-from lib_dinotile.webui.accordion import CHOICES, TITLE, settings_from
+from lib_dinotile.webui.accordion import CHOICES, TITLE, called, settings_from
 from lib_dinotile.webui.txt2img import options_for, takeover
 
 ATTRIBUTE = "dinotile_axes"
@@ -61,10 +61,13 @@ def _check(p: Any) -> None:
     args = tuple(p.script_args[script.args_from : script.args_to])
     adapters = installed_weights(folders.adapters())
     for values in itertools.product(*plotted.values()):
-        settings = settings_from(args, dict(zip(plotted, values)), options_for(p))
-        takeover(p, settings)
-        if settings.adapter in adapters and settings.encoder != AUTOMATIC:
-            check_encoder(read_config(adapters[settings.adapter]), settings.adapter, settings.encoder)
+        try:
+            settings = settings_from(args, dict(zip(plotted, values)), options_for(p))
+            takeover(p, settings)
+            if settings.adapter in adapters and settings.encoder != AUTOMATIC:
+                check_encoder(read_config(adapters[settings.adapter]), settings.adapter, settings.encoder)
+        except DinotileError as error:
+            raise DinotileError(called(args, options_for(p))(str(error))) from error
 
 
 def _label(option: Option) -> Callable[[Any, Any, Any], str]:

@@ -68,4 +68,4 @@ def test_a_seam_pass_with_few_steps_is_painted(webui: WebUI, two: Image.Image, s
     plain, said = webui.img2img(two, ONE, **request).image, notes(webui, two, seams, **request)
     assert difference(webui.img2img(two, seams, **request).image, plain) > 0
     if sampler in ("UniPC", "DPM fast", "DDIM", "PLMS"):
-        assert f"sampling steps instead of 1: {sampler} cannot do fewer" in said and said.startswith("seam pass: ")
+        assert f"sampling steps instead of 1: {sampler} cannot do fewer" in said and said.startswith("seam fix: ")
