@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 
 from lib_dinotile import DinotileError
 from lib_dinotile.dino.encoder import load_encoder
@@ -375,6 +376,69 @@ def test_where_all_tiles_are_painted_no_later_error_costs_the_image(
     assert note.split("; ")[-1] == f"all tiles are painted, but {later} failed: broken"
     assert p.extra_generation_params["DINO Tile painted"] == [None if painted == total else "9 of 12"]
     assert gone(p, alive)
+
+
+@pytest.mark.parametrize("saves", [False, True])
+def test_an_error_in_a_later_batch_costs_no_image_of_an_earlier_one(takeover, alive, monkeypatch, saves):
+    inner, calls, kept = flow.upscale, [], []
+
+    def upscale(*args, **more):
+        calls.append(1)
+        if len(calls) == 3:
+            raise DinotileError("out of memory before the first tile", 500)
+        return inner(*args, **more)
+
+    def save_image(image, path, basename, seed, *_: Any, suffix: str, **__: Any) -> tuple[str, None]:
+        kept.append(seed)
+        return f"{path}/{seed}{suffix}.png", None
+
+    monkeypatch.setattr(flow, "upscale", upscale)
+    monkeypatch.setattr(takeover.images, "save_image", save_image)
+    p = Job()
+    p.save_samples = lambda: saves
+    takeover.Takeover(p, OPTIONS).apply()
+    p.init([""] * 3, [1, 2, 3], [1, 2, 3])
+    cond = types.SimpleNamespace(batch=[None])
+    for seed in (1, 2):
+        p.sample(cond, None, [seed], [seed], 0.0, [""])
+    said = "" if saves else r" \(kept in out/1-unfinished.png, out/2-unfinished.png\)"
+    with pytest.raises(DinotileError, match=rf"^out of memory before the first tile{said}$"):
+        p.sample(cond, None, [3], [3], 0.0, [""])
+    assert kept == ([] if saves else [1, 2])  # what the WebUI has saved itself is not saved again
+    assert gone(p, alive)
+
+
+def test_png_info_has_nothing_of_the_last_image_of_the_same_job(takeover):
+    """The Batch tab takes one processing object for all images of a folder."""
+    p = Job()
+    p.extra_generation_params = {"DINO Tile notes": ["old"], "DINO Tile colour": "none", "Mask blur": 4}
+    finish(takeover, p)
+    assert "DINO Tile colour" not in p.extra_generation_params and p.extra_generation_params["Mask blur"] == 4
+    assert p.extra_generation_params["DINO Tile notes"] != ["old"]
+
+
+@pytest.mark.parametrize("fill, off", [(0, "Guidance strength and Guard"), (2, "Colour correction")])
+def test_what_a_mask_switches_off_is_noted(takeover, monkeypatch, fill, off):
+    p, mask = Job(), Image.new("L", (40, 30), 255)
+    vars(p).update(
+        image_mask=mask, mask_round=True, inpainting_mask_invert=0, mask_blur_x=0, mask_blur_y=0, inpainting_fill=fill,
+        inpaint_full_res=False, mask=None,
+    )  # fmt: skip
+    takeover.processing.create_binary_mask = lambda image, round: image
+    settings = dataclasses.replace(OPTIONS, colour="AdaIN", guidance=2.0, guard="report")
+    notes = takeover.Takeover(p, settings)._notes
+    assert f"{off} off: Masked content paints something new there" in notes and len(notes) == 1 + (fill == 2)
+    assert takeover.Takeover(p, dataclasses.replace(OPTIONS, colour="none", guard="off"))._notes == []
+
+
+def test_refusals_in_the_page_have_labels(takeover):
+    p = Job()
+    takeover.refuse(p, DinotileError("overlap: 320 is not allowed with tile 512"), OPTIONS.with_label)
+    with pytest.raises(DinotileError, match=r"^Tile overlap: 320 is not allowed"):
+        p.init([""], [1], [1])
+    takeover.Takeover(p, dataclasses.replace(OPTIONS, upscaler="nope")).apply(OPTIONS.with_label)
+    with pytest.raises(DinotileError, match=r"^Upscaler: 'nope' is not installed"):
+        p.init([""], [1], [1])
 
 
 @pytest.mark.parametrize("place", ["init", "webui", "refused", "refused for no reason of ours"])

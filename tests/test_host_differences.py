@@ -441,7 +441,8 @@ def test_a_job_taken_over_ends_in_pixels_and_its_conditionings_are_its_own(webui
         p = webui.job()
         vars(p).update(
             init_images=[source], refiner_checkpoint=None, image_mask=None, color_corrections=None, script_args=[],
-            override_settings={}, n_iter=1, init_latent=None, comment=print, resize_mode=0, mask=None, save_samples=bool,
+            override_settings={}, n_iter=1, init_latent=None, comment=print, resize_mode=0,
+            mask=None, save_samples=bool,
         )  # fmt: skip
         with webui.running():
             takeover.Takeover(p, settings).apply()
@@ -477,7 +478,8 @@ def test_the_webuis_colour_correction_stays_within_the_mask(webui, monkeypatch, 
         p = webui.job()
         vars(p).update(
             init_images=[source], refiner_checkpoint=None, image_mask=mask, color_corrections=None, script_args=[],
-            override_settings={}, n_iter=1, init_latent=None, comment=print, resize_mode=0, mask=None, save_samples=bool, mask_round=True,
+            override_settings={}, n_iter=1, init_latent=None, comment=print, resize_mode=0,
+            mask=None, save_samples=bool, mask_round=True,
             inpainting_mask_invert=0, mask_blur_x=0, mask_blur_y=0, inpainting_fill=1, inpaint_full_res=False,
         )  # fmt: skip
         with webui.running():
@@ -501,7 +503,8 @@ def test_words_of_a_region_that_an_image_of_a_batch_lacks_stop_it_before_any_is_
     p = webui.job()
     vars(p).update(
         init_images=[halves, blank], refiner_checkpoint=None, image_mask=None, color_corrections=None, script_args=[],
-        override_settings={}, n_iter=1, init_latent=None, comment=print, resize_mode=0, mask=None, save_samples=bool, batch_size=2,
+        override_settings={}, n_iter=1, init_latent=None, comment=print, resize_mode=0,
+            mask=None, save_samples=bool, batch_size=2,
         all_seeds=[1, 2],
     )  # fmt: skip
     upscaled: list[int] = []
