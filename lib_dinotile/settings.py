@@ -164,7 +164,7 @@ class Settings(Options):
     order: str = option(
         "chess",
         "Tile order",
-        "chess: tiles that do not touch, together. linear: row by row. fused: all tiles together, blended at every "
+        "chess: tiles that do not overlap, together. linear: row by row. fused: all tiles together, blended at every "
         "step. none: no tiles, only the upscaler and the seam fix.",
         choices=ORDERS,
         infotext="DINO Tile order",
@@ -200,7 +200,8 @@ class Settings(Options):
     colour: str = option(
         "wavelet",
         "Colour correction",
-        "Keeps the colours of the source. wavelet: all low frequencies. AdaIN: mean and spread of a tile.",
+        "Keeps the colours of the source. wavelet: large areas keep their colour. AdaIN: every tile keeps its average "
+        "colour and contrast.",
         choices=CORRECTIONS,
         infotext="DINO Tile colour",
     )
@@ -237,7 +238,8 @@ class Settings(Options):
     tile_prompts: str = option(
         "",
         "Prompts per tile",
-        'One line per tile, for example "3: whiskers". Tiles count from 1, row by row. Used instead of a caption.',
+        'One line per tile, for example "3: whiskers". Tiles count from 1, row by row. Such a tile gets no caption and '
+        "no prompts of its regions.",
         infotext="DINO Tile tile prompts",
         lines=3,
     )
@@ -261,7 +263,7 @@ class Settings(Options):
     region_share: float = option(
         0.1,
         "Minimum region share",
-        "Regions that cover less of a tile are left out of its prompt.",
+        "Regions that cover a smaller share of a tile than this are left out of its prompt.",
         minimum=0.0,
         maximum=1.0,
         step=0.01,
@@ -382,8 +384,8 @@ class Settings(Options):
     guard: str = option(
         "retry",
         "Guard",
-        "Compares every painted tile with the source. report: only tells. blend back: shows the source where in doubt. "
-        "retry: paints again, then blends back.",
+        "Compares every painted tile with the source. report: only lists them. blend back: shows the source where the "
+        "match is in doubt. retry: paints again, then blends back.",
         choices=POLICIES,
         infotext="DINO Tile guard",
     )
@@ -431,14 +433,14 @@ class Settings(Options):
         "none",
         "Show maps",
         "Adds pictures: the enlarged source, to compare; what DINO sees in it (semantic); where the result agrees "
-        "(consistency). both: the last two.",
+        "(consistency). both: the last two. all: all three.",
         choices=tuple(MAPS),
     )
     head: str = option(
         AUTOMATIC,
         "Restoration head",
-        "Predicts what DINO would see if the source were sharp. Automatic: the adapter's own, else calibrated. None: "
-        "no guidance.",
+        "Predicts what DINO would see if the source were sharp. Automatic: the adapter's own, else calibrated. "
+        "calibrated: what dinotile has learned for this encoder. None: no guidance.",
         infotext="DINO Tile head",
         only_with=_looking,
     )
@@ -454,7 +456,7 @@ class Settings(Options):
     patches: int = option(
         64,
         "DINO patches",
-        "Patches along the longer side of the source. More shows DINO finer detail.",
+        "Patches along the longer side of the source. More shows DINO finer detail and takes longer.",
         minimum=8,
         maximum=256,
         step=1,
