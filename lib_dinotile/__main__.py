@@ -14,8 +14,12 @@ from typing import NoReturn
 from PIL import Image
 
 from lib_dinotile import DinotileError, __version__, one_line, printable
-from lib_dinotile.cli import analyze, calibrate, encoders, info, train, upscale
-from lib_dinotile.images import MAX_PIXELS, register_plugins
+
+try:
+    from lib_dinotile.cli import analyze, calibrate, encoders, info, train, upscale
+    from lib_dinotile.images import MAX_PIXELS, register_plugins
+except KeyboardInterrupt:  # for these imports take seconds
+    sys.exit(130)
 
 
 class Parser(argparse.ArgumentParser):
