@@ -238,6 +238,15 @@ def test_what_is_painted_is_kept_when_a_run_breaks_off(
     assert {each.name for each in tmp_path.iterdir()} == {"in.png", name, "out-other-unfinished.png"}
 
 
+def test_a_cancel_while_plugins_are_looked_for_is_one_line(photo, tmp_path, capsys, monkeypatch):
+    def cancelled():
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "register_plugins", cancelled)
+    assert run(photo, tmp_path / "out.png", *QUICK) == 130
+    assert capsys.readouterr().err == "dinotile: cancelled\n"
+
+
 def test_an_image_that_is_only_called_unfinished_stays(photo, tmp_path):
     assert run(photo, tmp_path / "out-unfinished.png", *QUICK, "--order", "none") == 0
     assert run(photo, tmp_path / "out.png", *QUICK, "--order", "none") == 0

@@ -462,6 +462,9 @@ def test_in_float32_the_controlnet_computes_in_it_too(sd15, nets):  # noqa: F811
         ("controlnet-strength", "0.5"),
         ("prediction", "epsilon"),
         ("config", "a"),
+        ("tile-prompt", "fur"),
+        ("tile-prompts", "1: fur"),
+        ("region-prompts", "A: fur"),
     ],
 )
 def test_what_the_built_in_model_has_no_use_for_is_refused(option, value, tmp_path, capsys):

@@ -10,10 +10,16 @@ from lib_dinotile.hosts.diffusers_addons import check_added
 from lib_dinotile.hosts.diffusers_pipelines import is_hub_id
 from lib_dinotile.hosts.diffusers_prompts import parse_prompt
 from lib_dinotile.lines import parse_tile_prompts
+from lib_dinotile.options import Options
 from lib_dinotile.settings import Generation, Settings
 
 SIZES = {"scale": ("scale",), "longest side": ("longest",), "img2img size": ("width", "height")}
 """By target size, the options that give it."""
+UNUSED = (
+    *("prompt", "negative", "cfg", "clip_skip", "prediction", "config"),
+    *("lora", "vae", "controlnet", "controlnet_strength"),
+)
+"""Options that the built-in model has no use for."""
 
 
 def target_of(arguments: argparse.Namespace, settings: Settings) -> str:
@@ -29,7 +35,7 @@ def target_of(arguments: argparse.Namespace, settings: Settings) -> str:
 
 def check_generation(generation: Generation, settings: Settings) -> None:
     """DinotileError for options without effect, files that are not there, and prompts that cannot be read."""
-    _check_unused(generation)
+    _check_unused(generation, settings)
     check_added(generation)
     if generation.mask and not os.path.isfile(generation.mask):
         raise DinotileError(f"mask: there is no file {generation.mask}")
@@ -37,15 +43,17 @@ def check_generation(generation: Generation, settings: Settings) -> None:
         _check_prompts(generation, settings)
 
 
-def _check_unused(generation: Generation) -> None:
-    def refuse(name: str, reason: str) -> None:
-        if getattr(generation, name) != Generation.option(name).default:
+def _check_unused(generation: Generation, settings: Settings) -> None:
+    def refuse(name: str, reason: str, table: Options = generation) -> None:
+        if getattr(table, name) != table.option(name).default:
             raise DinotileError(f"{name}: {reason}")
 
     if generation.model == "mini":
-        words = ("prompt", "negative", "cfg", "clip_skip")
-        for name in (*words, "prediction", "config", "lora", "vae", "controlnet", "controlnet_strength"):
-            refuse(name, "the built-in model mini has no use for it: leave it out, or give a --model")
+        reason = "the built-in model mini has no use for it: leave it out, or give a --model"
+        for name in UNUSED:
+            refuse(name, reason)
+        for name in ("tile_prompt", "tile_prompts", "region_prompts"):
+            refuse(name, reason, settings)
     if not generation.controlnet:
         refuse("controlnet_strength", "there is no ControlNet: leave it out, or give a --controlnet")
     if os.path.isdir(generation.model) or is_hub_id(generation.model):
