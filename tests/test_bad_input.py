@@ -3,6 +3,7 @@
 Many more examples: pytest tests/test_bad_input.py --hypothesis-profile=thorough
 """
 
+import argparse
 import contextlib
 import dataclasses
 import io
@@ -26,11 +27,12 @@ from PIL import Image, ImageFile
 from lib_dinotile import LONGEST, DinotileError
 from lib_dinotile import __main__ as cli
 from lib_dinotile.cli import upscale as upscale_command
+from lib_dinotile.cli.checks import target_of
 from lib_dinotile.cli.common import WEBUI, silenced
 from lib_dinotile.engine.flow import canvas_size
 from lib_dinotile.hosts import diffusers
 from lib_dinotile.images import FORMATS, MAX_PIXELS, endings, read_image, read_mask, read_size
-from lib_dinotile.settings import Generation, Settings
+from lib_dinotile.settings import MAPS, Generation, Settings
 from tests.processes import Running
 from tests.strategies import ODD_TEXTS, SIZES, UPRIGHT, File, encoded, files, good, option_sets, stored, wrong
 
@@ -505,7 +507,7 @@ def test_an_image_and_options_give_an_image_or_one_line(file: File, line, plain,
             return
         event(f"done, {file.state}, {'good' if careful else 'odd'} options")
         assert not err and file.state != "nothing"
-        assert outcome(folder) - {"out-semantic.png", "out-consistency.png"} == {source.name, out.name}
+        assert outcome(folder) - {f"out-{name}.png" for name in MAPS["all"]} == {source.name, out.name}
         with Image.open(out) as written:
             made = written.convert("RGB")
         source = read_image(source)
@@ -521,11 +523,13 @@ def test_an_image_and_options_give_an_image_or_one_line(file: File, line, plain,
 
 def settings_of(values: dict[str, str]) -> tuple[Settings, tuple[int, int]]:
     """The last value of each flag, as the command line takes it."""
-    parsed = []
+    parsed, sizes = [], dict.fromkeys(("target", "scale", "longest", "width", "height"))
     for table in (Settings, Generation):
         flags = {f"--{row.flag or row.name.replace('_', '-')}": row for row in table.table()}
         parsed.append(table.parse({flags[f].name: flags[f].parse(text) for f, text in values.items() if f in flags}))
-    return parsed[0], (parsed[1].width, parsed[1].height)
+        sizes |= {flags[f].name: text for f, text in values.items() if f in flags and flags[f].name in sizes}
+    target = target_of(argparse.Namespace(**sizes), parsed[0])
+    return dataclasses.replace(parsed[0], target=target), (parsed[1].width, parsed[1].height)
 
 
 @settings(suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture])
