@@ -14,8 +14,12 @@ from typing import NoReturn
 from PIL import Image
 
 from lib_dinotile import DinotileError, __version__, one_line, printable
-from lib_dinotile.cli import analyze, calibrate, encoders, info, train, upscale
-from lib_dinotile.images import MAX_PIXELS, register_plugins
+
+try:
+    from lib_dinotile.cli import analyze, calibrate, encoders, info, train, upscale
+    from lib_dinotile.images import MAX_PIXELS, register_plugins
+except KeyboardInterrupt:  # for these imports take seconds
+    sys.exit(130)
 
 
 class Parser(argparse.ArgumentParser):
@@ -43,6 +47,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
         command.add_argument("--debug", action="store_true", help="show where in the program an error comes from")
         module.add_arguments(command)
     parsed = parser.parse_args(arguments)
+    try:
+        _prepare()
+        parsed.run(parsed)
+    except (Exception, KeyboardInterrupt) as error:
+        if parsed.debug:
+            traceback.print_exc()
+        return _tell(error)
+    return 0
+
+
+def _prepare() -> None:
+    """Set up what images are read with, and what is printed with."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a file's name must not be what a run breaks off at
             stream.reconfigure(errors="backslashreplace")
@@ -51,13 +67,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     warnings.filterwarnings("ignore", module="PIL")
     warnings.simplefilter("error", Image.DecompressionBombWarning)
     logging.getLogger("PIL").addHandler(logging.NullHandler())  # what is to be said of a file, one line says
-    try:
-        parsed.run(parsed)
-    except (Exception, KeyboardInterrupt) as error:
-        if parsed.debug:
-            traceback.print_exc()
-        return _tell(error)
-    return 0
 
 
 def _tell(error: BaseException) -> int:

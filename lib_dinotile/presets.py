@@ -1,12 +1,12 @@
 """Presets: where to start from, by the rules of thumb for tiled upscalers.
 
-A preset sets what it names. What other presets name goes to its default.
+A preset sets what it names. What other presets name goes to its default, but for what they alone set.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from lib_dinotile import DinotileError
@@ -22,6 +22,8 @@ class Preset:
     """By option. A table takes those that it has: `denoise` is img2img's own in a WebUI."""
     hint: str
     """What to set besides, that is not an option of dinotile or depends on what is installed."""
+    alone: Mapping[str, Any] = field(default_factory=dict)
+    """Values that other presets leave as they are: an adapter of the user's goes with most of them."""
 
 
 PRESETS = (
@@ -44,6 +46,7 @@ PRESETS = (
         "Plain tiles",
         {"guidance": 0.0, "guard": "off", "order": "linear"},
         "Tiles as Ultimate SD Upscale paints them, nothing looks at the source.",
+        {"adapter": "None"},
     ),
 )
 NAMES = tuple(preset.name for preset in PRESETS)
@@ -58,6 +61,9 @@ def find(name: Any) -> Preset:
 
 
 def values(name: Any, table: type[Options]) -> dict[str, Any]:
-    """Values of all options of a table that any preset sets, for this one. DinotileError as above."""
+    """Values of all options of a table that any preset sets, for this one, and those that it alone sets. DinotileError
+    as above."""
     chosen, named = find(name), {option for preset in PRESETS for option in preset.values}
-    return {row.name: chosen.values.get(row.name, row.default) for row in table.table() if row.name in named}
+    rows = {row.name: row.default for row in table.table()}
+    found = {option: chosen.values.get(option, default) for option, default in rows.items() if option in named}
+    return found | {option: value for option, value in chosen.alone.items() if option in rows}

@@ -103,7 +103,8 @@ class Settings(Options):
     target: str = option(
         "scale",
         "Target size",
-        "scale: times larger. longest side: in pixels. img2img size: img2img's own Resize to or Resize by.",
+        "scale: times larger. longest side: in pixels. img2img size: img2img's own Resize to or Resize by; on the "
+        "command line --width and --height.",
         choices=TARGETS,
         infotext="DINO Tile target",
     )
@@ -254,8 +255,9 @@ class Settings(Options):
     region_prompts: str = option(
         "",
         "Prompts per region",
-        'One line per region, for example "A: tabby fur". Preview shows the letters. Used where the tile has no prompt '
-        "of its own.",
+        'One line per region, for example "A: tabby fur", or one line for all: "A: tabby fur; B: stone wall". The '
+        "preview shows the letters, and so does analyze on the command line. Used where the tile has no prompt of its "
+        "own.",
         infotext="DINO Tile region prompts",
         only_with=_named,
         lines=3,

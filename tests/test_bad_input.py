@@ -3,6 +3,7 @@
 Many more examples: pytest tests/test_bad_input.py --hypothesis-profile=thorough
 """
 
+import argparse
 import contextlib
 import dataclasses
 import io
@@ -26,11 +27,12 @@ from PIL import Image, ImageFile
 from lib_dinotile import LONGEST, DinotileError
 from lib_dinotile import __main__ as cli
 from lib_dinotile.cli import upscale as upscale_command
-from lib_dinotile.cli.common import silenced
+from lib_dinotile.cli.checks import target_of
+from lib_dinotile.cli.common import WEBUI, silenced
 from lib_dinotile.engine.flow import canvas_size
 from lib_dinotile.hosts import diffusers
 from lib_dinotile.images import FORMATS, MAX_PIXELS, endings, read_image, read_mask, read_size
-from lib_dinotile.settings import Generation, Settings
+from lib_dinotile.settings import MAPS, Generation, Settings
 from tests.processes import Running
 from tests.strategies import ODD_TEXTS, SIZES, UPRIGHT, File, encoded, files, good, option_sets, stored, wrong
 
@@ -53,11 +55,12 @@ CHEAP = {
 """What runs of the whole command are asked for at most."""
 SLOW = {"model", "config", "encoder", "prediction", "decoder", "layer"}
 """Options that are left alone there: they load other models, or calibrate the encoder, which takes a minute."""
-UNUSED = {"cfg", "clip_skip"}
+UNUSED = {"cfg", "clip_skip", "controlnet_strength"}
 """Those that the built-in model has no use for, which is said."""
-QUICK = ("--quiet", "--steps=2", "--patches=8", "--tile=64", "--overlap=8", "--guard-seeds=0", "--longest=40")
+QUICK = ("--quiet", "--steps=2", "--patches=8", "--tile=64", "--overlap=8", "--guard-seeds=0")
 TOGETHER = (
     r"dinotile: (overlap: .* with tile|[a-z_]*start: .* with|target: no size|layer: encoder|.*a side"
+    r"|(scale|longest|width|height): has no effect with"
     r"|precision: torch \S+ does not compute in fp16 on cpu)"
 )
 """What is said of options that are allowed, but not with each other, not with this image, or not on this machine."""
@@ -179,7 +182,7 @@ def command_lines(draw):
     values, careful = {}, draw(st.booleans())
     for table in (Settings, Generation):
         for row in table.table():
-            if row.name == "enabled" or row.name in SLOW or draw(st.integers(0, 7)):
+            if row.name in WEBUI or row.name in SLOW or draw(st.integers(0, 7)):
                 continue
             if careful and row.name not in UNUSED and (row.type is not str or row.choices):
                 values[row.name] = row.check(draw(good(row, CHEAP.get(row.name))))
@@ -190,6 +193,8 @@ def command_lines(draw):
                 kinds.append(wrong(row).filter(lambda value: "\0" not in str(value)))
             value = draw(st.one_of(*kinds, st.sampled_from([text for text in ODD_TEXTS if "\0" not in text])))
             values[row.name] = value
+    if values.get("target") == "longest side":
+        values.setdefault("longest", 40)
     return careful, flags(values)
 
 
@@ -454,7 +459,8 @@ def test_what_is_no_file_is_refused_and_not_waited_for(kind, tmp_path):
     for arguments in cases:
         code, err = run(*arguments)
         assert code == 2 and err.endswith("\n") and is_one_line(err[:-1]), (arguments, err)
-        assert ("is not there" if kind in ("nothing", "long") else "is no file") in err
+        gone = kind in ("nothing", "long") and "--mask" not in arguments
+        assert ("is not there" if gone else "mask: there is no file" if "--mask" in arguments else "is no file") in err
     assert {file.name for file in tmp_path.iterdir()} <= {"in\n.png", "image.png"}
 
 
@@ -501,7 +507,7 @@ def test_an_image_and_options_give_an_image_or_one_line(file: File, line, plain,
             return
         event(f"done, {file.state}, {'good' if careful else 'odd'} options")
         assert not err and file.state != "nothing"
-        assert outcome(folder) - {"out-semantic.png", "out-consistency.png"} == {source.name, out.name}
+        assert outcome(folder) - {f"out-{name}.png" for name in MAPS["all"]} == {source.name, out.name}
         with Image.open(out) as written:
             made = written.convert("RGB")
         source = read_image(source)
@@ -517,11 +523,13 @@ def test_an_image_and_options_give_an_image_or_one_line(file: File, line, plain,
 
 def settings_of(values: dict[str, str]) -> tuple[Settings, tuple[int, int]]:
     """The last value of each flag, as the command line takes it."""
-    parsed = []
+    parsed, sizes = [], dict.fromkeys(("target", "scale", "longest", "width", "height"))
     for table in (Settings, Generation):
         flags = {f"--{row.flag or row.name.replace('_', '-')}": row for row in table.table()}
         parsed.append(table.parse({flags[f].name: flags[f].parse(text) for f, text in values.items() if f in flags}))
-    return parsed[0], (parsed[1].width, parsed[1].height)
+        sizes |= {flags[f].name: text for f, text in values.items() if f in flags and flags[f].name in sizes}
+    target = target_of(argparse.Namespace(**sizes), parsed[0])
+    return dataclasses.replace(parsed[0], target=target), (parsed[1].width, parsed[1].height)
 
 
 @settings(suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture])

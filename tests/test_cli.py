@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -16,11 +17,11 @@ from PIL import Image, ImageCms
 from lib_dinotile import DinotileError
 from lib_dinotile import __main__ as cli
 from lib_dinotile.cli import upscale as upscale_command
-from lib_dinotile.cli.common import parse_options
+from lib_dinotile.cli.common import WEBUI, parse_options
 from lib_dinotile.hosts.diffusers import DiffusersHost
 from lib_dinotile.images import read_image
 from lib_dinotile.settings import Generation, Settings
-from tests.processes import launch_two, run_two
+from tests.processes import ROOT, launch_two, run_two
 from tests.test_encoder import write_checkpoint
 from tests.test_settings import another
 from tests.test_tiling import random_image
@@ -98,6 +99,30 @@ def test_a_folder_gives_a_folder_and_a_bad_file_does_not_stop_the_others(tmp_pat
         (["--model", "gone.safetensors"], "model: there is no file gone.safetensors"),
         (["--scal", "2"], "unrecognized arguments: --scal 2"),
         (["--tiles", "2"], "unrecognized arguments: --tiles 2"),
+        (["--captions", "BLIP"], "unrecognized arguments: --captions BLIP"),
+        (
+            ["--preset", "", "--tile", "100"],
+            "preset: '' is not allowed, give one of Photo, Anime, Low VRAM, Plain tiles; tile: 100",
+        ),
+        (
+            ["--preset", "foto", "--cfg", "0"],
+            "preset: 'foto' is not allowed, give one of Photo, Anime, Low VRAM, Plain tiles; cfg: 0",
+        ),
+        (["--longest", "80", "--scale", "2"], "longest: has no effect with --scale: leave one of them out"),
+        (
+            ["--longest", "80", "--target", "scale"],
+            "longest: has no effect with --target 'scale': leave one of them out",
+        ),
+        (["--width", "80", "--target", "longest side"], "width: has no effect with --target 'longest side'"),
+        (["--scale", "2", "--target", "img2img size"], "scale: has no effect with --target 'img2img size'"),
+        (["--width", "80", "--longest", "80"], "width: has no effect with --longest: leave one of them out"),
+        (["--config", "x"], "config: the built-in model mini has no use for it: leave it out, or give a --model"),
+        (["--config", "x", "--model", "a/b"], "config: only a checkpoint file needs it, a/b has its own: leave it out"),
+        (["--config", "x", "--model", "."], "config: only a checkpoint file needs it, . has its own: leave it out"),
+        (
+            ["--controlnet-strength", "0.5", "--model", "x.safetensors"],
+            "controlnet_strength: there is no ControlNet: leave it out, or give a --controlnet",
+        ),
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_2(photo, tmp_path, capsys, monkeypatch, arguments, says):
@@ -118,6 +143,41 @@ def test_two_images_of_one_name_are_both_written(tmp_path):
         random_image(20, 20).save(tmp_path / "in" / name)
     assert run(tmp_path / "in", tmp_path / "out", *QUICK) == 0
     assert sorted(file.name for file in (tmp_path / "out").iterdir()) == ["a.jpg.png", "a.png.png"]
+
+
+@pytest.mark.parametrize(
+    "more, size",
+    [
+        (["--longest", 80], (80, 59)),
+        (["--width", 80], (80, 59)),
+        (["--height", 90], (122, 90)),
+        (["--width", 80, "--height", 90], (80, 90)),
+        (["--longest", 80, "--target", "longest side"], (80, 59)),
+        (["--width", 80, "--target", "img2img size"], (80, 59)),
+        (["--target", "scale"], (100, 74)),
+    ],
+)
+def test_a_size_stands_for_its_target(photo, tmp_path, more, size):
+    assert run(photo, tmp_path / "out.png", *QUICK, "--order", "none", *more) == 0
+    assert Image.open(tmp_path / "out.png").size == size
+
+
+def test_plain_tiles_look_at_nothing(photo, tmp_path, monkeypatch):
+    told, load = [], upscale_command.Conditioner.load
+
+    def loaded(settings, *arguments, **more):
+        told.append((settings.adapter, settings.looks))
+        return load(settings, *arguments, **more)
+
+    monkeypatch.setattr(upscale_command.Conditioner, "load", loaded)
+    for more in (
+        ["--preset", "plain tiles"],
+        ["--preset", "plain tiles", "--adapter", "mini"],
+        ["--preset", "photo"],
+        [],
+    ):
+        assert run(photo, tmp_path / "out.png", *QUICK, "--order", "none", *more) == 0
+    assert told == [("None", False), *[("mini", True)] * 3]
 
 
 def test_one_step_is_a_step(photo, tmp_path):
@@ -147,8 +207,14 @@ def test_bad_files_are_one_line_and_exit_code_2(photo, tmp_path, capsys):
         assert says in err and err.count("\n") == 1
 
 
-@pytest.mark.parametrize("error, code", [(RuntimeError("no memory left"), 1), (KeyboardInterrupt(), 130)])
-def test_what_is_painted_is_kept_when_a_run_breaks_off(photo, tmp_path, capsys, monkeypatch, error, code):
+@pytest.mark.parametrize(
+    "error, code, done, why",
+    [(RuntimeError("no memory left"), 1, "stopped", ": no memory left"), (KeyboardInterrupt(), 130, "cancelled", "")],
+)
+@pytest.mark.parametrize("name", ["out.png", "out.jpg"])
+def test_what_is_painted_is_kept_when_a_run_breaks_off(
+    photo, tmp_path, capsys, monkeypatch, error, code, done, why, name
+):
     sample, calls = DiffusersHost.sample, []
 
     def breaks(self, *arguments):
@@ -158,15 +224,57 @@ def test_what_is_painted_is_kept_when_a_run_breaks_off(photo, tmp_path, capsys, 
         return sample(self, *arguments)
 
     monkeypatch.setattr(DiffusersHost, "sample", breaks)
-    assert run(photo, tmp_path / "out.png", *QUICK, "--batch", 1) == code
+    (tmp_path / "out-other-unfinished.png").write_bytes(b"of another image")
+    assert run(photo, tmp_path / name, *QUICK, "--batch", 1) == code
     err = capsys.readouterr().err
-    assert re.fullmatch(
-        r"dinotile: stopped after 2 of \d tiles \(kept in .*out-unfinished.png; --resume continues with it\): .+\n", err
-    )
+    kept = re.escape(f"(kept in {tmp_path / 'out-unfinished.png'}; --resume continues with it)")
+    assert re.fullmatch(rf"dinotile: {done} after 2 of \d tiles {kept}{why}\n", err)
     kept = pixels(tmp_path / "out-unfinished.png")
     plain = np.asarray(Image.open(photo).resize((100, 74), Image.Resampling.LANCZOS)).astype(int)
     assert kept.shape == plain.shape and abs(kept - plain).max() > 1
-    assert not (tmp_path / "out.png").exists()
+    assert not (tmp_path / name).exists()
+    monkeypatch.setattr(DiffusersHost, "sample", sample)
+    assert run(photo, tmp_path / name, *QUICK, "--batch", 1, "--resume") == 0
+    assert {each.name for each in tmp_path.iterdir()} == {"in.png", name, "out-other-unfinished.png"}
+
+
+def test_a_cancel_while_plugins_are_looked_for_is_one_line(photo, tmp_path, capsys, monkeypatch):
+    def cancelled():
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "register_plugins", cancelled)
+    assert run(photo, tmp_path / "out.png", *QUICK) == 130
+    assert capsys.readouterr().err == "dinotile: cancelled\n"
+
+
+def test_an_image_that_is_only_called_unfinished_stays(photo, tmp_path):
+    assert run(photo, tmp_path / "out-unfinished.png", *QUICK, "--order", "none") == 0
+    assert run(photo, tmp_path / "out.png", *QUICK, "--order", "none") == 0
+    assert (tmp_path / "out-unfinished.png").exists()
+
+
+def test_a_cancel_before_the_first_tile_is_done_is_one_line(photo, tmp_path, capsys, monkeypatch):
+    def cancelled(*arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(DiffusersHost, "sample", cancelled)
+    assert run(photo, tmp_path / "out.png", *QUICK) == 130
+    assert re.fullmatch(r"dinotile: cancelled after 0 of \d tiles\n", capsys.readouterr().err)
+
+
+def test_a_cancel_while_libraries_are_imported_ends_without_a_word():
+    code = """
+import runpy, sys
+class Cancels:
+    def find_spec(self, name, *_):
+        if name == "torch":
+            raise KeyboardInterrupt
+sys.meta_path.insert(0, Cancels())
+sys.argv = ["dinotile", "upscale", "in.png", "out.png"]
+runpy.run_module("lib_dinotile", run_name="__main__")
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "")
 
 
 @pytest.fixture
@@ -355,15 +463,19 @@ def test_an_image_of_an_encoder_that_was_exchanged_since_is_done_again(photo, tm
     assert run(*arguments, "--resume") == 0 and sampled
 
 
-def test_what_else_differs_is_counted_and_no_text_is_told_in_full(photo, tmp_path, sampled, capsys):
+def test_what_else_differs_is_counted_and_no_text_is_told_in_full(photo, tmp_path, sampled, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    masks = ["a\nlong name" * 9 + ".png", "fur.png"]
+    for mask in masks:
+        Image.new("L", (50, 37), 255).save(mask)
     sampled.stop = 2
     with pytest.raises(SystemExit):
-        run(photo, tmp_path / "out.png", *QUICK, "--batch", 1, "--config", "a\nlong " * 99)
+        run(photo, tmp_path / "out.png", *QUICK, "--batch", 1, "--mask", masks[0])
     photo.write_bytes(photo.read_bytes() + b" ")
-    other = [*QUICK, "--overlap", 8, "--seed", 3, "--config", "fur"]
+    other = [*QUICK, "--overlap", 8, "--seed", 3, "--mask", masks[1]]
     assert run(photo, tmp_path / "out.png", *other) == 2
     said = capsys.readouterr().err
-    assert "another overlap (16, now 8), config ('a\\nlong " in said and " and 1 more: --resume" in said
+    assert "another overlap (16, now 8), mask ('a\\nlong " in said and " and 2 more: --resume" in said
     assert len(said) < 400 + len(str(tmp_path)) and said.count("\n") == 1
 
 
@@ -537,14 +649,14 @@ def test_every_option_is_a_flag(capsys):
     assert stopped.value.code == 0
     for option in (*Settings.table(), *Generation.table()):
         flag = option.flag or option.name.replace("_", "-")
-        assert (f"--{flag} " in shown) == (option.name != "enabled")
+        assert (f"--{flag} " in shown) == (option.name not in WEBUI)
 
 
 @pytest.mark.parametrize("table", [Settings, Generation])
 def test_every_flag_sets_its_option(monkeypatch, table):
     given = []
     monkeypatch.setattr(upscale_command, "run", given.append)
-    values = {option.name: another(option) for option in table.table() if option.name != "enabled"}
+    values = {option.name: another(option) for option in table.table() if option.name not in WEBUI}
     flags = [f"--{option.flag or option.name.replace('_', '-')}" for option in table.table() if option.name in values]
     assert cli.main(["upscale", "in.png", "out.png", *itertools.chain(*zip(flags, map(str, values.values())))]) == 0
     assert parse_options(table, given[0]) == table(**values)
@@ -611,7 +723,7 @@ def test_what_was_written_can_be_read_again_however_large_it_is(photo, tmp_path,
 
 
 def test_a_report_that_cannot_be_written_is_told_before_a_tile_is_painted(photo, tmp_path, sampled, capsys):
-    assert run(photo, tmp_path / "out.png", *QUICK, "--report", tmp_path / "no" / "report.jsonl") == 1
+    assert run(photo, tmp_path / "out.png", *QUICK, "--report", tmp_path / "no" / "report.jsonl") == 2
     assert "report: " in capsys.readouterr().err and not sampled
 
 

@@ -67,12 +67,11 @@ def test_no_file_that_is_read_is_written_over(photo, tmp_path, capsys, unpainted
         ("--dino", adapter, "encoder"),
         ("--model", adapter, "model"),
         ("--model", tmp_path, "model"),  # a folder
-        ("--config", tmp_path, "config"),
     ):
         line = refused(capsys, photo, out, option, file, "--report", adapter if file == tmp_path else file)
         assert f"report: {adapter if file == tmp_path else file} is {name}, too" in line
-    for option in ("--lora", "--vae", "--controlnet"):
-        line = refused(capsys, photo, out, "--model", "sd", option, adapter, "--report", adapter)
+    for option in ("--lora", "--vae", "--controlnet", "--config"):
+        line = refused(capsys, photo, out, "--model", "sd.safetensors", option, adapter, "--report", adapter)
         assert f"report: {adapter} is {option[2:]}, too" in line
     assert "report: " in refused(capsys, photo, out, "--report", photo)
     assert f"report: {out} is OUT, too" in refused(capsys, photo, out, "--report", out)
@@ -80,13 +79,23 @@ def test_no_file_that_is_read_is_written_over(photo, tmp_path, capsys, unpainted
 
 
 def test_nor_by_what_is_written_beside_the_image(photo, tmp_path, capsys, unpainted):  # noqa: F811
-    for name, more in (("a-consistency.png", ["--maps", "both"]), ("a-unfinished.png", [])):
+    for name, more in (
+        ("a-source.png", ["--maps", "all"]),
+        ("a-source.png", ["--maps", "source"]),
+        ("a-semantic.png", ["--maps", "all"]),
+        ("a-consistency.png", ["--maps", "both"]),
+        ("a-unfinished.png", []),
+    ):
         random_image(20, 20).save(tmp_path / name)
         assert "is IN, too" in refused(capsys, tmp_path / name, tmp_path / "a.png", *more)
     (tmp_path / "in").mkdir()
     for name in ("b.png", "b-semantic.png"):
         random_image(20, 20).save(tmp_path / "in" / name)
-    assert "is OUT, too" in refused(capsys, tmp_path / "in", tmp_path / "out", "--maps", "semantic")
+    line = refused(capsys, tmp_path / "in", tmp_path / "out", "--maps", "semantic")
+    assert line == (
+        f"dinotile: OUT: {tmp_path / 'out' / 'b-semantic.png'} would be both a result and a map of another image: "
+        "rename that one, or give another --maps"
+    )
     code = cli.main(["analyze", str(tmp_path / "a-consistency.png"), str(tmp_path / "a.png")])
     assert code == 2 and "OUT: " in capsys.readouterr().err and not (tmp_path / "a.png").exists()
 
@@ -111,6 +120,90 @@ def test_a_report_goes_on(photo, tmp_path):  # noqa: F811
         arguments = [photo, tmp_path / name, *QUICK, "--order", "none", "--report", tmp_path / "report.jsonl"]
         assert run(*arguments) == 0
     assert len([json.loads(line) for line in (tmp_path / "report.jsonl").read_text().splitlines()]) == 2
+
+
+def test_a_report_that_cannot_be_written_is_bad_input(photo, tmp_path, capsys, unpainted):  # noqa: F811
+    (tmp_path / "folder").mkdir()
+    for report, says in (
+        (tmp_path / "folder", f"report: {tmp_path / 'folder'} is a folder, give a file"),
+        (tmp_path / "no" / "report.jsonl", f"report: there is no folder {tmp_path / 'no'}, give another name"),
+        ("", "report: is empty, give a file or a folder"),
+    ):
+        assert refused(capsys, photo, tmp_path / "out.png", "--report", report) == f"dinotile: {says}"
+
+
+def test_a_report_is_there_with_its_first_line(photo, tmp_path, monkeypatch, capsys):  # noqa: F811
+    report = tmp_path / "report.jsonl"
+    assert run(photo, tmp_path / "out.png", *QUICK, "--report", report, "--upscaler", "none such") == 2
+    assert not report.exists()
+
+    def full(*arguments, **more):
+        raise OSError(28, "No space left on device")
+
+    real = Path.open
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "open", lambda path, *a, **b: full() if path == report else real(path, *a, **b))
+        assert run(photo, tmp_path / "out.png", *QUICK, "--order", "none", "--report", report) == 1
+    assert capsys.readouterr().err.endswith(f"report: {report} cannot be written: No space left on device\n")
+
+
+def test_what_a_finished_image_lacks_is_told(photo, tmp_path, capsys):  # noqa: F811
+    report, out = tmp_path / "report.jsonl", tmp_path / "out.png"
+    arguments = [photo, out, *QUICK[1:], "--order", "none"]
+    assert run(*arguments) == 0
+    capsys.readouterr()
+    assert run(*arguments, "--resume") == 0
+    assert capsys.readouterr().out == f"{out}: is there already\n"
+    more = ["--maps", "source", "--report", report]
+    assert run(*arguments, "--resume", *more) == 0
+    lacks = "without out-source.png and a line in report.jsonl: delete it to have it made again"
+    assert capsys.readouterr().out == f"{out}: is there already, {lacks}\n" and not report.exists()
+    out.unlink()
+    for _ in range(2):
+        assert run(*arguments, "--resume", *more) == 0
+    assert capsys.readouterr().out.endswith(f"{out}: is there already\n")
+    assert len(report.read_text().splitlines()) == 1
+
+
+@pytest.mark.parametrize("command", ["upscale", "analyze", "calibrate", "train"])
+def test_an_empty_path_is_not_the_current_folder(command, photo, tmp_path, capsys, monkeypatch):  # noqa: F811
+    monkeypatch.chdir(tmp_path)
+    flags = {
+        "upscale": ("IN", "OUT"),
+        "analyze": ("IN", "OUT"),
+        "calibrate": ("images", "out"),
+        "train": ("images", "out"),
+    }
+    names = flags[command]
+    for empty in names:
+        words = [" " if name == empty else str(photo) for name in names]
+        given = words if "IN" in names else [f"--{name}={word}" for name, word in zip(names, words)]
+        assert cli.main([command, *given]) == 2
+        assert capsys.readouterr().err == f"dinotile: {empty}: is empty, give a file or a folder\n"
+    assert os.listdir(tmp_path) == ["in.png"]
+
+
+def test_files_that_are_not_there_are_told_before_the_checkpoint_is_loaded(photo, tmp_path, capsys, unpainted):  # noqa: F811
+    (tmp_path / "vae.pt").write_bytes(b"pickle")
+    (tmp_path / "folder").mkdir()
+    hub = "(Hugging Face ids are only for --model)"
+    for option, name, says in (
+        ("vae", "gone.safetensors", f"vae: there is no file or folder gone.safetensors {hub}"),
+        ("vae", "stabilityai/sd-vae-ft-mse", f"vae: there is no file or folder stabilityai/sd-vae-ft-mse {hub}"),
+        ("controlnet", "gone", f"controlnet: there is no file or folder gone {hub}"),
+        ("lora", "gone.safetensors:0.5", f"lora: there is no file gone.safetensors {hub}"),
+        ("mask", "gone.png", "mask: there is no file gone.png"),
+        ("mask", tmp_path / "folder", f"mask: there is no file {tmp_path / 'folder'}"),
+        ("vae", tmp_path / "vae.pt", f"vae: {tmp_path / 'vae.pt'} is not a .safetensors file; other formats can"),
+    ):
+        line = refused(capsys, photo, tmp_path / "out" / "x.png", "--model", "sd.safetensors", f"--{option}", name)
+        assert line.startswith(f"dinotile: {says}")
+
+
+def test_a_mask_that_is_no_image_is_called_the_mask(photo, tmp_path, capsys):  # noqa: F811
+    (tmp_path / "mask.png").write_bytes(b"text")
+    assert run(photo, tmp_path / "out.png", *QUICK, "--mask", tmp_path / "mask.png") == 2
+    assert capsys.readouterr().err.startswith(f"dinotile: mask: {tmp_path / 'mask.png'} cannot be read as an image")
 
 
 def test_other_files_are_written(photo, tmp_path):  # noqa: F811
@@ -139,6 +232,17 @@ def test_pictures_that_are_not_read_are_named(tmp_path, capsys, monkeypatch):
     said = capsys.readouterr().out
     (line,) = [each for each in said.splitlines() if each.startswith("left out: ")]
     assert "IMG_4.HEIC and 3 more" in line and "pillow-heif, or save them as PNG or JPEG" in line and "txt" not in said
+
+
+def test_so_are_those_that_an_encoder_is_not_calibrated_from(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(Image, "EXTENSION", {".png": "PNG"})
+    monkeypatch.setattr(cli, "register_plugins", lambda: None)
+    for name in ("a.heic", "b.png"):
+        (tmp_path / name).write_bytes(b"picture")
+    assert cli.main(["calibrate", "--dino", "mini", "--images", str(tmp_path)]) == 2
+    said = capsys.readouterr()
+    assert said.out.startswith("left out: a.heic: not a kind of image that is read: pip install pillow-heif")
+    assert "has 1 pictures, give at least" in said.err
 
 
 def test_heic_is_read_where_pillow_heif_is_installed(tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 from pathlib import Path
@@ -11,7 +12,7 @@ import pytest
 import torch
 from diffusers import AutoencoderKL, AutoencoderTiny, ControlNetModel, UNet2DConditionModel
 from diffusers.utils import USE_PEFT_BACKEND
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from lib_dinotile import DinotileError
 from lib_dinotile import __main__ as cli
@@ -212,14 +213,19 @@ def test_a_vae_of_other_latents_is_refused_in_one_line(sd15, tmp_path):  # noqa:
     save_file({"weight": torch.ones(3)}, tmp_path / "other.safetensors")
     tensors = another_vae(sd15).state_dict()
     save_file({name: tensors[name] for name in list(tensors)[:-1]}, tmp_path / "cut.safetensors")
-    for name in ("wide", "other", "cut"):
+    save_file(
+        {name: each for name, each in in_ldm(another_vae(sd15)).items() if "encoder" not in name},
+        tmp_path / "decoder.safetensors",
+    )
+    for name in ("wide", "other", "cut", "decoder"):
         path = tmp_path / f"{name}.safetensors"
         assert f"vae: {path} is no AutoencoderKL for this checkpoint, or is damaged" in one_line_of(sd15, vae=str(path))
     AutoencoderTiny(encoder_block_out_channels=(8,) * 4, decoder_block_out_channels=(8,) * 4).save_pretrained(
         tmp_path / "tiny"
     )
     assert "holds an AutoencoderTiny, not an AutoencoderKL" in one_line_of(sd15, vae=str(tmp_path / "tiny"))
-    for name, says in (("gone.safetensors", "there is no file"), ("vae.pt", "other formats can run code, convert it")):
+    (tmp_path / "vae.pt").write_bytes(b"pickle")
+    for name, says in (("gone", "there is no file or folder"), ("vae.pt", "other formats can run code, convert it")):
         assert says in one_line_of(sd15, vae=str(tmp_path / name))
 
 
@@ -320,9 +326,115 @@ def test_a_controlnet_of_another_base_is_refused_in_one_line(sd15, sdxl, nets, t
         file = str(Path(nets[other]) / "diffusion_pytorch_model.safetensors")
         assert f"controlnet: {file} is no ControlNetModel for this checkpoint" in one_line_of(model, controlnet=file)
     save_file({"weight": torch.ones(3)}, tmp_path / "other.safetensors")
-    for name, says in (("other.safetensors", "is no ControlNetModel"), ("gone", "is not a .safetensors file")):
+    for name, says in (("other.safetensors", "is no ControlNetModel"), ("gone", "there is no file or folder")):
         assert says in one_line_of(sd15, controlnet=str(tmp_path / name))
     assert "holds an AutoencoderKL, not a ControlNetModel" in one_line_of(sd15, controlnet=str(Path(sd15) / "vae"))
+
+
+NET_LDM = [
+    (r"^time_embedding\.linear_(\d)", lambda found: f"time_embed.{2 * int(found[1]) - 2}"),
+    (r"^add_embedding\.linear_(\d)", lambda found: f"label_emb.0.{2 * int(found[1]) - 2}"),
+    (r"^conv_in", "input_blocks.0.0"),
+    (r"^controlnet_cond_embedding\.conv_in", "input_hint_block.0"),
+    (r"^controlnet_cond_embedding\.conv_out", "input_hint_block.14"),
+    (r"^controlnet_cond_embedding\.blocks\.(\d)", lambda found: f"input_hint_block.{2 * int(found[1]) + 2}"),
+    (r"^controlnet_down_blocks\.(\d)", r"zero_convs.\1.0"),
+    (r"^controlnet_mid_block", "middle_block_out.0"),
+    (r"^down_blocks\.(\d)\.resnets\.0", lambda found: f"input_blocks.{2 * int(found[1]) + 1}.0"),
+    (r"^down_blocks\.(\d)\.attentions\.0", lambda found: f"input_blocks.{2 * int(found[1]) + 1}.1"),
+    (r"^down_blocks\.(\d)\.downsamplers\.0\.conv", lambda found: f"input_blocks.{2 * int(found[1]) + 2}.0.op"),
+    (r"^mid_block\.resnets\.(\d)", lambda found: f"middle_block.{2 * int(found[1])}"),
+    (r"^mid_block\.attentions\.0", "middle_block.1"),
+    (r"norm1\.(\w+)$", r"in_layers.0.\1"),
+    (r"conv1\.", "in_layers.2."),
+    (r"time_emb_proj\.", "emb_layers.1."),
+    (r"norm2\.(\w+)$", r"out_layers.0.\1"),
+    (r"conv2\.", "out_layers.3."),
+    (r"conv_shortcut\.", "skip_connection."),
+]
+"""Names of a ControlNet with one layer a block, and what the original layout has for them."""
+
+
+def net_in_ldm(net, prefix="control_model."):
+    """The tensors of a ControlNet's folder as the files have them that the WebUIs load."""
+    tensors = {}
+    for name, tensor in load_file(Path(net) / "diffusion_pytorch_model.safetensors").items():
+        for theirs, ours in NET_LDM:
+            if "transformer_blocks" not in name or theirs.startswith("^"):
+                name = re.sub(theirs, ours, name)
+        tensors[prefix + name] = tensor
+    return tensors
+
+
+@pytest.mark.parametrize("prefix", ["", "control_model."])
+@pytest.mark.parametrize("family", ["sd15", "sdxl"])
+def test_a_controlnet_in_the_original_layout_is_the_same(family, prefix, request, nets, tmp_path):
+    model, file = request.getfixturevalue(family), tmp_path / "net.safetensors"
+    beside = {"model.diffusion_model.out.0.weight": torch.ones(3)} if prefix else {}  # some come in a whole checkpoint
+    save_file(net_in_ldm(nets[family], prefix) | beside, file)
+    found, wanted = (
+        load_host(Generation(model=model, controlnet=str(net)))._controlnet.state_dict() for net in (file, nets[family])
+    )
+    assert found.keys() == wanted.keys() and all(torch.equal(found[name], wanted[name]) for name in wanted)
+
+
+UNION = {
+    "task_embedding": torch.ones(6, 32),
+    "transformer_layes.0.attn.in_proj_weight": torch.ones(96, 32),
+    "spatial_ch_projs.weight": torch.ones(32, 32),
+    "control_add_embedding.linear_1.weight": torch.ones(64, 16),
+}
+
+
+@pytest.mark.parametrize("family", ["sd15", "sdxl"])
+def test_a_controlnet_union_is_refused_by_its_name(family, request, nets, tmp_path):
+    model, file = request.getfixturevalue(family), tmp_path / "net.safetensors"
+    says = "is a ControlNet Union, which is not supported; give a ControlNet of the Tile kind"
+    plain = load_file(Path(nets[family]) / "diffusion_pytorch_model.safetensors")
+    for tensors in (plain | UNION, net_in_ldm(nets[family], "") | UNION, UNION):
+        save_file(tensors, file)
+        assert one_line_of(model, controlnet=str(file)) == f"controlnet: {file} {says}"
+    folder = tmp_path / "folder"
+    shutil.copytree(nets[family], folder)
+    save_file(plain | UNION, folder / "diffusion_pytorch_model.safetensors", {"format": "pt"})
+    for kind in ("ControlNetModel", "ControlNetUnionModel"):  # they are published as both
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps({**config, "_class_name": kind}))
+        assert one_line_of(model, controlnet=str(folder)) == f"controlnet: {folder} {says}"
+
+
+def test_a_controlnet_with_other_weights_that_would_be_left_out_is_refused(sd15, nets, tmp_path):  # noqa: F811
+    file = tmp_path / "net.safetensors"
+    for tensors in (load_file(Path(nets["sd15"]) / "diffusion_pytorch_model.safetensors"), net_in_ldm(nets["sd15"])):
+        prefix = "control_model." if "control_model.input_hint_block.0.weight" in tensors else ""
+        save_file({**tensors, f"{prefix}zero_gate.weight": torch.ones(3)}, file)
+        said = one_line_of(sd15, controlnet=str(file))
+        assert said.startswith(f"controlnet: {file} is of a kind that is not supported (it has zero_gate.weight); give")
+
+
+@pytest.mark.parametrize("option", ["vae", "controlnet"])
+def test_a_file_of_another_kind_is_called_what_it_is(sd15, nets, option, tmp_path):  # noqa: F811
+    write_lora(tmp_path / "lora.safetensors")
+    save_file(net_in_ldm(nets["sd15"]), tmp_path / "net.safetensors")
+    save_file(in_ldm(another_vae(sd15)), tmp_path / "vae.safetensors")
+    save_file({"emb_params": torch.ones(1, 768)}, tmp_path / "words.safetensors")
+    gives = {"vae": "give a VAE", "controlnet": "give a ControlNet of the Tile kind"}[option]
+    for name, kind in (
+        ("lora", "a LoRA, which goes with --lora"),
+        ("words", "a textual inversion"),
+        ("net", "a ControlNet, which goes with --controlnet"),
+        ("vae", "a VAE, which goes with --vae"),
+    ):
+        file = str(tmp_path / f"{name}.safetensors")
+        if f"--{option}" not in kind:
+            assert one_line_of(sd15, **{option: file}) == f"{option}: {file} is {kind}; {gives}"
+
+
+def test_a_controlnet_whose_hint_does_not_fit_is_refused_before_the_first_tile(sd15, tmp_path):  # noqa: F811
+    unet = UNet2DConditionModel.from_pretrained(sd15, subfolder="unet")
+    ControlNetModel.from_unet(unet, conditioning_embedding_out_channels=(16, 32)).save_pretrained(tmp_path / "net")
+    said = one_line_of(sd15, controlnet=str(tmp_path / "net"))
+    assert said.startswith(f"controlnet: {tmp_path / 'net'} does not fit {sd15}: ")
 
 
 def test_in_float32_the_controlnet_computes_in_it_too(sd15, nets):  # noqa: F811
@@ -347,6 +459,12 @@ def test_in_float32_the_controlnet_computes_in_it_too(sd15, nets):  # noqa: F811
         ("lora", "a.safetensors"),
         ("vae", "a.safetensors"),
         ("controlnet", "a"),
+        ("controlnet-strength", "0.5"),
+        ("prediction", "epsilon"),
+        ("config", "a"),
+        ("tile-prompt", "fur"),
+        ("tile-prompts", "1: fur"),
+        ("region-prompts", "A: fur"),
     ],
 )
 def test_what_the_built_in_model_has_no_use_for_is_refused(option, value, tmp_path, capsys):

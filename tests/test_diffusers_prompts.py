@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from types import SimpleNamespace
 
@@ -58,7 +59,6 @@ LONG = "a cat, " + "b " * 100
         (r"back\slash \\", [[("backslash \\", 1.0)]]),
         ("", [[]]),
         ("fur BREAK stone", [[("fur", 1.0)], [("stone", 1.0)]]),
-        ("(fur BREAK stone)", [[("fur", 1.1)], [("stone", 1.1)]]),
         ("a BREAK BREAK b", [[("a", 1.0)], [], [("b", 1.0)]]),
         ("BREAKFAST, SAND", [[("BREAKFAST, SAND", 1.0)]]),
         ("a | b: c", [[("a | b: c", 1.0)]]),
@@ -68,6 +68,12 @@ def test_a_prompt_is_read_as_in_the_webuis(prompt, parts):
     found = parse_prompt(prompt)
     assert [[text for text, _ in part] for part in found] == [[text for text, _ in part] for part in parts]
     assert np.allclose([w for part in found for _, w in part], [w for part in parts for _, w in part])
+
+
+def test_a_break_within_brackets_begins_a_chunk_which_a1111_deliberately_unlike_us_ignores(small):
+    assert parse_prompt("(fur BREAK stone:0.5)") == [[("fur", 0.5)], [("stone", 0.5)]]
+    found = PromptEncoder(small)("(a b BREAK c:0.5) d")[0]
+    assert torch.allclose(found, by_hand(small, plain("ab", 0.5), [("c", 0.5), ("d", 1.0)]), atol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -106,6 +112,19 @@ def test_on_the_command_line_it_is_one_line_and_exit_code_2(sd15, tmp_path, caps
     assert cli.main(["upscale", *arguments, "--prompt", "a <lora:fur:1>"]) == 2
     said = capsys.readouterr().err.splitlines()
     assert said[-1].startswith("dinotile: prompt: ") and "--lora" in said[-1]
+
+
+@pytest.mark.parametrize("option", ["prompt", "negative", "tile-prompt", "tile-prompts", "region-prompts"])
+@pytest.mark.parametrize("text", ["x AND y", "[x|y]", "<lora:fur:1>"])
+def test_it_is_called_by_the_option_that_it_is_in_before_a_model_is_loaded(option, text, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("lib_dinotile.hosts.diffusers.load_host", None)
+    random_image(20, 20).save(tmp_path / "in.png")
+    words = {"tile-prompts": "2: ", "region-prompts": "A: "}.get(option, "") + text
+    files = [str(tmp_path / "in.png"), str(tmp_path / "out.png")]
+    assert cli.main(["upscale", *files, "--model", "x.safetensors", f"--{option}", words]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"dinotile: {option.replace('-', '_')}: ")
+    assert ("--region-prompts" in line) == ("AND" in text and option != "region-prompts")
 
 
 @given(st.text("ab ()[]\\|:1.<>lora,\nANDBREK", max_size=30))
@@ -174,7 +193,6 @@ def plain(letters, weight=1.0):
         ("a (b:1.5) [c]", [[("a", 1.0), ("b", 1.5), ("c", 1 / 1.1)]]),
         ("a b c d e f g h i j", [plain("abcdefgh"), plain("ij")]),
         ("a b BREAK c", [plain("ab"), plain("c")]),
-        ("(a b BREAK c:0.5) d", [plain("ab", 0.5), [("c", 0.5), ("d", 1.0)]]),
         # What comes after a comma goes into the next chunk as a whole, if that is near.
         ("a b c d , e f g h i", [plain("abcd,"), plain("efghi")]),
         ("a b c d e f g h , i", [plain("abcdefgh"), plain(",i")]),
@@ -187,6 +205,14 @@ def test_embeddings_are_those_of_a1111(small, prompt, chunks):
     assert torch.allclose(negative, by_hand(small, []), atol=1e-5)
     positive, negative = PromptEncoder(small, negative=prompt)("a")
     assert torch.allclose(negative, by_hand(small, *chunks), atol=1e-5)
+
+
+def test_a_tokenizer_that_does_not_say_how_long_a_text_may_be_makes_no_difference(small):
+    other = copy.deepcopy(small.tokenizer)
+    other.model_max_length = int(1e30)  # as transformers has it then
+    boundless = SimpleNamespace(tokenizer=other, text_encoder=small.text_encoder, config={})
+    for prompt in ("", "a b c d e f g h i j"):
+        assert torch.equal(PromptEncoder(boundless)(prompt)[0], PromptEncoder(small)(prompt)[0])
 
 
 @pytest.mark.parametrize("skip", [1, 2, 3])

@@ -16,9 +16,12 @@ from safetensors.torch import load_file, save_file
 from lib_dinotile import DinotileError
 from lib_dinotile import __main__ as cli
 from lib_dinotile.hosts.diffusers import load_host
+from lib_dinotile.hosts.diffusers_pipelines import load_pipeline
 from lib_dinotile.settings import Generation
 from tests.hub import Hub, ask, serve
+from tests.processes import Running, command
 from tests.test_diffusers import SOURCE, run, sd15, sdxl  # noqa: F401
+from tests.test_tiling import random_image
 
 HELPS = "give a Stable Diffusion 1.5, 2 or XL checkpoint"
 
@@ -222,8 +225,11 @@ def test_parts_that_do_not_fit_each_other_are_refused(sd15, sdxl, copied):  # no
 
 def test_a_folder_without_a_pipeline_is_told_what_to_give(tmp_path, sd15):  # noqa: F811
     assert "has no model_index.json: give the folder of a whole diffusers pipeline" in refusal(tmp_path)
-    save_file({"x": torch.zeros(1)}, tmp_path / "dream.safetensors")
+    save_file({"x": torch.zeros(1)}, tmp_path / "a lora.safetensors")
+    assert "give the folder of a whole diffusers pipeline" in refusal(tmp_path)
+    save_file({name: torch.zeros(4, 4, 3, 3) for name in WHOLE}, tmp_path / "dream.safetensors")
     assert "give the file in it, dream.safetensors" in refusal(tmp_path)
+    assert refusal(f"{sd15}/unet/") == f"model: {sd15}/unet/ has no model_index.json: give its parent folder, {sd15}"
     for text in ("", "[]", "{", '{"_class_name": 3}', "[" * 100_000):
         (tmp_path / "model_index.json").write_text(text)
         refusal(tmp_path)
@@ -400,6 +406,36 @@ def test_a_file_in_the_original_layout_paints_with_a_solver_of_our_own(ldm_file)
     file.write_text(kept)
 
 
+def test_the_ending_may_be_in_capitals(ldm_file, tmp_path):
+    path, config = ldm_file
+    shutil.copy(path, tmp_path / "X.SAFETENSORS")
+    assert (run(str(tmp_path / "X.SAFETENSORS"), config=config) == run(str(path), config=config)).all()
+    assert "there is no file gone.SAFETENSORS" in refusal("gone.SAFETENSORS")
+    (tmp_path / "X.CKPT").write_bytes(b"pickle")
+    assert "X.CKPT is not a .safetensors file" in refusal(tmp_path / "X.CKPT")
+
+
+@pytest.mark.parametrize("offset", [0, 1, 3])
+def test_what_a_scheduler_says_of_its_steps_stays(sd15, copied, ldm_file, offset):  # noqa: F811
+    path, config = ldm_file
+    folder = copied("sd15", scheduler={"steps_offset": offset, "clip_sample": True})
+    shutil.copy(Path(config, "vae", "config.json"), folder / "of the file.json")
+    assert load_pipeline(Generation(model=str(folder))).scheduler.config.steps_offset == offset
+    (folder / "of the file.json").replace(folder / "vae" / "config.json")
+    assert load_pipeline(Generation(model=str(path), config=str(folder))).scheduler.config.steps_offset == offset
+
+
+@pytest.mark.parametrize("model", ["folder", "file", "mini"])
+def test_nothing_is_said_where_nothing_is_to_be(sd15, ldm_file, model, tmp_path):  # noqa: F811
+    """Neither by diffusers and transformers nor by the Hub's client, in a process that has not warned of it yet."""
+    path, config = ldm_file
+    given = {"folder": ["--model", sd15], "file": ["--model", path, "--config", config], "mini": []}[model]
+    random_image(20, 20).save(tmp_path / "in.png")
+    sizes = ["--steps", 2, "--tile", 64, "--overlap", 16, "--patches", 8]
+    done = Running(command, "upscale", tmp_path / "in.png", tmp_path / "out.png", "--quiet", *sizes, *given).wait()
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
 @pytest.mark.parametrize("part", ["middle_block.1.", "decoder.mid.", "encoder.layers.1.", "final_layer_norm.weight"])
 def test_a_file_that_is_not_whole_is_refused(ldm_file, part, tmp_path):
     path, config = ldm_file
@@ -430,6 +466,26 @@ def test_a_pipeline_on_the_hub_is_loaded_and_later_without_it(sd15, tmp_path, mo
         assert (run("me/tiny") == run(sd15)).all()
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     assert (run("me/tiny") == run(sd15)).all()
+
+
+def test_a_model_that_is_looked_for_is_said_so_and_the_client_of_the_hub_says_nothing(tmp_path, monkeypatch, capfd):
+    import huggingface_hub.utils
+
+    SOURCE.save(tmp_path / "in.png")
+    files = [str(tmp_path / "in.png"), str(tmp_path / "out.png")]
+
+    def loud(*arguments, **more):
+        huggingface_hub.utils.logging.get_logger("huggingface_hub.utils._http").warning("Retrying in 1s [Retry 1/5].")
+        raise huggingface_hub.utils.LocalEntryNotFoundError("no network")
+
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", loud)
+    assert cli.main(["upscale", *files, "--model", "me/none"]) == 2
+    said = capfd.readouterr()
+    assert said.out == "looking for me/none on the Hugging Face Hub\n" and said.err.count("\n") == 1
+    assert "there is no folder me/none, nor is it in Hugging Face's cache" in said.err
+    for name in ("gone.safetensors", "not/a/model"):
+        assert cli.main(["upscale", *files, "--model", name]) == 2
+        assert "looking" not in capfd.readouterr().out
 
 
 def test_the_command_line_says_it_in_one_line_and_ends_with_2(tmp_path, copied, sd15, capsys):  # noqa: F811

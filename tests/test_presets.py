@@ -21,11 +21,12 @@ TABLES = (Settings, Txt2Img, Generation)
 def test_a_preset_is_allowed_and_sets_what_other_presets_set_to_its_default(table, preset):
     set_by_any = {name for each in PRESETS for name in each.values}
     found = values(preset.name, table)
-    assert set(found) == {row.name for row in table.table()} & set_by_any
+    own = {**preset.values, **preset.alone}
+    assert set(found) == {row.name for row in table.table()} & (set_by_any | preset.alone.keys())
     for name, value in found.items():
         row = table.option(name)
-        assert value == row.check(preset.values.get(name, row.default)), name
-    assert preset.values.keys() <= {row.name for each in TABLES for row in each.table()}
+        assert value == row.check(own.get(name, row.default)), name
+    assert own.keys() <= {row.name for each in TABLES for row in each.table()}
     table.parse(found)
 
 
@@ -64,6 +65,13 @@ def test_the_command_line_takes_a_preset_for_both_its_tables():
         parsed("--preset", "foto")
 
 
+def test_an_adapter_stays_but_with_the_preset_that_has_none():
+    for preset in PRESETS:
+        assert ("adapter" in values(preset.name, Settings)) == (preset.name == "Plain tiles")
+    assert not Settings.parse({"preset": "Plain tiles"}).looks
+    assert Settings.parse({"preset": "Plain tiles", "adapter": "mine"}).adapter == "mine"
+
+
 def test_the_recipes_of_the_readme_are_the_presets():
     table = re.findall(
         r"^\| \*\*(.+?)\*\* \| (.*?) \| (.*?) \|$", README.split("## Presets\n")[1].split("\n## ")[0], re.M
@@ -72,5 +80,6 @@ def test_the_recipes_of_the_readme_are_the_presets():
     for name, told, _ in table:
         found = dict(re.findall(r"\*(.+?)\* ([^,]+)", told))
         rows = {row.name: row for row in Txt2Img.table()}
-        own = {option: value for option, value in find(name).values.items() if option != "denoise"}
+        chosen = {**find(name).values, **find(name).alone}
+        own = {option: value for option, value in chosen.items() if option != "denoise"}
         assert found == {rows[option].label: str(value).strip("*") for option, value in own.items()}, name

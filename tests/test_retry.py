@@ -266,7 +266,7 @@ def test_a_hopeless_run_paints_nothing_again_and_says_what_to_change():
     result, _, image = run(host)
     assert host.retries == {} and result.report.retried == 0
     line = (
-        "the guard doubts most tiles (6 of 6) and paints none of them again: use less denoising strength, another "
+        "the guard doubts most tiles (6 of 6) and paints none of them again: use a lower denoising strength, another "
         "checkpoint or a higher guard threshold"
     )
     assert result.report.notes == [line] and line in result.report.json()["notes"]

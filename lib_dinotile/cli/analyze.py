@@ -9,7 +9,7 @@ from pathlib import Path
 from PIL import Image
 
 from lib_dinotile.cli.common import add_options, head_files, parse_options, quiet_transformers, silenced
-from lib_dinotile.cli.files import check_files
+from lib_dinotile.cli.files import check_files, check_given
 from lib_dinotile.condition.conditioner import Conditioner
 from lib_dinotile.dino.locks import models_folder
 from lib_dinotile.engine.flow import analyze, canvas_size, draw_regions, plan_tiles
@@ -49,6 +49,7 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Maps of one image, without a diffusion model."""
+    check_given(IN=arguments.IN, OUT=arguments.OUT, result=arguments.result)
     quiet_transformers()
     settings = dataclasses.replace(parse_options(Settings, arguments), maps=BOTH, adapter=NONE)
     target = Path(arguments.OUT)

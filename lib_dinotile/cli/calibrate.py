@@ -7,12 +7,14 @@ from pathlib import Path
 
 from lib_dinotile import DinotileError
 from lib_dinotile.cli.common import quiet_transformers
+from lib_dinotile.cli.files import check_given
 from lib_dinotile.condition.description import HEADS, describe, lines
 from lib_dinotile.dino.calibrated import Pictures, Store
 from lib_dinotile.dino.calibration import FOLDS, SCALES
 from lib_dinotile.dino.checkpoint import automatic_encoder
 from lib_dinotile.dino.encoder import load_encoder
 from lib_dinotile.dino.locks import models_folder
+from lib_dinotile.images import unread
 from lib_dinotile.settings import AUTOMATIC
 from lib_dinotile.weights import check_out
 
@@ -45,6 +47,7 @@ def run(arguments: argparse.Namespace) -> None:
     """Calibrates an encoder now, unless that was done; says how much nearer to sharp pictures it comes."""
     from tqdm import tqdm
 
+    check_given(images=arguments.images, out=arguments.out)
     quiet_transformers()
     folder = models_folder("encoders")
     chosen = automatic_encoder(folder) if arguments.dino == AUTOMATIC else arguments.dino
@@ -72,6 +75,8 @@ def run(arguments: argparse.Namespace) -> None:
 def _pictures(folder: Path) -> Pictures:
     if not folder.is_dir():
         raise DinotileError(f"images: {folder} is no folder")
+    if others := unread(folder.iterdir()):
+        print(f"left out: {others}")
     pictures = Pictures(folder)
     if len(pictures) < FOLDS:
         raise DinotileError(f"images: {folder} has {len(pictures)} pictures, give at least {FOLDS}")

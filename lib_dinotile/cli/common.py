@@ -6,13 +6,16 @@ import argparse
 import contextlib
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from lib_dinotile import DinotileError, presets
 from lib_dinotile.options import Options
 from lib_dinotile.settings import AUTOMATIC, CALIBRATED, NONE, Settings
+
+WEBUI = ("enabled", "captions")
+"""Options that are left out: there is nothing else to be enabled here, and there are no interrogators."""
 
 
 def quiet_transformers() -> None:
@@ -25,7 +28,7 @@ def quiet_transformers() -> None:
 
 def add_options(parser: argparse.ArgumentParser, table: type[Options], names: Sequence[str] | None = None) -> None:
     for option in table.table():
-        if option.name == "enabled" or (names is not None and option.name not in names):
+        if option.name in WEBUI or (names is not None and option.name not in names):
             continue
         default = f" (default: {option.default})" if option.default != "" else ""
         flags = [f"--{option.flag or option.name.replace('_', '-')}"]
@@ -40,19 +43,29 @@ def parse_options(table: type[Options], arguments: argparse.Namespace) -> Any:
     return parsed
 
 
-def parse_tables(tables: Sequence[type[Options]], arguments: argparse.Namespace) -> list[Any]:
-    """The options of several tables; DinotileError for all that is wrong in any of them."""
+def parse_tables(
+    tables: Sequence[type[Options]], arguments: argparse.Namespace, defaults: Mapping[str, str] | None = None
+) -> list[Any]:
+    """The options of several tables; DinotileError for all that is wrong in any of them.
+
+    defaults: values, by option, where neither the preset nor the user gives one.
+    """
     parsed, faults, preset = [], [], getattr(arguments, "preset", None)
     for table in tables:
-        given = {option.name: getattr(arguments, option.name, None) for option in table.table()}
-        values = {name: str(value) for name, value in presets.values(preset, table).items()} if preset else {}
-        values |= {name: text for name, text in given.items() if text is not None}
+        names = [option.name for option in table.table()]
+        values = {name: text for name, text in (defaults or {}).items() if name in names}
+        given = {name: getattr(arguments, name, None) for name in names}
         try:
-            parsed.append(table.parse(values, texts=True))
+            if preset is not None:
+                values |= {name: str(value) for name, value in presets.values(preset, table).items()}
+        except DinotileError as error:
+            faults.append(str(error))
+        try:
+            parsed.append(table.parse({**values, **{k: v for k, v in given.items() if v is not None}}, texts=True))
         except DinotileError as error:
             faults.append(str(error))
     if faults:
-        raise DinotileError("; ".join(faults))
+        raise DinotileError("; ".join(dict.fromkeys(faults)))  # a wrong preset once
     return parsed
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from lib_dinotile import DinotileError
 from lib_dinotile.cli.common import add_options, parse_options, quiet_transformers
+from lib_dinotile.cli.files import check_given
 from lib_dinotile.train.options import Training
 
 
@@ -28,6 +29,7 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Trains an adapter, or restoration heads."""
+    check_given(images=arguments.images, out=arguments.out)
     try:
         from lib_dinotile.train.command import train
     except ModuleNotFoundError as error:

@@ -18,7 +18,7 @@ from PIL import Image, PngImagePlugin
 
 from lib_dinotile import DinotileError, __version__, presets
 from lib_dinotile.cli.common import add_options, head_files, parse_tables, quiet_transformers, silenced
-from lib_dinotile.cli.files import check_files, check_report
+from lib_dinotile.cli.files import add_report, check_files, check_given, check_report, is_reported
 from lib_dinotile.condition.conditioner import MINI, Conditioner
 from lib_dinotile.dino.calibrated import Store
 from lib_dinotile.dino.locks import models_folder
@@ -56,30 +56,32 @@ def run(arguments: argparse.Namespace) -> None:
     """Upscales an image, or all images of a folder."""
     from tqdm import tqdm
 
+    from lib_dinotile.cli.checks import check_generation, target_of
     from lib_dinotile.hosts.devices import precision_of
     from lib_dinotile.hosts.diffusers import load_host
-    from lib_dinotile.hosts.diffusers_addons import added_files, check_unused
+    from lib_dinotile.hosts.diffusers_addons import added_files
+    from lib_dinotile.hosts.diffusers_pipelines import is_hub_id
 
+    check_given(IN=arguments.IN, OUT=arguments.OUT, report=arguments.report)
     quiet_transformers()
-    if arguments.model in (None, "mini") and arguments.adapter is None:
-        arguments.adapter = "mini"
-    settings, generation = parse_tables((Settings, Generation), arguments)
-    if generation.model == "mini":
-        check_unused(generation)
+    default = {"adapter": "mini"} if arguments.model in (None, "mini") else {}
+    settings, generation = parse_tables((Settings, Generation), arguments, default)
+    settings = dataclasses.replace(settings, target=target_of(arguments, settings))
+    check_generation(generation, settings)
     jobs = _jobs(Path(arguments.IN), Path(arguments.OUT))
     reads = {name: [Path(path)] for name, path in _named_files(settings, generation).items()}
     reads |= {"IN": [source for source, _ in jobs], **added_files(generation)}
-    report = [("report", Path(arguments.report))] if arguments.report else []
-    check_files(reads, [*(("OUT", file) for _, target in jobs for file in _written(target, settings)), *report])
+    report = Path(arguments.report) if arguments.report else None
+    written = [("OUT", file) for _, target in jobs for file in _written(target, settings)]
+    check_files(reads, [*written, *([("report", report)] if report else [])])
     check_files(reads, [("OUT", _unfinished(target)) for _, target in jobs])
     adapters = {"mini": MINI / "adapter.safetensors"}
     if settings.adapter not in (NONE, *adapters):
         adapters[settings.adapter] = Path(settings.adapter)
     if settings.adapter in adapters and not os.path.isfile(adapters[settings.adapter]):
         raise DinotileError(f"adapter: there is no file {adapters[settings.adapter]}")
-    if arguments.report:
-        check_report(Path(arguments.report))
-        _add_line(Path(arguments.report), "")
+    if report:
+        check_report(report)
 
     team = make_team()
     folder = os.path.isdir(arguments.IN)  # then every process has images of its own
@@ -105,6 +107,8 @@ def run(arguments: argparse.Namespace) -> None:
         bar.n = max(bar.n, done)  # a batch that ran out of memory begins again
         bar.refresh()
 
+    if is_hub_id(generation.model):
+        say(f"looking for {generation.model} on the Hugging Face Hub")
     host = load_host(generation, progress, team.rank)
     # What auto and Automatic stood for.
     generation = dataclasses.replace(generation, precision=precision_of(host.dtype), scheduler=host.schedule)
@@ -126,10 +130,15 @@ def run(arguments: argparse.Namespace) -> None:
         size = canvas_size(image.size, settings, (generation.width, generation.height))
         check_writable(target, size)
         recipe = _recipe(resolved, generation, source, conditioner.encoder.fingerprint if conditioner else None)
+        unfinished, partly = _unfinished(target), {**recipe, "unfinished": True}
         if arguments.resume and _is_done(target, recipe):
             with contextlib.suppress(DinotileError):  # tiles of another recipe are not this image's
                 open_journal(target, recipe, True, sharing).close()
-            say(f"{target}: is there already")
+            lacking = [file.name for file in _written(target, settings) if not os.path.isfile(file)]
+            if report and not is_reported(report, source):
+                lacking.append(f"a line in {report.name}")
+            hint = f", without {' and '.join(lacking)}: delete it to have it made again" if lacking else ""
+            say(f"{target}: is there already{hint}")
             return
         mask = _read_mask(generation.mask, image.size)
         journal = open_journal(target, recipe, arguments.resume, sharing)
@@ -140,14 +149,17 @@ def run(arguments: argparse.Namespace) -> None:
             )
         except UnfinishedError as error:
             say(*(f"{source.name}: {line}" for line in error.result.report.lines))
-            if not error.result.painted or sharing.rank > 0:
-                raise
-            where, kept = journal.kept, _unfinished(target)
-            with contextlib.suppress(DinotileError):  # for want of space, say, and that is said already
-                parameters = _parameters(resolved, generation, size, error.result.report.lines)
-                write_image(error.result.image, kept, {"parameters": parameters})
-                where = f" (kept in {kept}; --resume continues with it)"
-            raise UnfinishedError(error.__cause__ or error, error.result, where) from error.__cause__
+            where, cause = "", error.__cause__ or error
+            if error.result.painted and sharing.rank == 0:
+                where = journal.kept
+                with contextlib.suppress(DinotileError):  # for want of space, say, and that is said already
+                    parameters = _parameters(resolved, generation, size, error.result.report.lines)
+                    write_image(error.result.image, unfinished, {"parameters": parameters, RECIPE: _digest(partly)})
+                    where = f" (kept in {unfinished}; --resume continues with it)"
+            if isinstance(cause, KeyboardInterrupt):
+                done = f"{error.result.painted} of {error.result.total} tiles"
+                raise DinotileError(f"cancelled after {done}{where}", 500) from cause
+            raise UnfinishedError(cause, error.result, where) from cause
         if sharing.rank == 0:
             try:  # the image last: once it is there --resume makes nothing any more
                 for name, picture in result.maps.items():
@@ -156,10 +168,11 @@ def run(arguments: argparse.Namespace) -> None:
                 write_image(result.image, target, {"parameters": parameters, RECIPE: _digest(recipe)})
             except DinotileError as error:
                 raise DinotileError(f"{error}{journal.kept}", error.status_code) from error
+            if _is_done(unfinished, partly):
+                unfinished.unlink(missing_ok=True)
         journal.close()
-        if arguments.report and sharing.rank == 0:
-            line = json.dumps({"image": str(source), **result.report.json()})
-            _add_line(Path(arguments.report), line + "\n")
+        if report and sharing.rank == 0:
+            add_report(report, source, result.report.json())
         say(*(f"{source.name}: {line}" for line in result.report.lines))
         tile = result.report.tiles[0].area
         say(f"{target}: {size[0]}x{size[1]}, tiles: {result.painted} of up to {tile.width}x{tile.height}")
@@ -255,8 +268,8 @@ def _map_file(target: Path, name: str) -> Path:
 
 
 def _unfinished(target: Path) -> Path:
-    """Where goes what is painted if a run breaks off."""
-    return target.with_stem(target.stem + "-unfinished")
+    """Where goes what is painted if a run breaks off. A PNG, which says of itself what it is."""
+    return target.with_name(f"{target.stem}-unfinished.png")
 
 
 def _recipe(settings: Settings, generation: Generation, source: Path, encoder: str | None) -> dict[str, Any]:
@@ -290,24 +303,9 @@ def _read_mask(name: str, size: tuple[int, int]) -> Image.Image | None:
     if not name:
         return None
     with silenced():
-        mask = read_mask(Path(name))
+        mask = read_mask(Path(name), f"mask: {name}")
     if mask.size != size:
         raise DinotileError(f"mask: {name} is {mask.width}x{mask.height}, the image is {size[0]}x{size[1]}")
     if mask.getbbox() is None:
         raise DinotileError(f"mask: {name} is all black, nothing would change")
     return mask
-
-
-def _add_line(path: Path, line: str) -> None:
-    """Add to the file of reports: one line of JSON for every image."""
-    try:
-        size = path.stat().st_size if path.exists() else 0
-        try:
-            with path.open("a", encoding="utf-8") as file:
-                file.write(line)
-        except OSError:
-            with contextlib.suppress(OSError):  # half a line is no JSON
-                os.truncate(path, size)
-            raise
-    except OSError as error:
-        raise DinotileError(f"report: {path} cannot be written: {error}", 500) from error

@@ -279,8 +279,8 @@ class RetryPolicy:
         if ways and not budget.hopeless and len(watched) >= FEW and doubtful > MOST * len(watched):
             budget.hopeless = True
             self._report.note(
-                f"the guard doubts most tiles ({doubtful} of {len(watched)}) and paints none of them again: use less "
-                "denoising strength, another checkpoint or a higher guard threshold"
+                f"the guard doubts most tiles ({doubtful} of {len(watched)}) and paints none of them again: use a "
+                "lower denoising strength, another checkpoint or a higher guard threshold"
             )
         if budget.hopeless:
             return

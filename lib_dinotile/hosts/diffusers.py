@@ -14,7 +14,7 @@ from diffusers.utils import logging as diffusers_logging
 from PIL import Image
 from torch import Tensor, nn
 
-from lib_dinotile import DinotileError, one_line
+from lib_dinotile import DinotileError, Handling, one_line
 from lib_dinotile.condition.conditioner import MINI
 from lib_dinotile.condition.shape import UNetShape
 from lib_dinotile.engine.host import Batch, Host, TiledDenoiser
@@ -22,7 +22,7 @@ from lib_dinotile.engine.memory import is_out_of_memory
 from lib_dinotile.engine.prediction import from_x0, to_x0
 from lib_dinotile.engine.progress import Progress
 from lib_dinotile.hosts.devices import empty_cache, find_device, find_dtype
-from lib_dinotile.hosts.diffusers_addons import load_loras, load_vae
+from lib_dinotile.hosts.diffusers_addons import load_loras, load_vae, quiet
 from lib_dinotile.hosts.diffusers_checkpoints import ASK
 from lib_dinotile.hosts.diffusers_controlnet import ControlNet, load_controlnet
 from lib_dinotile.hosts.diffusers_pipelines import load_pipeline
@@ -297,7 +297,8 @@ def _taesd(base: str, download: bool) -> Any:
 
     name = f"madebyollin/{'taesdxl' if base == 'sdxl' else 'taesd'}"
     try:
-        tiny = AutoencoderTiny.from_pretrained(name, use_safetensors=True, local_files_only=not download)
+        with quiet():
+            tiny = AutoencoderTiny.from_pretrained(name, use_safetensors=True, local_files_only=not download)
     except Exception as error:  # whatever the Hub's client raises
         if not download:
             return None
@@ -324,7 +325,8 @@ def load_host(
         return DiffusersHost(
             unet, DDIMScheduler.from_pretrained(MINI / "scheduler"), PixelCodec(), "mini", generation, progress=progress
         )
-    pipe = load_pipeline(generation)
+    with quiet():
+        pipe = load_pipeline(generation)
     load_loras(pipe, generation.lora)
     if generation.vae:
         pipe.vae = load_vae(pipe.vae, generation.vae)
@@ -339,22 +341,31 @@ def load_host(
     base = FAMILIES.get(pipe.unet.config.cross_attention_dim, "unknown")
     text = PromptEncoder(pipe, generation.negative, generation.clip_skip)
     host = DiffusersHost(pipe.unet, pipe.scheduler, codec, base, generation, text, progress, controlnet)
-    _try_out(host, name)
+    _try_out(host, name, generation.controlnet)
     return host
 
 
 @torch.no_grad()
-def _try_out(host: DiffusersHost, name: str) -> None:
+def _try_out(host: DiffusersHost, name: str, controlnet: str) -> None:
     """Every part of a model at work once, on a few pixels; DinotileError if they do not go with each other."""
-    side = 8 * host.factor
-    try:
-        latents = host.encode(torch.zeros(1, 3, side, side))
-        shape = host.decode(host.predict(latents, torch.tensor(500), host.words(host.prompt))).shape
-    except (DinotileError, MemoryError):
-        raise
-    except Exception as error:  # whatever they raise for what does not fit
-        if is_out_of_memory(error):
-            raise
-        raise DinotileError(f"model: the parts of {name} do not fit each other: {one_line(error)}") from error
+    side, step = 8 * host.factor, torch.tensor(500)
+    pixels = torch.zeros(1, 3, side, side)
+    with _fitting(f"model: the parts of {name} do not fit each other"):
+        latents, words = host.encode(pixels), host.words(host.prompt)
+        shape = host.decode(host.predict(latents, step, words)).shape
+    if controlnet:
+        with _fitting(f"controlnet: {controlnet} does not fit {name}"):
+            host.predict(latents, step, words, hint=pixels)
     if shape != (1, 3, side, side):
         raise DinotileError(f"model: {name} makes {side}x{side} pixels {shape[-1]}x{shape[-2]}; {ASK}")
+
+
+def _fitting(line: str) -> Handling:
+    """DinotileError, beginning with the line, for whatever models raise that do not fit each other."""
+
+    def tell(error: Exception) -> bool:
+        if isinstance(error, (DinotileError, MemoryError)) or is_out_of_memory(error):
+            return False
+        raise DinotileError(f"{line}: {one_line(error)}") from error
+
+    return Handling(tell)

@@ -7,22 +7,31 @@ import logging
 import math
 import os
 import re
-import tempfile
-from collections.abc import Iterator
+import warnings
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from diffusers import AutoencoderKL
+from diffusers.loaders.single_file_utils import convert_ldm_vae_checkpoint
 from diffusers.utils import USE_PEFT_BACKEND
 from diffusers.utils import logging as diffusers_logging
+from huggingface_hub.utils import logging as hub_logging
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers.utils import logging as transformers_logging
 
 from lib_dinotile import DinotileError, one_line
+from lib_dinotile.hosts.diffusers_checkpoints import UNION, kind_of
 from lib_dinotile.settings import Generation
 from lib_dinotile.weights import open_tensors
+
+Tensors = Mapping[str, Tensor]
+"""The tensors of a file, by name."""
+
+GIVE = {"vae": "give a VAE", "controlnet": "give a ControlNet of the Tile kind"}
+"""What refusals of a file of another kind end with, by option."""
 
 _LORA = re.compile(r"\s*(.+?\.safetensors)(?:\s*:\s*([^,:\\/]+?))?\s*(?:,|$)", re.I)
 
@@ -61,12 +70,12 @@ def added_files(generation: Generation) -> dict[str, list[Path]]:
     return {**files, "lora": [lora.path for lora in parse_loras(generation.lora)]}
 
 
-def check_unused(generation: Generation) -> None:
-    """DinotileError for options that the built-in model has no use for."""
-    names = ("prompt", "negative", "cfg", "clip_skip", "lora", "vae", "controlnet")
-    given = [name for name in names if getattr(generation, name) != Generation.option(name).default]
-    if given:
-        raise DinotileError(f"{given[0]}: the built-in model mini has no use for it: leave it out, or give a --model")
+def check_added(generation: Generation) -> None:
+    """DinotileError for files and folders that are not there, or of a kind that is not read."""
+    for option, paths in added_files(generation).items():
+        for path in paths:
+            if option == "lora" or not os.path.isdir(path):
+                _check_file(option, path)
 
 
 def load_loras(pipe: Any, text: str) -> None:
@@ -112,7 +121,7 @@ def load_vae(own: Any, name: str) -> Any:
 
     DinotileError if its latents are others than that one's.
     """
-    vae = load_model("vae", AutoencoderKL, Path(name), own.config)
+    vae, _ = load_model("vae", AutoencoderKL, Path(name), own.config, convert_ldm_vae_checkpoint)
     for key in ("latent_channels", "block_out_channels", "scaling_factor", "shift_factor", "latents_mean"):
         theirs, ours = (config.get(key) or None for config in (vae.config, own.config))
         if theirs != ours:
@@ -120,53 +129,78 @@ def load_vae(own: Any, name: str) -> Any:
     return vae
 
 
-def load_model(option: str, kind: Any, path: Path, config: Any) -> Any:
-    """A diffusers model of a class from a folder, or from a .safetensors file that has this configuration."""
+def load_model(
+    option: str, kind: Any, path: Path, config: Any, convert: Callable[[Tensors, Any], Tensors]
+) -> tuple[Any, list[str]]:
+    """A diffusers model of a class from a folder, or from a .safetensors file that has this configuration; and the
+    names of tensors that it has no place for.
+
+    convert: gives tensors of the original layout (LDM) the names that diffusers has for them.
+    """
+    names: list[str] = []
     try:
         if os.path.isdir(path):
             return _from_folder(option, kind, path)
-        tensors = read_tensors(option, path)
-        # A file says nothing of its configuration: without one diffusers would ask the Hub for that of some model.
-        with tempfile.TemporaryDirectory() as folder, quiet():
-            with torch.device("meta"):
-                model = kind.from_config(config)
-            if tensors.keys() >= model.state_dict().keys():  # the names are diffusers' already
-                model.load_state_dict(tensors, strict=False, assign=True)
-            else:
-                model.save_config(folder)
-                model = kind.from_single_file(tensors, config=folder)
-        if any(weights.is_meta for weights in (*model.parameters(), *model.buffers())):
+        tensors: Tensors = read_tensors(option, path)
+        names = [*tensors]
+        # A file says nothing of its configuration: diffusers would ask the Hub for that of some model.
+        with torch.device("meta"):
+            model = kind.from_config(config)
+        if not tensors.keys() >= model.state_dict().keys():
+            tensors = convert(tensors, config)
+        told = model.load_state_dict(tensors, strict=False, assign=True)
+        if told.missing_keys:
             raise ValueError("weights are missing")
-        return model.eval()
+        return model.eval(), told.unexpected_keys
     except DinotileError:
         raise
     except Exception as error:  # whatever the libraries raise for what is missing or does not fit
+        other = kind_of(names)
+        if other and f"--{option}" not in other:
+            raise DinotileError(f"{option}: {path} is {other}; {GIVE[option]}") from error
         raise DinotileError(
             f"{option}: {path} is no {kind.__name__} for this checkpoint, or is damaged: {one_line(error)}"
         ) from error
 
 
-def _from_folder(option: str, kind: Any, path: Path) -> Any:
+def _from_folder(option: str, kind: Any, path: Path) -> tuple[Any, list[str]]:
     if (path / option / "config.json").is_file():  # of a whole pipeline
         path = path / option
     found = kind.load_config(path).get("_class_name")
+    if found == "ControlNetUnionModel":
+        raise DinotileError(f"{option}: {path} is {UNION}; {GIVE[option]}")
     if found != kind.__name__:
         raise DinotileError(f"{option}: {path} holds {_a(found)}, not {_a(kind.__name__)}")
     half = not [file for file in path.glob("*.safetensors") if ".fp16." not in file.name]
     with quiet():
-        return kind.from_pretrained(path, use_safetensors=True, variant="fp16" if half else None)
+        model, told = kind.from_pretrained(
+            path,
+            use_safetensors=True,
+            variant="fp16" if half else None,
+            output_loading_info=True,
+            low_cpu_mem_usage=False,  # with it older versions do not tell of what they leave out
+        )
+    if told["missing_keys"]:
+        raise ValueError("weights are missing")
+    return model.eval(), told["unexpected_keys"]
 
 
 def _a(name: Any) -> str:
     return f"an {name}" if str(name).startswith("A") else f"a {name}"
 
 
-def read_tensors(option: str, path: Path) -> dict[str, Tensor]:
-    """The tensors of a .safetensors file; DinotileError if it is none."""
+def _check_file(option: str, path: Path) -> None:
+    """DinotileError if it is not there, or no .safetensors file."""
+    if not os.path.isfile(path):
+        kinds = "file" if option == "lora" else "file or folder"
+        raise DinotileError(f"{option}: there is no {kinds} {path} (Hugging Face ids are only for --model)")
     if path.suffix.lower() != ".safetensors":
         raise DinotileError(f"{option}: {path} is not a .safetensors file; other formats can run code, convert it")
-    if not os.path.isfile(path):
-        raise DinotileError(f"{option}: there is no file {path}")
+
+
+def read_tensors(option: str, path: Path) -> dict[str, Tensor]:
+    """The tensors of a .safetensors file; DinotileError if it is none."""
+    _check_file(option, path)
     try:
         with open_tensors(path) as file:
             return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
@@ -176,12 +210,15 @@ def read_tensors(option: str, path: Path) -> dict[str, Tensor]:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """While open, diffusers and transformers log nothing: what went wrong one line of ours says."""
-    before = [(each, each.get_verbosity()) for each in (diffusers_logging, transformers_logging)]
+    """While open, diffusers, transformers and the Hub's client neither log nor warn: what went wrong one line of ours
+    says."""
+    before = [(each, each.get_verbosity()) for each in (diffusers_logging, transformers_logging, hub_logging)]
     try:
         for each, _ in before:
             each.set_verbosity(logging.CRITICAL)
-        yield
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
     finally:
         for each, level in before:
             each.set_verbosity(level)

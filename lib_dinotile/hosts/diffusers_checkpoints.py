@@ -38,10 +38,12 @@ def _has(*parts: str) -> Callable[[Collection[str]], bool]:
     return lambda names: any(part in name for name in names for part in parts)
 
 
+UNION = "a ControlNet Union, which is not supported"
 OTHERS: dict[str, Callable[[Collection[str]], bool]] = {
     "a LoRA, which goes with --lora": _has(
         "lora_down", "lora_up", "lora_A", "lora_B", "hada_w", "lokr_w", "oft_blocks"
     ),
+    UNION: _has("task_embedding", "control_add_embedding.", "transformer_layes.", "spatial_ch_projs."),
     "a ControlNet, which goes with --controlnet": _starts(
         "control_model.", "controlnet_", "input_hint_block.", "lllite_"
     ),
@@ -54,6 +56,11 @@ OTHERS: dict[str, Callable[[Collection[str]], bool]] = {
     "a text encoder": _starts("text_model.", *TEXT),
 }
 """Files without the UNet of a checkpoint: what they are, and how that is told by the names of their tensors."""
+
+
+def kind_of(names: Collection[str]) -> str | None:
+    """What a file without the UNet of a checkpoint is, by the names of its tensors; None if that is not known."""
+    return next((kind for kind, tells in OTHERS.items() if tells(names)), None)
 
 
 def by_channels(taken: int, given: int = 4) -> str:
@@ -70,7 +77,7 @@ def is_pointer(path: Path) -> bool:
 
 def check_checkpoint(path: Path) -> Marks:
     """The marks of a file that is a whole Stable Diffusion 1.5, 2 or XL; DinotileError with words that help if not."""
-    if path.suffix != ".safetensors":
+    if path.suffix.lower() != ".safetensors":
         raise DinotileError(f"model: {path.name} is not a .safetensors file; other formats can run code, convert it")
     try:
         if is_pointer(path):
@@ -83,8 +90,7 @@ def check_checkpoint(path: Path) -> Marks:
     except IndexError as error:
         raise DinotileError(f"model: {path.name} is damaged: {UNET} is no convolution") from error
     if UNET not in names:
-        found = next((kind for kind, tells in OTHERS.items() if tells(names)), "no checkpoint: it has no UNet")
-        raise DinotileError(f"model: {path.name} is {found}; {ASK}")
+        raise DinotileError(f"model: {path.name} is {kind_of(names) or 'no checkpoint: it has no UNet'}; {ASK}")
     sdxl = _starts("conditioner.embedders.1.")(names)
     if channels != 4:
         raise DinotileError(f"model: {path.name} is {by_channels(channels)}; {ASK}")

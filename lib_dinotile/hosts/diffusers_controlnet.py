@@ -8,10 +8,12 @@ from typing import Any
 
 import torch
 from diffusers import ControlNetModel
+from diffusers.loaders.single_file_utils import convert_controlnet_checkpoint
 from torch import Tensor, nn
 
 from lib_dinotile import DinotileError
-from lib_dinotile.hosts.diffusers_addons import load_model
+from lib_dinotile.hosts.diffusers_addons import GIVE, Tensors, load_model
+from lib_dinotile.hosts.diffusers_checkpoints import UNION, kind_of
 from lib_dinotile.hosts.memory_format import fast
 
 ALIKE = (
@@ -23,6 +25,12 @@ ALIKE = (
     "projection_class_embeddings_input_dim",
 )
 """Parts of the configuration that a ControlNet has from the UNet that it was trained for."""
+
+
+LDM = "control_model."
+"""In front of the names of its tensors in the original layout, or not there."""
+SIZES = {"label_emb.0.0.": "add_embedding.linear_1.", "label_emb.0.2.": "add_embedding.linear_2."}
+"""Layers of SDXL's sizes in the original layout, which diffusers does not rename."""
 
 
 class ControlNet(nn.Module):
@@ -57,7 +65,10 @@ def load_controlnet(unet: Any, name: str, strength: float) -> ControlNet | None:
         return None
     with torch.device("meta"):
         config = ControlNetModel.from_unet(unet, load_weights_from_unet=False).config
-    model = load_model("controlnet", ControlNetModel, Path(name), config)
+    model, extra = load_model("controlnet", ControlNetModel, Path(name), config, _from_ldm)
+    if extra:
+        found = UNION if kind_of(extra) == UNION else f"of a kind that is not supported (it has {extra[0]})"
+        raise DinotileError(f"controlnet: {name} is {found}; {GIVE['controlnet']}")
     for key in ALIKE:
         theirs, ours = (_plain(each.config.get(key)) for each in (model, unet))
         if theirs != ours:
@@ -65,8 +76,19 @@ def load_controlnet(unet: Any, name: str, strength: float) -> ControlNet | None:
                 f"controlnet: {name} is for other checkpoints: its {key} is {theirs}, this one's {ours}"
             )
     if model.config.get("conditioning_channels", 3) != 3 or model.config.get("global_pool_conditions"):
-        raise DinotileError(f"controlnet: {name} takes no picture as its hint, give a Tile model")
-    return ControlNet(model.eval().requires_grad_(False), strength)
+        raise DinotileError(f"controlnet: {name} takes no picture as its hint; {GIVE['controlnet']}")
+    return ControlNet(model.requires_grad_(False), strength)
+
+
+def _from_ldm(tensors: Tensors, config: Mapping[str, Any]) -> Tensors:
+    """Tensors of the original layout by diffusers' names; those that it has no name for keep their own."""
+    own = {name.removeprefix(LDM): tensor for name, tensor in tensors.items() if name.startswith(LDM)} or tensors
+    found = convert_controlnet_checkpoint(own, config)
+    known = {id(tensor) for tensor in found.values()}
+    rest = {name: tensor for name, tensor in own.items() if id(tensor) not in known}
+    for theirs, ours in SIZES.items():
+        rest = {name.replace(theirs, ours): tensor for name, tensor in rest.items()}
+    return {**{name: tensor for name, tensor in found.items() if tensor is not None}, **rest}
 
 
 def _plain(value: Any) -> Any:

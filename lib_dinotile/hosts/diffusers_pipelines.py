@@ -7,8 +7,11 @@ is painted.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -39,8 +42,25 @@ LIBRARIES = ("diffusers", "transformers", "stable_diffusion")
 """The last one is diffusers' own, for safety checkers."""
 INPUTS = ("class_embed_type", "num_class_embeds", "encoder_hid_dim_type", "time_cond_proj_dim")
 """Keys of a UNet's configuration that ask for inputs which are not given here."""
+UNCHANGED = {"steps_offset": 1, "clip_sample": False}
+"""Of a scheduler that takes ours' place while a pipeline is made: StableDiffusionPipeline sets others to this."""
 VARIANTS = (None, "fp16")
 """In the names of files with weights; the first that is there is loaded."""
+FILES = (".safetensors", ".ckpt", ".pt", ".pth", ".bin")
+"""Endings of names that are those of files."""
+
+
+def is_hub_id(name: str) -> bool:
+    """Whether it names a model that is looked for on the Hugging Face Hub."""
+    from huggingface_hub.utils import HFValidationError, validate_repo_id
+
+    if name == "mini" or os.path.exists(name) or Path(name).suffix.lower() in FILES:
+        return False
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return True
 
 
 def load_pipeline(generation: Generation) -> Any:
@@ -49,7 +69,7 @@ def load_pipeline(generation: Generation) -> Any:
     DinotileError, one line, if it is not there, or is no Stable Diffusion 1.5, 2 or XL.
     """
     name, path, is_file = generation.model, Path(generation.model), os.path.isfile(generation.model)
-    if path.suffix in (".safetensors", ".ckpt", ".pt", ".pth", ".bin") and not is_file:
+    if path.suffix.lower() in FILES and not is_file:
         raise DinotileError(f"model: there is no file {name}")
     try:
         pipe = _single_file(path, generation.config) if is_file else _pretrained(_Source("model", name))
@@ -68,19 +88,23 @@ def _single_file(path: Path, config: str) -> Any:
 
     marks = check_checkpoint(path)
     more: dict[str, Any] = {} if marks.sdxl else {"safety_checker": None}
+    scheduler = None
     if config:
         source = _Source("config", config)
         if source.sdxl != marks.sdxl:
             raise source.refuse(f"is for another kind of Stable Diffusion than {path.name}")
-        more |= {"config": config, "scheduler": source.scheduler()}
+        scheduler = source.scheduler()
+        more |= {"config": config, "scheduler": DDIMScheduler(**UNCHANGED)}
     kind = StableDiffusionXLPipeline if marks.sdxl else StableDiffusionPipeline
     try:
-        pipe = kind.from_single_file(str(path), **more)
+        with _in_small_letters(path) as file:
+            pipe = kind.from_single_file(str(file), **more)
     except NotImplementedError as error:  # torch's, where a weight that the file lacks is to be moved
         raise DinotileError(f"model: {path.name} lacks weights of its unet or its vae") from error
     for name, part in pipe.components.items():
         if isinstance(part, nn.Module):  # weights that the file lacks are on no device
             _check_whole(path.name, name, [key for key, weight in part.named_parameters() if weight.is_meta])
+    pipe.scheduler = scheduler or pipe.scheduler
     if marks.v_prediction:  # diffusers does not look at these marks
         pipe.scheduler = DDIMScheduler.from_config(
             pipe.scheduler.config, prediction_type="v_prediction", rescale_betas_zero_snr=marks.zero_snr
@@ -92,21 +116,39 @@ def _pretrained(source: _Source) -> Any:
     from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
     from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
+    scheduler = source.scheduler()
     parts: dict[str, Any] = {
-        "scheduler": source.scheduler(),
+        "scheduler": DDIMScheduler(**UNCHANGED),
         "tokenizer": CLIPTokenizer.from_pretrained(source.name, subfolder="tokenizer"),
         "text_encoder": source.weights(CLIPTextModel, "text_encoder"),
         "unet": source.weights(UNet2DConditionModel, "unet"),
         "vae": source.weights(AutoencoderKL, "vae"),
     }
-    if not source.sdxl:
-        return StableDiffusionPipeline(
-            **parts, safety_checker=None, feature_extractor=None, requires_safety_checker=False
-        )
-    parts["tokenizer_2"] = CLIPTokenizer.from_pretrained(source.name, subfolder="tokenizer_2")
-    parts["text_encoder_2"] = source.weights(CLIPTextModelWithProjection, "text_encoder_2")
-    zeros = bool(source.index.get("force_zeros_for_empty_prompt", True))
-    return StableDiffusionXLPipeline(**parts, force_zeros_for_empty_prompt=zeros, add_watermarker=False)
+    if source.sdxl:
+        parts["tokenizer_2"] = CLIPTokenizer.from_pretrained(source.name, subfolder="tokenizer_2")
+        parts["text_encoder_2"] = source.weights(CLIPTextModelWithProjection, "text_encoder_2")
+        zeros = bool(source.index.get("force_zeros_for_empty_prompt", True))
+        pipe = StableDiffusionXLPipeline(**parts, force_zeros_for_empty_prompt=zeros, add_watermarker=False)
+    else:
+        unused = {"safety_checker": None, "feature_extractor": None}
+        pipe = StableDiffusionPipeline(**parts, **unused, requires_safety_checker=False)
+    pipe.scheduler = scheduler
+    return pipe
+
+
+@contextlib.contextmanager
+def _in_small_letters(path: Path) -> Iterator[Path]:
+    """The file by a name that ends with .safetensors: diffusers takes .SAFETENSORS for a pickle."""
+    if path.suffix == ".safetensors":
+        yield path
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        link = Path(folder, path.stem).with_suffix(".safetensors")
+        try:
+            os.symlink(path.absolute(), link)
+        except OSError:  # on Windows few users may do that, but there both names are one
+            link = path.with_suffix(".safetensors")
+        yield link
 
 
 def _check_whole(name: str, part: str, missing: list[str]) -> None:
@@ -163,9 +205,7 @@ class _Source:
     def _read_index(self) -> dict[str, Any]:
         file = Path(self.name) / "model_index.json" if os.path.isdir(self.name) else _from_hub(self._option, self.name)
         if not file.is_file():
-            inside = sorted(each.name for each in Path(self.name).glob("*.safetensors"))
-            hint = f"the file in it, {inside[0]}" if inside else "the folder of a whole diffusers pipeline"
-            raise self.refuse("has no model_index.json", f": give {hint}")
+            raise self.refuse("has no model_index.json", f": give {_what_instead(self.name)}")
         try:
             index = json.loads(file.read_text(encoding="utf-8"))
             entries = {key: value for key, value in index.items() if value not in (None, [None, None])}
@@ -203,6 +243,18 @@ class _Source:
             raise self.refuse(f"has a UNet with inputs that are not given here ({key}: {value})")
         if not isinstance(config.get("layers_per_block", 2), int):
             raise self.refuse("has a UNet with another number of blocks at every level")
+
+
+def _what_instead(folder: str) -> str:
+    """What may be meant by a folder that is no pipeline."""
+    parent = os.path.normpath(os.path.join(folder, os.pardir))
+    if os.path.isfile(os.path.join(parent, "model_index.json")):
+        return f"its parent folder, {parent}"
+    for file in sorted(Path(folder).glob("*.safetensors")):
+        with contextlib.suppress(DinotileError):
+            check_checkpoint(file)
+            return f"the file in it, {file.name}"
+    return "the folder of a whole diffusers pipeline"
 
 
 def _is_of_library(entry: Any) -> bool:

@@ -1,9 +1,10 @@
 """Prompts in the WebUIs' syntax, encoded for the UNets of diffusers.
 
 `(word)`, `(word:1.3)`, `[word]`, BREAK and any number of tokens, with the chunks and weights ("Original") of A1111,
-so that a prompt from the WebUI gives the same embeddings here. No library does that: compel 2.5 has its own syntax,
-weighs by interpolation and needs transformers 5; sd_embed is not on PyPI; diffusers' pipelines for long prompts
-(`lpw_stable_diffusion`) are community files outside the package, and its `clip_skip` fails with transformers 5.
+so that a prompt from the WebUI gives the same embeddings here, but for a BREAK within brackets (see `parse_prompt`).
+No library does that: compel 2.5 has its own syntax, weighs by interpolation and needs transformers 5; sd_embed is not
+on PyPI; diffusers' pipelines for long prompts (`lpw_stable_diffusion`) are community files outside the package, and its
+`clip_skip` fails with transformers 5.
 """
 
 from __future__ import annotations
@@ -44,13 +45,15 @@ Weighted = tuple[str, float]
 def parse_prompt(prompt: str, name: str = "prompt") -> list[list[Weighted]]:
     """The parts of a prompt between its BREAKs, each as texts with their weights.
 
+    A BREAK within brackets begins a part, too. In A1111 it does not: its `parse_prompt_attention` marks a BREAK by the
+    weight -1, and multiplies that by the brackets'. The difference is deliberate: whoever writes BREAK wants a break.
+
     name: what messages call it. DinotileError for what the command line has no equivalent of.
     """
     _refuse_networks(prompt, name)
     if re.search(r"\bAND\b", prompt):
-        raise DinotileError(
-            f"{name}: AND is not supported on the command line: write one prompt, or name places with --region-prompts"
-        )
+        other = "" if name == "region_prompts" else ", or name places with --region-prompts"
+        raise DinotileError(f"{name}: AND is not supported on the command line: write one prompt{other}")
     parts: list[list[Weighted]] = [[]]
     opened: list[tuple[str, int, tuple[int, int]]] = []
     """Brackets that are open: which, its place in the prompt, and in `parts`."""
@@ -154,7 +157,7 @@ class PromptEncoder:
     def _encode(self, prompt: str, name: str) -> tuple[Tensor, ...]:
         parts, states, pooled = parse_prompt(prompt, name), [], []
         for tokenizer, encoder in self._encoders:
-            ids, weights = self._chunks(tokenizer, parts)
+            ids, weights = self._chunks(tokenizer, encoder, parts)
             output = encoder(ids.to(encoder.device), output_hidden_states=True)
             states.append(_weighted(self._layer(encoder, output), weights).flatten(0, 1)[None])
             pooled = [output[0][:1]]  # SDXL's second encoder gives it first; that of the first chunk, as in the WebUIs
@@ -168,9 +171,10 @@ class PromptEncoder:
         return getattr(encoder, "text_model", encoder).final_layer_norm(output.hidden_states[-self._skip])
 
     @staticmethod
-    def _chunks(tokenizer: Any, parts: Sequence[Sequence[Weighted]]) -> tuple[Tensor, Tensor]:
+    def _chunks(tokenizer: Any, encoder: Any, parts: Sequence[Sequence[Weighted]]) -> tuple[Tensor, Tensor]:
         """(numbers of tokens (n, 77), weights (n, 77)): each chunk begins and ends as a prompt of its own."""
-        most = tokenizer.model_max_length - 2
+        # A tokenizer whose configuration does not say how long a text may be says 1e30.
+        most = min(tokenizer.model_max_length, encoder.config.max_position_embeddings) - 2
         comma, end, pad = tokenizer.get_vocab().get(",</w>"), tokenizer.eos_token_id, tokenizer.pad_token_id
         chunks: list[list[tuple[int, float]]] = []
         for number, part in enumerate(parts):

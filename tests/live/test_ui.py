@@ -240,7 +240,7 @@ def test_an_interrogator_is_asked_for_regions_without_words_or_says_why_not(tab:
             field.input_value() for field in tab.page.locator("#dinotile_naming textarea").all() if field.is_visible()
         )
         return
-    assert tab.page.locator("#dinotile_preview_text .error").inner_text().startswith("captions: ")
+    assert tab.page.locator("#dinotile_preview_text .error").inner_text().startswith("Tile captions: ")
 
 
 def test_a_preview_follows_the_options(tab: Tab):
@@ -255,7 +255,7 @@ def test_what_cannot_be_is_told_in_a_line(browser: Browser, tab: Tab, url: str):
     tab.slide("tile", 64)
     tab.fold("Upscaler and tiles")
     tab.slide("overlap", 40)
-    assert tab.preview() == "overlap: 40 is not allowed with tile 64, give at most 32"
+    assert tab.preview() == "Tile overlap: 40 is not allowed with Tile size 64, give at most 32"
     tab.slide("overlap", 32)
     tab.fold("Upscaler and tiles")
     tab.slide("tile", 128)
@@ -334,7 +334,7 @@ def test_a_refusal_is_told_where_the_user_looks(tab: Tab):
     tab.slide("overlap", 40)
     tab.generate()
     tab.done()
-    assert "overlap: 40 is not allowed with tile 64, give at most 32" in tab.told
+    assert "Tile overlap: 40 is not allowed with Tile size 64, give at most 32" in tab.told
     tab.slide("overlap", 32)
     tab.fold("Upscaler and tiles")
     tab.slide("tile", 128)

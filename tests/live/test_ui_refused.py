@@ -25,5 +25,5 @@ def test_the_page_says_whose_refusal_it_is_and_what_to_do(webui: WebUI, small: I
         if folder is not None:
             tab.shot(folder / "refused.png", whole=True)
         told = tab.page.locator("#html_log_img2img").first.inner_text()
-    assert "DINO Tile: tile_prompts: there is no tile 99, this image has 1" in told
+    assert "DINO Tile: Prompts per tile: there is no tile 99, this image has 1" in told
     assert "Error" not in told

@@ -60,7 +60,7 @@ def test_progress_grows_over_all_cells(webui: WebUI, plot: Plot, small: Image.Im
         ),
         ({"end": 0.4}, {"z": ("Adapter start", [0, 0.5])}, "start: 0.5 is not allowed with end 0.4"),
         ({"overlap": 40}, {"y": ("Tile size", [96, 64])}, "overlap: 40 is not allowed with tile 64"),
-        ({}, {"x": ("Tile prompt", ["a cat", "<lora:cat:1>"])}, "tile prompts cannot load networks"),
+        ({}, {"x": ("Tile prompt", ["a cat", "<lora:cat:1>"])}, "prompts of tiles and regions cannot load networks"),
         ({}, {"x": ("DINO encoder", ["mini", "facebook/dinov2-base"])}, "adapter '.*' reads encoder 'mini', not"),
     ],
 )
