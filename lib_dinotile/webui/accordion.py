@@ -159,12 +159,12 @@ def _add_presets(prefix: str) -> tuple[Any, Any]:
 
 
 def _connect_presets(chosen: Any, hint: Any, components: Mapping[str, Any], table: type[Settings]) -> None:
-    names = list(presets.values(presets.NAMES[0], table))
+    names = list(dict.fromkeys(option for name in presets.NAMES for option in presets.values(name, table)))
 
     def choose(name: str) -> list[Any]:
         values = presets.values(name, table)
         line = f"<p>{html.escape(f'{name}: {presets.find(name).hint}')}</p>"
-        return [line, *(gr.update(value=values[option]) for option in names)]
+        return [line, *(gr.update(value=values[each]) if each in values else gr.update() for each in names)]
 
     outputs = [hint, *(components[name] for name in names)]
     chosen.input(fn=choose, inputs=[chosen], outputs=outputs, show_progress=False)
