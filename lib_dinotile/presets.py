@@ -11,6 +11,7 @@ from typing import Any
 
 from lib_dinotile import DinotileError
 from lib_dinotile.options import Options
+from lib_dinotile.tiling.flat import RECOMMENDED
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,7 @@ PRESETS = (
     ),
     Preset(
         "Anime",
-        {"denoise": 0.25, "flat": 0.9, "guard": "blend back"},
+        {"denoise": 0.25, "flat": RECOMMENDED, "guard": "blend back"},
         "Also set Denoising strength 0.2 to 0.3, Upscaler R-ESRGAN 4x+ Anime6B or another for drawings.",
     ),
     Preset(

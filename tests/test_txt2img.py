@@ -71,6 +71,8 @@ def txt2img(takeover, modules, monkeypatch) -> Any:  # noqa: F811
     processing.StableDiffusionProcessingTxt2Img = Txt2ImgJob
     processing.create_infotext = lambda *_, **__: "told"
     shared.opts.initial_noise_multiplier = 1.0
+    shared.state.interrupt = lambda: setattr(shared.state, "interrupted", True)
+    shared.state.stop_generating = lambda: setattr(shared.state, "stopping_generation", True)
     shared.opts.save_images_before_highres_fix = False
     shared.opts.samples_format = "png"
     modules("modules.devices").cpu = torch.device("cpu")
@@ -99,6 +101,30 @@ def generate(module: Any, p: Job, settings: Txt2Img = OPTIONS, count: int = 1) -
         subseed_strength=0.0,
         prompts=[""] * count,
     )
+
+
+@pytest.mark.parametrize("hires, images", [(False, 1), (True, 1), (False, 2)])
+def test_the_first_interrupt_stops_a_single_image_at_once_as_it_does_without_tiles(
+    txt2img,
+    modules,  # noqa: F811
+    monkeypatch,
+    hires,
+    images,
+):
+    state, own = modules("modules.shared").state, Txt2ImgJob.sample
+    before = state.stop_generating
+
+    def sample(p: Txt2ImgJob, *arguments: Any, **more: Any) -> Any:
+        state.stop_generating()  # the button
+        return own(p, *arguments, **more)
+
+    monkeypatch.setattr(Txt2ImgJob, "sample", sample)
+    p = Txt2ImgJob(hires)
+    p.n_iter = images
+    generate(txt2img, p)
+    alone = images == 1 and not hires
+    assert (state.interrupted, state.stopping_generation) == (alone, not alone)
+    assert state.stop_generating is before and p.extra_generation_params["DINO Tile painted"][0].startswith("0 of")
 
 
 @pytest.mark.parametrize("hires", [False, True])

@@ -172,7 +172,7 @@ class Txt2ImgTakeover(Takeover):
             "prompts": prompts,
         }
         try:
-            with bars.passing(bars.PASS * passes * len(seeds), steps):
+            with bars.passing(bars.PASS * passes * len(seeds), steps), self._stopped_as_ever():
                 generated = self._own("sample")(**arguments)
             if bars.stopped():
                 p.extra_generation_params["DINO Tile painted"] = [f"0 of {self._tiles}"] * len(seeds)
@@ -189,6 +189,13 @@ class Txt2ImgTakeover(Takeover):
             self._let_go()
             raise
         return self._upscaled(generated, **arguments)
+
+    def _stopped_as_ever(self) -> contextlib.AbstractContextManager[Any]:
+        """While open, Interrupt stops a single image at once. The WebUI goes by the number of jobs, which is large
+        here, and would let it be finished."""
+        p, state = self._p, shared.state
+        alone = p.n_iter == 1 and not p.enable_hr
+        return patched(state, stop_generating=state.interrupt) if alone else contextlib.nullcontext()
 
     @_in_one_line
     def _upscaled(
