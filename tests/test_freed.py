@@ -408,6 +408,28 @@ def test_an_error_in_a_later_batch_costs_no_image_of_an_earlier_one(takeover, al
     assert gone(p, alive)
 
 
+def test_a_sampler_that_cannot_be_used_is_refused_before_anything_is_made(takeover, alive, monkeypatch):
+    def steps(host, denoise=None):
+        raise DinotileError("this sampler changes the size of tiles")
+
+    monkeypatch.setattr(StubHost, "steps", steps)
+    p = Job()
+    takeover.Takeover(p, OPTIONS).apply()
+    with pytest.raises(DinotileError, match=r"^this sampler changes"):
+        p.init([""], [1], [1])
+    assert ours(p) == []
+
+
+@pytest.mark.parametrize("button", ["interrupted", "skipped", "stopping_generation"])
+def test_what_is_got_ready_before_the_first_tile_can_be_stopped(takeover, button):
+    state = takeover.shared.state
+    takeover._getting_ready("downloading", 0.25)
+    assert state.textinfo == "DINO Tile: downloading (25%)"
+    setattr(state, button, True)
+    with pytest.raises(DinotileError, match=r"^stopped before the first tile$"):
+        takeover._getting_ready("downloading", 0.5)
+
+
 def test_png_info_has_nothing_of_the_last_image_of_the_same_job(takeover):
     """The Batch tab takes one processing object for all images of a folder."""
     p = Job()

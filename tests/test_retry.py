@@ -18,9 +18,10 @@ from lib_dinotile.dino.tile_features import TileFeatures
 from lib_dinotile.engine.flow import UnfinishedError, upscale
 from lib_dinotile.engine.host import Interrupted
 from lib_dinotile.engine.journal import Journal
-from lib_dinotile.engine.retry import reserve
+from lib_dinotile.engine.retry import RetryPolicy, reserve
 from lib_dinotile.engine.team import Team
 from lib_dinotile.settings import Settings
+from lib_dinotile.tiling.canvas import Canvas
 from lib_dinotile.tiling.noise import NoiseField
 from tests.test_engine import StubHost
 from tests.test_tile_features import Colours, to_tensor
@@ -344,6 +345,19 @@ def test_a_retry_with_more_steps_than_it_asked_for_says_so():
     result, *_ = run(Needy(), guard_seeds=1, guard_weaker=1)
     assert "guard, repaint attempt 2: 4 sampling steps instead of 3" in result.report.notes
     assert not [line for line in run(Needy(wrong=lambda number: 0))[0].report.notes if "steps" in line]
+
+
+def test_where_the_guard_fails_the_colours_of_what_is_painted_are_levelled_all_the_same(monkeypatch):
+    levelled, level = [], Canvas.level
+
+    def fails(*_):
+        raise RuntimeError("broken")
+
+    monkeypatch.setattr(RetryPolicy, "__call__", fails)
+    monkeypatch.setattr(Canvas, "level", lambda canvas: (levelled.append(1), level(canvas)))
+    with pytest.raises(UnfinishedError, match="broken") as caught:
+        run(Forger())
+    assert levelled == [1] and caught.value.result.later == "the guard"
 
 
 @pytest.mark.parametrize("order", ["chess", "linear", "fused"])

@@ -388,6 +388,9 @@ def test_where_tiles_of_a_batch_are_not_what_they_are_alone_they_are_painted_one
     result = run(host, EVEN, overlap=0, batch=4)
     assert set(host.sampled) == {1} and result.report.notes == ["tiles are sampled one by one"]
     assert run(Alone(), EVEN, overlap=0, batch=1).report.notes == []
+    for guard, seams, batches in (("off", "none", False), ("off", "bands", True), ("retry", "none", True)):
+        notes = run(Alone(), EVEN, overlap=0, batch=4, order="fused", guard=guard, seams=seams).report.notes
+        assert notes == ["tiles are sampled one by one"] * batches, (guard, seams)
 
 
 def broken_at(x, mended=lambda: False):
