@@ -1,4 +1,4 @@
-"""dinotile against its peers in a running A1111: python benchmarks/peers.py --webui URL [--large] [--json]
+"""dinotile against its peers in a running A1111: python benchmarks/peers.py --webui URL [--large] [--only NAME]
 
 The peers: https://github.com/Coyote-A/ultimate-upscale-for-automatic1111 and
 https://github.com/pkuliyi2015/multidiffusion-upscaler-for-automatic1111.
@@ -227,6 +227,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--webui", required=True, metavar="URL", help="an A1111 with --api, dinotile and both peers")
     parser.add_argument("--large", action="store_true", help="also 8192 x 8192; takes some minutes more")
+    parser.add_argument(
+        "--only", nargs="+", choices=list(TARGETS), metavar="NAME", help="these of the comparisons above"
+    )
     parser.add_argument("--runs", type=int, default=3, help="of each, after a warm-up")
     parser.add_argument("--steps", type=int, default=4)
     parser.add_argument("--denoise", type=float, default=0.4, help="4 steps at 0.4 are two UNet steps a tile")
@@ -257,31 +260,42 @@ def main() -> None:
             Side("Ultimate SD Upscale", peer, size, math.ceil(size / 512) ** 2, (seen, seen), ultimate_tiles),
         )
 
-    def show(key: str, figure: float) -> None:
-        figures[key] = round(figure, 4)
-        print(f"  {key}: {figure:.3f} (target: at most {TARGETS[key]})", flush=True)
+    def plain() -> float:
+        print("1024 x 1024, 16 tiles of 320")
+        return compare(webui, with_ultimate(4.0, 1024, 16), arguments.runs)
 
-    model = webui.get("sdapi/v1/options").json()["sd_model_checkpoint"]
-    print(f"{model}, {arguments.steps} steps at {arguments.denoise}")
-    print("1024 x 1024, 16 tiles of 320")
-    show("usdu_1024", compare(webui, with_ultimate(4.0, 1024, 16), arguments.runs))
-    print("1024 x 1024, both as they are by default")
-    show("usdu_1024_shipped", compare(webui, as_shipped(4.0, 1024), arguments.runs))
-    own, seen = {**common, **dinotile(scale=4.0, tile=256, overlap=64, batch=4, order="fused")}, (256, 256)
-    fused = (
-        Side("dinotile, fused", own, 1024, 25, seen, dinotile_tiles),
-        Side("Tiled Diffusion", {**common, **tiled(4.0, 256, 64, 4)}, 1024, 25, seen),
-    )
-    print("1024 x 1024, 25 tiles of 256 advancing together")
-    show("tiled_diffusion", compare(webui, fused, arguments.runs))
-    if arguments.large:
+    def by_default() -> float:
+        print("1024 x 1024, both as they are by default")
+        return compare(webui, as_shipped(4.0, 1024), arguments.runs)
+
+    def together() -> float:
+        print("1024 x 1024, 25 tiles of 256 advancing together")
+        own, seen = {**common, **dinotile(scale=4.0, tile=256, overlap=64, batch=4, order="fused")}, (256, 256)
+        fused = Side("dinotile, fused", own, 1024, 25, seen, dinotile_tiles)
+        peer = Side("Tiled Diffusion", {**common, **tiled(4.0, 256, 64, 4)}, 1024, 25, seen)
+        return compare(webui, (fused, peer), arguments.runs)
+
+    def large() -> float:
         print("8192 x 8192, 1024 tiles of 320, extrapolated")
         sides = with_ultimate(8.0, 8192, 1024)
         seconds: dict[Side, list[float]] = {side: [] for side in sides}
         for _ in range(max(1, arguments.runs - 2)):
             for side, measure in zip(sides, (through_masks, beginning)):
                 seconds[side].append(measure(webui, side, example(1024)))
-        show("usdu_8192", report(seconds))
+        return report(seconds)
+
+    comparisons = {
+        "usdu_1024": plain,
+        "usdu_1024_shipped": by_default,
+        "tiled_diffusion": together,
+        "usdu_8192": large,
+    }
+    model = webui.get("sdapi/v1/options").json()["sd_model_checkpoint"]
+    print(f"{model}, {arguments.steps} steps at {arguments.denoise}")
+    for key in arguments.only or [name for name in comparisons if name != "usdu_8192" or arguments.large]:
+        figure = comparisons[key]()
+        figures[key] = round(figure, 4)
+        print(f"  {key}: {figure:.3f} (target: at most {TARGETS[key]})", flush=True)
     if arguments.json:
         print(json.dumps(figures))
 

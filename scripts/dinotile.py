@@ -3,7 +3,8 @@
 from modules import script_callbacks, scripts
 
 from lib_dinotile.webui import accordion, api, main_thread, xyz
-from lib_dinotile.webui.takeover import Takeover, refuse, undo
+from lib_dinotile.webui.replaced import refuse, undo
+from lib_dinotile.webui.takeover import Takeover
 from lib_dinotile.webui.txt2img import is_txt2img, options_for, takeover
 
 

@@ -453,9 +453,11 @@ def test_what_a_mask_switches_off_is_noted(takeover, monkeypatch, fill, off):
     assert takeover.Takeover(p, dataclasses.replace(OPTIONS, colour="none", guard="off"))._notes == []
 
 
-def test_refusals_in_the_page_have_labels(takeover):
+def test_refusals_in_the_page_have_labels(takeover, modules):
     p = Job()
-    takeover.refuse(p, DinotileError("overlap: 320 is not allowed with tile 512"), OPTIONS.with_label)
+    modules("lib_dinotile.webui.replaced").refuse(
+        p, DinotileError("overlap: 320 is not allowed with tile 512"), OPTIONS.with_label
+    )
     with pytest.raises(DinotileError, match=r"^Tile overlap: 320 is not allowed"):
         p.init([""], [1], [1])
     takeover.Takeover(p, dataclasses.replace(OPTIONS, upscaler="nope")).apply(OPTIONS.with_label)
@@ -464,7 +466,7 @@ def test_refusals_in_the_page_have_labels(takeover):
 
 
 @pytest.mark.parametrize("place", ["init", "webui", "refused", "refused for no reason of ours"])
-def test_a_job_that_fails_elsewhere_is_gone_too(takeover, monkeypatch, place):
+def test_a_job_that_fails_elsewhere_is_gone_too(takeover, modules, monkeypatch, place):
     def fails(*_: Any, **__: Any) -> None:
         raise RuntimeError("broken")
 
@@ -477,7 +479,7 @@ def test_a_job_that_fails_elsewhere_is_gone_too(takeover, monkeypatch, place):
             try:
                 raise DinotileError("not allowed") if place == "refused" else ZeroDivisionError("by zero")
             except Exception as error:
-                takeover.refuse(p, error)
+                modules("lib_dinotile.webui.replaced").refuse(p, error)
             p.init([""], [1], [1])
         else:
             finish(takeover, p, webui_fails=place == "webui")

@@ -288,7 +288,10 @@ def test_words_of_a_region_that_the_image_does_not_have_are_refused_before_any_t
     host = StubHost()
     with pytest.raises(DinotileError) as error:
         run(host, conditioner=Shows(STRIPES), region_prompts="A: fur\nD: sea", order=order)
-    assert str(error.value) == "region_prompts: there is no region D, this image has 3 (A to C): Preview shows them"
+    assert (
+        str(error.value)
+        == "region_prompts: there is no region D, this image has 3 (A to C); the semantic map shows them"
+    )
     assert error.value.status_code == 422 and host.sampled == [] and host.seen == []
 
 

@@ -82,11 +82,6 @@ class Run:
         """The tiles of the plan that are painted."""
         return [tile.area for tile in self.report.tiles if tile.state == PAINTED]
 
-    @property
-    def _covered(self) -> bool:
-        """Whether all tiles of the first pass are painted."""
-        return self.done >= len(self._passes[0].tiles) > 0
-
     def _left_out(self, tile: Rect) -> str | None:
         """Why this tile is not painted, if it is not."""
         if not self.canvas.shows_mask(tile):
@@ -127,7 +122,8 @@ class Run:
             if self._settings.colour != "none":
                 self.canvas.keep_levels(now.plan, now.blend, now.tiles)
             good: list[Rect] = []
-            self.later = "the seam fix" if self._covered else ""
+            covered = self.done >= len(self._passes[0].tiles) > 0
+            self.later = "the seam fix" if covered else ""
             try:
                 (self._fused if fused else self._waves)(now, painter, good)
             except Interrupted:

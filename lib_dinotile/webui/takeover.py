@@ -34,15 +34,11 @@ from lib_dinotile.tiling.noise import NoiseField
 from lib_dinotile.webui import folders
 from lib_dinotile.webui.area import Area
 from lib_dinotile.webui.refusals import check_img2img
+from lib_dinotile.webui.replaced import FOUND, replace, undo
 from lib_dinotile.webui.speed import learn_speed
+from lib_dinotile.webui.unfinished import keep
 
 T = TypeVar("T")
-
-UNDO = "_dinotile_undo"
-"""Where what a processing object had of its own waits on it: (attributes, names of all that are replaced)."""
-FOUND = "_dinotile_found"
-"""Where reports and maps wait on it for the gallery: (report, maps) of each image, None without tiles."""
-
 
 NOTES = ("DINO Tile painted", "DINO Tile notes", "DINO Tile tile prompts")
 """Keys in PNG info whose values belong to the images of one batch."""
@@ -67,7 +63,7 @@ def _first(error: BaseException) -> BaseException:
     return error if error.__cause__ is None else _first(error.__cause__)
 
 
-def _in_one_line(work: Callable[..., T]) -> Callable[..., T]:
+def in_one_line(work: Callable[..., T]) -> Callable[..., T]:
     """The WebUI shows, and its API answers, what an error says: let it be one line, whatever it is. The processing
     object is given back then: the WebUI lets no hook know of an error."""
 
@@ -87,43 +83,6 @@ def _in_one_line(work: Callable[..., T]) -> Callable[..., T]:
         raise DinotileError(line, code)
 
     return wrapper
-
-
-def _replace(p: Any, **values: Any) -> None:
-    """Set attributes of a processing object, until `undo`."""
-    before = {name: p.__dict__[name] for name in values if name in p.__dict__}
-    setattr(p, UNDO, (before, tuple(values)))
-    for name, value in values.items():
-        setattr(p, name, value)
-
-
-def undo(p: Any) -> None:
-    """The processing object as it was: the WebUI takes one for all the images of a folder."""
-    before, names = p.__dict__.pop(UNDO, ({}, ()))
-    for name in names:
-        if name in before:
-            setattr(p, name, before[name])
-        else:
-            p.__dict__.pop(name, None)
-    p.__dict__.pop(FOUND, None)
-
-
-def refuse(p: Any, error: Exception, called: Callable[[str], str] = str) -> None:
-    """Let the job fail with this error. The WebUI only logs what a script's hook raises, and would go on without it.
-
-    called: makes of a refusal what the user reads.
-    """
-    if not isinstance(error, DinotileError):
-        errors.report("DINO Tile: a job could not be begun", exc_info=True)
-    # Not the error itself: its frames know p, and p would have it.
-    line, code, job = called(one_line(error)), getattr(error, "status_code", 500), weakref.ref(p)
-
-    def fail(*_: Any, **__: Any) -> None:
-        undo(job())
-        raise DinotileError(line, code)
-
-    undo(p)
-    _replace(p, init=fail)
 
 
 def to_sample(image: Image.Image) -> Tensor:
@@ -199,7 +158,7 @@ class Takeover:
         """Replace `init` and `sample` of the processing object; called: makes of a refusal what the user reads."""
         p, self._called = self._p, called
         width, height = self._area.canvas  # so long: ControlNet cuts its hints to that
-        _replace(p, width=width, height=height, init=self.init, sample=self.sample)
+        replace(p, width=width, height=height, init=self.init, sample=self.sample)
         self._tell({**dict.fromkeys(NO_PART), **self._settings.infotext, **self._area.infotext})
 
     def _tell(self, infotext: Mapping[str, Any]) -> None:
@@ -226,7 +185,7 @@ class Takeover:
         reports = {"DINO Tile report": [report and report.json() for report, _ in found]}
         processed.extra_generation_params = {**processed.extra_generation_params, **reports}
 
-    @_in_one_line
+    @in_one_line
     def init(self, all_prompts: list[str], all_seeds: list[int], all_subseeds: list[int]) -> None:
         """In place of `p.init`: everything that can go wrong before the first tile goes wrong here."""
         p, opts = self._p, shared.opts
@@ -294,7 +253,7 @@ class Takeover:
         check_prompts(self._host, plan, self._settings)
         self._host.steps()  # tries the sampler
 
-    @_in_one_line
+    @in_one_line
     def sample(
         self,
         conditioning: Any,
@@ -343,10 +302,10 @@ class Takeover:
                     raise DinotileError(error.__cause__.detail, error.__cause__.status_code) from None
                 # What is done of the batch is kept, too.
                 done = results + ([self._area.finish(error.result.image, source)] if error.result.painted else [])
-                where = self._keep(done, seeds, prompts)
+                where = keep(p, [*self._unsaved, *zip(done, seeds, prompts)])
                 raise flow.UnfinishedError(error.__cause__ or error, error.result, where) from error.__cause__
             except DinotileError as error:  # before its first tile
-                where = self._keep(results, seeds, prompts)
+                where = keep(p, [*self._unsaved, *zip(results, seeds, prompts)])
                 raise DinotileError(f"{error.detail}{where}", error.status_code) from error
             maps = dict(result.maps)
             if SOURCE in maps:
@@ -419,22 +378,3 @@ class Takeover:
         learn_speed(self._p.sd_model, time.perf_counter() - began, painted, host.steps())
         host.bars.end()  # also if it was stopped
         return result
-
-    def _keep(self, done: Sequence[Image.Image], seeds: Sequence[int], prompts: Sequence[str]) -> str:
-        """Saves what a failed run has painted where the finished images would have gone, also if those would not have
-        been saved: with an error no image is answered. Words for where that is.
-
-        done: the images of this batch.
-        """
-        every = [*self._unsaved, *zip(done, seeds, prompts)]
-        if not every:
-            return ""
-        folder, form = self._p.outpath_samples, shared.opts.samples_format
-        try:
-            kept = [
-                images.save_image(image, folder, "", seed, prompt, form, p=self._p, suffix="-unfinished")[0]
-                for image, seed, prompt in every
-            ]
-        except Exception as error:  # for want of space, say
-            return f" (they cannot be kept: {one_line(error)})"
-        return f" (kept in {', '.join(filter(None, kept))})"

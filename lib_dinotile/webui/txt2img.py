@@ -25,7 +25,8 @@ from lib_dinotile.hosts.webui import ORIGINAL
 from lib_dinotile.settings import Settings, Txt2Img
 from lib_dinotile.webui.area import Area
 from lib_dinotile.webui.refusals import check_tiles_can_follow
-from lib_dinotile.webui.takeover import FOUND, NOTES, UNDO, Takeover, _in_one_line, _replace, undo
+from lib_dinotile.webui.replaced import FOUND, UNDO, replace, undo
+from lib_dinotile.webui.takeover import NOTES, Takeover, in_one_line
 
 BEFORE = "-before-dinotile"
 """Ends the names of the files that images are kept in as they were before."""
@@ -80,7 +81,7 @@ class Txt2ImgTakeover(Takeover):
 
     def apply(self, called: Callable[[str], str] = str) -> None:
         self._called = called
-        _replace(self._p, init=self.init, sample=self.sample)
+        replace(self._p, init=self.init, sample=self.sample)
         self._tell(self._settings.infotext)
 
     def _own(self, name: str) -> Any:
@@ -127,7 +128,7 @@ class Txt2ImgTakeover(Takeover):
         width, height = p.hr_upscale_to_x // factor - p.truncate_x, p.hr_upscale_to_y // factor - p.truncate_y
         return width * factor, height * factor
 
-    @_in_one_line
+    @in_one_line
     def init(self, all_prompts: list[str], all_seeds: list[int], all_subseeds: list[int]) -> None:
         """In place of `p.init`: what can go wrong goes wrong before anything is generated."""
         p = self._p
@@ -197,7 +198,7 @@ class Txt2ImgTakeover(Takeover):
         alone = p.n_iter == 1 and not p.enable_hr
         return patched(state, stop_generating=state.interrupt) if alone else contextlib.nullcontext()
 
-    @_in_one_line
+    @in_one_line
     def _upscaled(
         self,
         generated: Any,

@@ -20,7 +20,7 @@ PATIENCE = 60_000
 """Milliseconds that the page may take for anything, on a slow machine."""
 LONG = 600_000
 """Milliseconds for a generation."""
-WIDE, NARROW = (1400, 1100), (500, 1000)
+WIDE, MIDDLE, NARROW = (1400, 1100), (800, 1000), (500, 1000)
 """Windows, in pixels."""
 
 

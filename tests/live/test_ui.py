@@ -21,7 +21,7 @@ from lib_dinotile.tiling.plan import TilePlan
 
 pytest.importorskip("playwright", reason="the page is tested with playwright: pip install '.[live]'")
 
-from browser import LONG, NARROW, PATIENCE, WIDE, Browser, Tab, open_browser, open_tab
+from browser import LONG, MIDDLE, NARROW, PATIENCE, WIDE, Browser, Tab, open_browser, open_tab
 from playwright.sync_api import expect
 
 PHOTO = Path(__file__).parents[2] / "examples" / "photo.png"
@@ -86,7 +86,7 @@ def up(webui: WebUI, before: str) -> bool:
 
 
 @pytest.mark.parametrize("theme", ["light", "dark"])
-@pytest.mark.parametrize("window", [WIDE, NARROW], ids=["wide", "narrow"])
+@pytest.mark.parametrize("window", [WIDE, MIDDLE, NARROW], ids=["wide", "middle", "narrow"])
 def test_a_beginner_sees_few_plain_choices(
     browser: Browser, url: str, shots: Path, theme: str, window: tuple[int, int]
 ):
