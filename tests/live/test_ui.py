@@ -15,8 +15,9 @@ import requests
 from client import WebUI, difference, fields
 from PIL import Image
 
+from lib_dinotile.dino.checkpoint import BUILT_IN
 from lib_dinotile.lines import LETTERS
-from lib_dinotile.settings import Settings, Txt2Img
+from lib_dinotile.settings import AUTOMATIC, Settings, Txt2Img
 from lib_dinotile.tiling.plan import TilePlan
 
 pytest.importorskip("playwright", reason="the page is tested with playwright: pip install '.[live]'")
@@ -433,3 +434,40 @@ def test_a_result_is_laid_over_its_source(tab: Tab, picture: Image.Image, shots:
     tab.shot(shots / "slider.png")
     assert difference(before, picture.resize(result.size, Image.Resampling.LANCZOS)) <= 1
     assert difference(after, result) <= 1
+
+
+def test_an_encoder_is_chosen_by_its_marked_name(tab: Tab):
+    tab.fold("DINO encoder")
+    [shown] = [text for text in tab.choices("encoder") if BUILT_IN in text]
+    assert shown in (BUILT_IN, f"{BUILT_IN} (built in)")
+    tab.choose("encoder", BUILT_IN)
+    try:
+        expect(tab.page.locator("#dinotile_encoder_line").get_by_text(BUILT_IN)).to_be_visible()
+        tab.generate()
+        tab.done()
+        assert fields(tab.image().info["parameters"])["DINO Tile encoder"] == BUILT_IN
+    finally:
+        tab.choose("encoder", AUTOMATIC)
+        tab.fold("DINO encoder")
+
+
+def test_the_plots_button_fills_in_the_choices_of_an_axis(tab: Tab, shots: Path):
+    page, option = tab.page, Settings.option("guard")
+    plot = page.locator("#img2img_script_container")
+
+    def choose(place: str, text: str) -> None:
+        plot.locator(f"{place} input").first.click()
+        page.keyboard.type(text)
+        page.locator("ul.options li, ul[role=listbox] li").filter(has_text=text).first.click()
+        page.wait_for_timeout(2000)
+
+    choose("#script_list", "X/Y/Z plot")
+    try:
+        choose("#script_img2img_xyz_plot_x_type", f"[DINO Tile] {option.label}")
+        plot.locator("#xyz_grid_fill_x_tool_button").click()
+        page.wait_for_timeout(2000)
+        for value in option.choices:
+            expect(plot.locator(".token").filter(has_text=value).first).to_be_visible()
+        plot.screenshot(path=shots / "plot.png")
+    finally:
+        choose("#script_list", "None")
