@@ -107,6 +107,7 @@ class Tab:
         self.control(name).locator("input").first.click()
         found = self.page.locator("ul.options li, ul[role=listbox] li").all_inner_texts()
         self.page.keyboard.press("Escape")
+        self.control(name).locator("input").first.blur()  # or the next click would not open it
         return [text.replace("✓", "").strip() for text in found]
 
     def drop(self, image: Image.Image, place: str = "#img2img_image") -> None:
