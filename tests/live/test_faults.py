@@ -53,7 +53,7 @@ class Case:
 MEMORY = "out of memory with a single tile: give a smaller tile size"
 GUIDED, GUARDED = {**BLIND, "guidance": 0.5}, {**BLIND, "guard": "report"}
 SEAMS = {"seams": "half tile"}
-STOPPED = "all tiles are painted, the guard stopped"
+STOPPED = "all tiles are painted, but the guard failed"
 
 BROKEN_OFF = [
     Case("upscale", line=f"stopped before the first tile: {TOLD}"),
@@ -269,7 +269,7 @@ def test_a_seam_pass_that_breaks_off_costs_no_image(webui: WebUI, source: Image.
     faults.arm(Case("encode", after=1))
     reply = webui.img2img(source, options)
     fired, left = faults.disarm()
-    assert fired and f"all tiles are painted, the pass over them stopped: {TOLD}" in reply.fields["DINO Tile notes"]
+    assert fired and f"all tiles are painted, but the seam fix failed: {TOLD}" in reply.fields["DINO Tile notes"]
     painted, _, total = reply.fields["DINO Tile painted"].partition(" of ")
     assert painted == "4" and int(total) > 4
     assert difference(reply.image, plain.image) == 0
