@@ -25,7 +25,7 @@ def stop_at(webui: WebUI, job: Job, tiles: int, how: str = "interrupt") -> list[
     seen = []
     for look in job.looks():
         seen.append(look)
-        if (look.tiles or 0) >= tiles:
+        if look.tiles is not None and look.tiles >= tiles:
             webui.post(how)
             return seen
     raise AssertionError(f"no tile {tiles} was ever seen: {[(look.share, look.text) for look in seen]}")
