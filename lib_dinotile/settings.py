@@ -103,8 +103,7 @@ class Settings(Options):
     target: str = option(
         "scale",
         "Target size",
-        "scale: times larger. longest side: in pixels. img2img size: img2img's own Resize to or Resize by; on the "
-        "command line --width and --height.",
+        "scale: times larger. longest side: in pixels. img2img size: as img2img's own Resize to or Resize by say.",
         choices=TARGETS,
         infotext="DINO Tile target",
     )
@@ -650,7 +649,7 @@ class Generation(Options):
     width: int = option(
         0,
         "Width",
-        "Width of the result, with --target 'img2img size'. 0: in proportion to the height.",
+        "Width of the result, in pixels; stands for --target 'img2img size'. 0: in proportion to the height.",
         minimum=0,
         maximum=MAX_SIDE,
         step=1,
@@ -658,7 +657,7 @@ class Generation(Options):
     height: int = option(
         0,
         "Height",
-        "Height of the result, with --target 'img2img size'. 0: in proportion to the width.",
+        "Height of the result, in pixels; stands for --target 'img2img size'. 0: in proportion to the width.",
         minimum=0,
         maximum=MAX_SIDE,
         step=1,
