@@ -15,7 +15,6 @@ from PIL import Image
 from lib_dinotile import DinotileError
 from lib_dinotile.engine.flow import UnfinishedError, canvas_size, upscale
 from lib_dinotile.engine.host import Interrupted
-from lib_dinotile.engine.painter import TilePainter
 from lib_dinotile.settings import Settings
 from lib_dinotile.tiling.noise import NoiseField
 from lib_dinotile.tiling.plan import Rect
@@ -139,50 +138,6 @@ def test_a_later_wave_sees_what_earlier_ones_painted():
     settings = Settings(tile=64, overlap=32, batch=1, colour="none")
     upscale(host, Image.new("RGB", (48, 32)), settings, NoiseField(0, 4))
     assert means[0] == 0 and means[1] > 0.1
-
-
-class Decoding(StubHost):
-    """Counts the pixels that it decodes; the outer eight on every side come out wrong, as a decoder's may."""
-
-    decoded, sampling = 0, False
-
-    def __init__(self, *args):
-        super().__init__(*args)
-        self.sides = set()
-
-    def decode(self, latents):
-        pixels = super().decode(latents)
-        if not self.sampling:
-            self.decoded += pixels[:, 0].numel()
-            self.sides.update(pixels.shape[2:])
-            pixels = F.pad(pixels[..., 8:-8, 8:-8], (8, 8, 8, 8), value=0.5)
-        return pixels
-
-    def sample(self, *args):
-        self.sampling = True
-        try:
-            return super().sample(*args)
-        finally:
-            self.sampling = False
-
-
-@pytest.mark.parametrize("order", ["chess", "linear"])
-@pytest.mark.parametrize("tile, overlap, most", [(320, 64, 0.95), (384, 128, 0.9), (512, 192, 0.85), (256, 128, 1)])
-def test_what_neighbours_have_painted_is_not_decoded_again(order, tile, overlap, most, monkeypatch):
-    """But never less than 256 pixels a side."""
-    settings = Settings(tile=tile, overlap=overlap, batch=3, order=order, colour="none")
-
-    def run():
-        host = Decoding(noisy)
-        image = upscale(host, random_image(560, 420), settings, NoiseField(5, 4)).image
-        assert min(host.sides) >= 256
-        return host.decoded, image.tobytes()
-
-    pixels, image = run()
-    monkeypatch.setattr(TilePainter, "_decoded", lambda self, tiles, neighbours, sampled: self._host.decode(sampled))
-    every, wanted = run()
-    assert image == wanted
-    assert pixels <= every * most
 
 
 def test_progress_counts_tiles():

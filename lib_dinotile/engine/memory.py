@@ -17,8 +17,7 @@ T = TypeVar("T")
 
 PIECE, LEAST, OVERLAP = 640, 256, 64
 """A piece that is encoded or decoded has at most so many pixels a side, or as many as a tile if that is more;
-if the memory does not hold it, half as many again and again, but no fewer than the second: a VAE normalises by what it
-sees, and shifts the contrast of less. Neighbours share some."""
+if the memory does not hold it, half as many again and again, but no fewer than the second. Neighbours share some."""
 
 
 class OutOfMemoryError(DinotileError):

@@ -14,12 +14,11 @@ from torch import Tensor
 from lib_dinotile.condition.conditioner import Conditions
 from lib_dinotile.engine.denoisers import TileBatch
 from lib_dinotile.engine.host import Batch, Host
-from lib_dinotile.engine.memory import LEAST, BatchSize, in_full_precision, is_out_of_memory
+from lib_dinotile.engine.memory import BatchSize, in_full_precision, is_out_of_memory
 from lib_dinotile.engine.neighbours import PaintedNeighbours
 from lib_dinotile.engine.prompts import TilePrompts
 from lib_dinotile.engine.report import Report
 from lib_dinotile.settings import Settings
-from lib_dinotile.tiling.blend import RIM
 from lib_dinotile.tiling.canvas import Canvas
 from lib_dinotile.tiling.colour import correct
 from lib_dinotile.tiling.noise import NoiseField, TileNoise
@@ -131,7 +130,7 @@ class TilePainter:
         self, tiles: Sequence[Rect], neighbours: Sequence[PaintedNeighbours | None], sampled: Tensor, attempt: Attempt
     ) -> list[PaintedTile]:
         """Sampled latents (k, C, h, w) decoded and finished; what is not finite is painted again in float32, once."""
-        pixels = self._decoded(tiles, neighbours, sampled)
+        pixels = self._host.decode(sampled)
         # One look at the device for all of them. A sum tells whether any is NaN, much faster than a look at each.
         sums = torch.stack([each.flatten(1).sum(1, dtype=torch.float32) for each in (pixels, sampled)])
         done = []
@@ -143,34 +142,6 @@ class TilePainter:
             else:
                 done.append(self._again(tile, one, attempt))
         return done
-
-    def _decoded(
-        self, tiles: Sequence[Rect], neighbours: Sequence[PaintedNeighbours | None], sampled: Tensor
-    ) -> Tensor:
-        """Pixels (k, 3, H, W) of sampled latents (k, C, h, w); where neighbours have painted all, the source's.
-
-        Only what is to show is decoded, with a rim around it, since the decoder sees nothing beyond.
-        """
-        if not any(neighbours):
-            return self._host.decode(sampled)
-        factor = self._host.factor
-        shows = torch.stack(
-            [
-                torch.ones_like(sampled[0, 0])
-                if one is None
-                else F.max_pool2d(1 - one.hold, factor + 2 * RIM, factor, RIM)[0].to(sampled)
-                for one in neighbours
-            ]
-        )
-        lines = torch.cat([shows.amax(2), shows.amax(1)], 1).tolist()  # one look at the device for all of them
-        pixels = torch.stack([self._canvas.source(tile) for tile in tiles])
-        for image, latents, line in zip(pixels, sampled, lines):
-            down, across = (_span(part, LEAST // factor) for part in (line[: len(shows[0])], line[len(shows[0]) :]))
-            if down and across:
-                cells = Rect(across.start, down.start, len(across), len(down))
-                part = Rect(*(factor * side for side in (cells.x, cells.y, cells.width, cells.height)))
-                part.of(image).copy_(self._host.decode(cells.of(latents)[None])[0])
-        return pixels
 
     def _again(self, tile: Rect, neighbours: PaintedNeighbours | None, attempt: Attempt) -> PaintedTile:
         """A tile painted in full precision, or as the source if that is of no use."""
@@ -253,16 +224,6 @@ class TilePainter:
         return PaintedNeighbours(
             pixels - self._canvas.source(tile), hold, latents, F.max_pool2d(1 - hold, self._host.factor) < 0.5
         )
-
-
-def _span(values: Sequence[float], least: int) -> range:
-    """From the first to the last that is not zero, if any; at least so many where there are that many."""
-    found = [number for number, value in enumerate(values) if value]
-    if not found:
-        return range(0)
-    length = min(len(values), max(least, found[-1] + 1 - found[0]))
-    start = min(found[0], len(values) - length)
-    return range(start, start + length)
 
 
 def raise_first(painted: Sequence[PaintedBatch]) -> None:
