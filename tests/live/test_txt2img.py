@@ -266,7 +266,7 @@ REFUSED: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
     ),
     "unknown adapter": ({"adapter": "nope"}, {}, "adapter: 'nope' is not installed, give one of None.*"),
     "too large": ({"scale": 8}, {"width": 16384, "height": 64}, "scale: makes this image 131072x512, .*"),
-    "networks": ({"tile_prompt": "<lora:cat:1>"}, {}, "tile prompts cannot load networks such as LoRA: .*"),
+    "networks": ({"tile_prompt": "<lora:cat:1>"}, {}, "prompts of tiles and regions cannot load networks such as LoRA: .*"),
 }
 
 
@@ -305,7 +305,7 @@ def test_a_plot_over_its_options(webui: WebUI):
     assert refusal.startswith("overlap: 48 is not allowed with tile 64"), refusal
     args = plot.args(x=("Target size", ["img2img size"]))
     refusal = webui.refused(webui.post("txt2img", webui.txt2img_body(TILES, script_name=SCRIPT, script_args=args)))
-    assert refusal.startswith("target: 'img2img size' is not allowed"), refusal
+    assert refusal.startswith("Target size: 'img2img size' is not allowed"), refusal
 
 
 def test_a_plot_of_both_tabs_plots_the_options_of_both(webui: WebUI, plot: Plot, small: Image.Image):
