@@ -266,7 +266,11 @@ REFUSED: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
     ),
     "unknown adapter": ({"adapter": "nope"}, {}, "adapter: 'nope' is not installed, give one of None.*"),
     "too large": ({"scale": 8}, {"width": 16384, "height": 64}, "scale: makes this image 131072x512, .*"),
-    "networks": ({"tile_prompt": "<lora:cat:1>"}, {}, "prompts of tiles and regions cannot load networks such as LoRA: .*"),
+    "networks": (
+        {"tile_prompt": "<lora:cat:1>"},
+        {},
+        "prompts of tiles and regions cannot load networks such as LoRA: .*",
+    ),
 }
 
 
