@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from lib_dinotile import DinotileError
 from lib_dinotile import __main__ as cli
 from lib_dinotile.cli.files import check_files
 from lib_dinotile.hosts.diffusers import DiffusersHost
@@ -289,3 +290,9 @@ def test_an_image_of_another_lora_is_done_again(sd15, photo, tmp_path):  # noqa:
     write_lora(lora, alpha=3.0)
     os.utime(lora, (1, 1))
     assert run(*arguments) == 0 and out.stat().st_mtime_ns != first
+
+
+def test_capital_letters_make_no_other_file_of_one_that_is_not_there_yet(tmp_path):
+    writes = [("OUT", tmp_path / "Cat.png"), ("report", tmp_path / "cat.PNG")]
+    with pytest.raises(DinotileError, match=r"^report: .*cat\.PNG is OUT, too"):
+        check_files({}, writes)
