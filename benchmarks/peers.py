@@ -1,4 +1,4 @@
-"""dinotile against its peers in a running A1111: python benchmarks/peers.py --webui URL [--large] [--only NAME]
+"""dinotile against its peers in a running A1111: python benchmarks/peers.py --webui URL [--only NAME]
 
 The peers: https://github.com/Coyote-A/ultimate-upscale-for-automatic1111 and
 https://github.com/pkuliyi2015/multidiffusion-upscaler-for-automatic1111.
@@ -17,7 +17,7 @@ usdu_1024_shipped: the same with all options of both as they are by default: din
 tiles; Ultimate SD Upscale with its tile 512 and padding 32, in linear order. How much the guard paints again depends on
 the checkpoint, up to the retry budget. Target: 1.3.
 
-usdu_8192 (--large): the same, 1024 -> 8192 x 8192, 1024 tiles each. Neither is run on all of them. Of dinotile two
+usdu_8192: the same, 1024 -> 8192 x 8192, 1024 tiles each. Neither is run on all of them. Of dinotile two
 inpaint masks, squares in the middle of the source (INNER of its side), leave some; from both whole runs, encoding and
 all else that comes with a tile in them,
 
@@ -226,9 +226,13 @@ def through_masks(webui: client.WebUI, side: Side, image: Image.Image) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--webui", required=True, metavar="URL", help="an A1111 with --api, dinotile and both peers")
-    parser.add_argument("--large", action="store_true", help="also 8192 x 8192; takes some minutes more")
     parser.add_argument(
-        "--only", nargs="+", choices=list(TARGETS), metavar="NAME", help="these of the comparisons above"
+        "--only",
+        nargs="+",
+        choices=list(TARGETS),
+        default=[name for name in TARGETS if name != "usdu_8192"],
+        metavar="NAME",
+        help="these of the comparisons above; by default all but usdu_8192, which takes long",
     )
     parser.add_argument("--runs", type=int, default=3, help="of each, after a warm-up")
     parser.add_argument("--steps", type=int, default=4)
@@ -292,7 +296,7 @@ def main() -> None:
     }
     model = webui.get("sdapi/v1/options").json()["sd_model_checkpoint"]
     print(f"{model}, {arguments.steps} steps at {arguments.denoise}")
-    for key in arguments.only or [name for name in comparisons if name != "usdu_8192" or arguments.large]:
+    for key in arguments.only:
         figure = comparisons[key]()
         figures[key] = round(figure, 4)
         print(f"  {key}: {figure:.3f} (target: at most {TARGETS[key]})", flush=True)

@@ -103,7 +103,7 @@ class Settings(Options):
     target: str = option(
         "scale",
         "Target size",
-        "scale: times larger. longest side: in pixels. img2img size: as img2img's own Resize to or Resize by say.",
+        "scale: times larger. longest side: in pixels. img2img size: as set in img2img's Resize to or Resize by.",
         choices=TARGETS,
         infotext="DINO Tile target",
     )

@@ -28,7 +28,7 @@ def replace(p: Any, **values: Any) -> None:
 
 
 def undo(p: Any) -> None:
-    """The processing object as it was: the WebUI takes one for all the images of a folder."""
+    """The processing object as it was."""
     before, names = p.__dict__.pop(UNDO, ({}, ()))
     for name in names:
         if name in before:
