@@ -489,6 +489,9 @@ def test_the_webuis_colour_correction_stays_within_the_mask(webui, monkeypatch, 
             found += p.sample(Multicond((1,), p.c.batch), p.uc, [1], [1], 0.0, ["a cat"])
             takeover.undo(p)
         assert p.color_corrections is None  # or the WebUI would correct all of the image
+        shown = p.mask_for_overlay  # saved, and in the answer, where the WebUI is set up to
+        assert shown.size == (80, 60)
+        assert shown.getpixel((20, 30)) == 255 and shown.getpixel((60, 30)) == 0
     plain, corrected = found
     assert torch.equal(plain[..., 44:], corrected[..., 44:])
     torch.testing.assert_close(plain[..., :36], -corrected[..., :36], atol=0.01, rtol=0)  # a level of 255
