@@ -10,7 +10,8 @@ from lib_dinotile import DinotileError
 from lib_dinotile import __main__ as cli
 from lib_dinotile.dino.field import FeatureField
 from lib_dinotile.dino.head import RestorationHead, load_heads, save_heads
-from lib_dinotile.engine.maps import consistency_map, principal_colours, semantic_map
+from lib_dinotile.dino.regions import Regions
+from lib_dinotile.engine.maps import consistency_map, principal_colours, region_map, semantic_map
 from lib_dinotile.tiling.plan import TilePlan
 from tests.test_tiling import random_image
 
@@ -41,6 +42,21 @@ def test_a_map_has_the_size_of_the_image_and_shows_the_tiles():
     assert (shown[plan.tiles[0].bottom - 1, 2:60] == 255).all(1).mean() > 0.5
     same = np.asarray(semantic_map(image, FeatureField(features(), (160, 120)), plan))
     assert (same == shown).all()
+
+
+@pytest.mark.parametrize("tiles", [1, 2, 3])
+def test_letters_of_regions_hide_no_numbers_of_tiles(tiles):
+    side = 240
+    plan = TilePlan(side, side, tile=side // tiles, overlap=0)
+    number = torch.arange(tiles)
+    regions = Regions(number.tile(tiles, 1) + tiles * number[:, None], (side, side))  # each is a tile
+    image = Image.new("RGB", (side, side), "grey")
+    letters, shown = (np.asarray(region_map(image, regions, given))[:side] for given in (None, plan))
+    numbers = np.asarray(semantic_map(image, FeatureField(torch.zeros(24, 6, 8), (side, side)), plan))
+    as_many, letters_own, whole = ((picture == 0).all(axis=2).sum() for picture in (shown, letters, numbers))
+    assert abs(as_many - letters_own - whole) < 0.1 * whole and whole > 100 * tiles**2
+    around = (slice(side // tiles // 2 - 8, side // tiles // 2 + 8),) * 2
+    assert (shown[around] == letters[around]).all()
 
 
 def test_the_scale_is_always_the_same_and_doubt_has_a_border():

@@ -62,8 +62,8 @@ def semantic_map(image: Image.Image, field: FeatureField, plan: TilePlan) -> Ima
     return picture
 
 
-def _draw_tiles(picture: Image.Image, plan: TilePlan) -> None:
-    """The tiles' borders and, where there is space, their numbers."""
+def _draw_tiles(picture: Image.Image, plan: TilePlan, taken: Sequence[tuple[float, float]] = ()) -> None:
+    """The tiles' borders and, where there is space, their numbers: below what is at one of the places taken, (x, y)."""
     ratio = picture.width / plan.width
     draw, (width, height) = ImageDraw.Draw(picture), plan.tile_size
     # All tiles together are a grid: its lines cross the whole picture.
@@ -78,7 +78,10 @@ def _draw_tiles(picture: Image.Image, plan: TilePlan) -> None:
         return
     for number, tile in enumerate(plan.tiles, 1):
         right, bottom = min(tile.right, plan.width), min(tile.bottom, plan.height)
-        _label(draw, ((tile.x + right) / 2 * ratio, (tile.y + bottom) / 2 * ratio), str(number), size)
+        x, y = (tile.x + right) / 2 * ratio, (tile.y + bottom) / 2 * ratio
+        while any(max(abs(x - left), abs(y - top)) < 2 * size for left, top in taken):
+            y += size / 2
+        _label(draw, (x, y), str(number), size)
 
 
 def region_map(
@@ -97,14 +100,14 @@ def region_map(
     edges[1:] |= labels[1:] != labels[:-1]
     edges[:, 1:] |= labels[:, 1:] != labels[:, :-1]
     pixels[edges] = 255
-    picture = Image.fromarray(pixels)
+    picture, ratio = Image.fromarray(pixels), image.width / regions.canvas[0]
+    crops = [regions.best_crop(letter) for letter in regions.letters]
+    middles = [((crop.x + crop.width / 2) * ratio, (crop.y + crop.height / 2) * ratio) for crop in crops]
     if plan is not None:
-        _draw_tiles(picture, plan)
-    draw, ratio = ImageDraw.Draw(picture), image.width / regions.canvas[0]
-    size = max(16, max(picture.size) // 36)
-    for letter, colour in zip(regions.letters, REGION_COLOURS):
-        crop = regions.best_crop(letter)
-        _badge(draw, ((crop.x + crop.width / 2) * ratio, (crop.y + crop.height / 2) * ratio), letter, colour, size)
+        _draw_tiles(picture, plan, middles)
+    draw, size = ImageDraw.Draw(picture), max(16, max(picture.size) // 36)
+    for middle, letter, colour in zip(middles, regions.letters, REGION_COLOURS):
+        _badge(draw, middle, letter, colour, size)
     return _with_names(picture, regions, words or {})
 
 
