@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import itertools
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -31,6 +33,8 @@ REGION_COLOURS = (
 """Of regions by number; the first of them are those of Okabe and Ito, for all kinds of colour vision."""
 LEAST, MOST = 0.0, 1.0
 """The ends of the scale of cosines, the same for every map."""
+NEAR = sorted(itertools.product(range(-5, 6), repeat=2), key=lambda step: math.hypot(*step))
+"""Steps (across, down) to the places around a place, itself and then the nearest first."""
 
 
 def principal_colours(features: Tensor) -> Tensor:
@@ -63,7 +67,7 @@ def semantic_map(image: Image.Image, field: FeatureField, plan: TilePlan) -> Ima
 
 
 def _draw_tiles(picture: Image.Image, plan: TilePlan, taken: Sequence[tuple[float, float]] = ()) -> None:
-    """The tiles' borders and, where there is space, their numbers: below what is at one of the places taken, (x, y)."""
+    """The tiles' borders and, where there is space, their numbers: beside the places taken, (x, y)."""
     ratio = picture.width / plan.width
     draw, (width, height) = ImageDraw.Draw(picture), plan.tile_size
     # All tiles together are a grid: its lines cross the whole picture.
@@ -79,9 +83,9 @@ def _draw_tiles(picture: Image.Image, plan: TilePlan, taken: Sequence[tuple[floa
     for number, tile in enumerate(plan.tiles, 1):
         right, bottom = min(tile.right, plan.width), min(tile.bottom, plan.height)
         x, y = (tile.x + right) / 2 * ratio, (tile.y + bottom) / 2 * ratio
-        while any(max(abs(x - left), abs(y - top)) < 2 * size for left, top in taken):
-            y += size / 2
-        _label(draw, (x, y), str(number), size)
+        near = [(x + across * size / 2, y + down * size / 2) for across, down in NEAR]
+        clear = (at for at in near if all(max(abs(at[0] - x), abs(at[1] - y)) >= 2 * size for x, y in taken))
+        _label(draw, next(clear, near[0]), str(number), size)
 
 
 def region_map(
