@@ -23,7 +23,7 @@ from client import SCRIPT, WebUI, correlation, decode, difference, encode
 from conftest import TILES
 from PIL import Image
 
-from lib_dinotile import __version__
+from lib_dinotile import __version__, presets
 from lib_dinotile.engine import flow
 from lib_dinotile.settings import AUTOMATIC, NONE, Settings
 from lib_dinotile.tiling.plan import TilePlan
@@ -471,7 +471,8 @@ def test_the_page_of_the_api_has_every_option(webui: WebUI):
             assert described.get("description"), field
         options = schema["properties"]["options"]
         assert options["additionalProperties"] is False
-        assert list(options["properties"]) == [row.name for row in Settings.table()]
+        assert list(options["properties"]) == ["preset", *(row.name for row in Settings.table())]
+        assert options["properties"]["preset"]["enum"] == list(presets.NAMES)
         for row in Settings.table():
             told_of = options["properties"][row.name]
             assert told_of["default"] == row.default and told_of["description"].startswith(row.help)
