@@ -208,7 +208,8 @@ class Settings(Options):
     flat: float = option(
         0.0,
         "Skip flat tiles",
-        "Leaves tiles alone that have less detail than this, in levels of 255. 0.9 skips clear sky. 0 skips none.",
+        "Leaves tiles alone that have less detail than this, on the scale of brightness from 0 to 255. 0.9 skips clear "
+        "sky. 0 skips none.",
         minimum=0.0,
         maximum=16.0,
         step=0.1,
@@ -231,7 +232,8 @@ class Settings(Options):
     captions: str = option(
         NONE,
         "Tile captions",
-        "Captions every tile with one of the WebUI's interrogators. The caption is used as its prompt.",
+        "Captions tiles with one of the WebUI's interrogators. The caption is used as the tile's prompt. Tiles with a "
+        "prompt of their own or of their regions get none.",
         infotext="DINO Tile captions",
         only_with=lambda settings: settings.captions != NONE,
     )
@@ -255,8 +257,8 @@ class Settings(Options):
         "",
         "Prompts per region",
         'One line per region, for example "A: tabby fur", or one line for all: "A: tabby fur; B: stone wall". The '
-        "preview shows the letters, and so does analyze on the command line. Used where the tile has no prompt of its "
-        "own.",
+        "preview shows the letters, and so does analyze on the command line. A line in Prompts per tile "
+        "takes precedence.",
         infotext="DINO Tile region prompts",
         only_with=_named,
         lines=3,
@@ -403,7 +405,7 @@ class Settings(Options):
     guard_weaker: int = option(
         1,
         "Retries with less denoise",
-        "How often after that with lower denoising strength, times 0.7 each time.",
+        "How often it is painted again after that, each time with 0.7 of the denoising strength before.",
         minimum=0,
         maximum=16,
         step=1,
@@ -441,7 +443,7 @@ class Settings(Options):
         AUTOMATIC,
         "Restoration head",
         "Predicts what DINO would see if the source were sharp. Automatic: the adapter's own, else calibrated. "
-        "calibrated: what dinotile has learned for this encoder. None: no guidance.",
+        "calibrated: what dinotile has learned for this encoder. None: no guidance by patches.",
         infotext="DINO Tile head",
         only_with=_looking,
     )
@@ -449,7 +451,7 @@ class Settings(Options):
         AUTOMATIC,
         "DINO encoder",
         "DINOv2 or DINOv3 model that looks at the source. Automatic: the adapter's own, else an installed one, DINOv2 "
-        "first.",
+        "first, else the small built-in one.",
         infotext="DINO Tile encoder",
         only_with=_looking,
         flag="dino",
@@ -682,7 +684,7 @@ class Generation(Options):
     controlnet: str = option(
         "",
         "ControlNet",
-        "A ControlNet of the Tile kind: a .safetensors file, or a diffusers folder. Every tile is its own hint.",
+        "A ControlNet of the Tile kind: a .safetensors file, or a diffusers folder. Every tile is its own control image.",
     )
     controlnet_strength: float = option(
         1.0, "ControlNet strength", "0 is off, 1 as trained.", minimum=0.0, maximum=2.0, step=0.05

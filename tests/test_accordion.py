@@ -232,7 +232,7 @@ def test_a_preview_warns_below_its_line_and_looks_refused_where_it_is(accordion)
         ({"guard_budget": 1.0}, False, "about 3 min, up to 6 min if the guard repaints tiles"),
         ({"guard_budget": 0.0}, False, "about 3 min"),
         ({"guard": "report"}, False, "about 3 min"),
-        ({"guard": "off"}, True, "about 3 min; guidance adds to that, how much is known after the first run"),
+        ({"guard": "off"}, True, "about 3 min; guidance takes extra time, known after the first run"),
         ({"guard": "off", "guidance": 0.0}, True, "about 3 min"),
     ],
 )

@@ -363,7 +363,7 @@ def describe(preview: Preview, estimate: Estimate | None) -> str:
     time = f", {duration(estimate, preview.settings)}" if tiles else ""
     colours = "what DINO sees; alike is what looks alike."
     if preview.settings.regions != NO_REGIONS:
-        colours = "regions that look alike to DINO. Name them below, and every tile is told what it shows."
+        colours = "regions that look alike to DINO. Describe them below, and every tile is told what it shows."
     return f"{plan.width} x {plan.height} pixels: {work}{time}. In colours: {colours}"
 
 
@@ -373,7 +373,7 @@ def duration(estimate: Estimate | None, settings: Settings) -> str:
         return "time not known yet"
     more = reserve(settings)
     most = f", up to {in_words(estimate.seconds * (1 + more))} if the guard repaints tiles" if more else ""
-    missing = "; guidance adds to that, how much is known after the first run"
+    missing = "; guidance takes extra time, known after the first run"
     return f"about {in_words(estimate.seconds)}{most}{missing if estimate.tried and settings.guidance else ''}"
 
 

@@ -129,7 +129,7 @@ def test_every_control_says_what_it_does(tab: Tab):
 def test_a_preview_shows_tiles_map_and_time_before_anything_is_run(tab: Tab, picture: Image.Image, shots: Path):
     plan = TilePlan(300, 200, 128, 32)
     line = tab.preview()
-    more = r", up to \d+ (s|min) if the guard repaints tiles(; guidance adds to that, [\w ]+)?"
+    more = r", up to \d+ (s|min) if the guard repaints tiles(; guidance takes extra time, [\w ]+)?"
     found = re.match(rf"300 x 200 pixels: (\d+) tiles of 128 x 128, about \d+ (s|min){more}\. ", line)
     assert found and int(found[1]) == len(plan), line
     shown = tab.page.locator("#dinotile_preview_image img")
