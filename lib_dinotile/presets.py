@@ -41,8 +41,8 @@ PRESETS = (
     Preset(
         "Low VRAM",
         {"tile": 512, "batch": 1},
-        "Also choose a small DINOv2 as DINO encoder. If memory is still short, Guidance strength 0. With SDXL and newer "
-        "try Tile size 768 first: small tiles may look worse there.",
+        "Also choose a small DINOv2 as DINO encoder. If memory is still short, Guidance strength 0. With SDXL and "
+        "newer try Tile size 768 first: small tiles may look worse there.",
     ),
     Preset(
         "Plain tiles",

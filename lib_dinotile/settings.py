@@ -684,7 +684,8 @@ class Generation(Options):
     controlnet: str = option(
         "",
         "ControlNet",
-        "A ControlNet of the Tile kind: a .safetensors file, or a diffusers folder. Every tile is its own control image.",
+        "A ControlNet of the Tile kind: a .safetensors file, or a diffusers folder. Every tile is its own control "
+        "image.",
     )
     controlnet_strength: float = option(
         1.0, "ControlNet strength", "0 is off, 1 as trained.", minimum=0.0, maximum=2.0, step=0.05
