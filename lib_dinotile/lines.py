@@ -21,15 +21,20 @@ SPACE = "[\\s\ufeff\u200b-\u200f\u2060]"
 """A space, or what shows nothing at all. As a regular expression, like the others here, for Python and JavaScript."""
 LETTER = f"[{_TYPED}{_TYPED.lower()}]"
 """A region's, as it may be typed."""
-BREAK = f"[;；﹔︔](?={SPACE}*{LETTER}{SPACE}*{COLON})"
+_BEFORE = f"[;；﹔︔](?={SPACE}*%s{SPACE}*{COLON})"
+BREAK = _BEFORE % LETTER
 """What stands for a line break in front of a letter with a colon."""
+_TILE_BREAK = _BEFORE % "\\d+"
 _ENDS = re.compile(f"^{SPACE}+|{SPACE}+$")
 
 
 def parse_tile_prompts(text: str) -> dict[int, str]:
-    """Number and prompt of each line of "3: whiskers"; DinotileError for any other line."""
+    """Number and prompt of each line of "3: whiskers"; DinotileError for any other line.
+
+    Instead of a line break there may be a semicolon in front of a number with a colon.
+    """
     found: dict[int, str] = {}
-    for line in filter(None, map(_stripped, text.splitlines())):
+    for line in _lines(text, _TILE_BREAK):
         number, words = _parts(line)
         if words is None or not number.isdecimal() or len(number) > 9 or int(number) < 1:
             raise DinotileError(f'{line[:60]!r} is not a line like "3: whiskers"')
@@ -45,8 +50,7 @@ def parse_region_prompts(text: str) -> dict[str, str]:
     Instead of a line break there may be a semicolon in front of a letter with a colon.
     """
     found: dict[str, str] = {}
-    parts = (part for line in text.splitlines() for part in re.split(BREAK, line))
-    for line in filter(None, map(_stripped, parts)):
+    for line in _lines(text, BREAK):
         typed, words = _parts(line)
         letter = "".join(ALIKE.get(each, each) for each in typed.upper())
         if words is None or len(letter) != 1 or letter not in LETTERS:
@@ -55,6 +59,11 @@ def parse_region_prompts(text: str) -> dict[str, str]:
             raise DinotileError(f"region {letter} has two lines, give it one")
         found[letter] = words
     return {letter: words for letter, words in found.items() if words}
+
+
+def _lines(text: str, ending: str) -> list[str]:
+    parts = (_stripped(part) for line in text.splitlines() for part in re.split(ending, line))
+    return [part for part in parts if part]
 
 
 def _stripped(text: str) -> str:

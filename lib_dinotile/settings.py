@@ -240,8 +240,8 @@ class Settings(Options):
     tile_prompts: str = option(
         "",
         "Prompts per tile",
-        'One line per tile, for example "3: whiskers". Tiles count from 1, row by row. Such a tile gets no caption and '
-        "no prompts of its regions.",
+        'One line per tile, for example "3: whiskers", or one line for all: "3: whiskers; 5: stone". Tiles count from '
+        "1, row by row. Such a tile gets no caption and no prompts of its regions.",
         infotext="DINO Tile tile prompts",
         lines=3,
     )
@@ -633,7 +633,8 @@ class Generation(Options):
     prediction: str = option(
         AUTOMATIC,
         "Prediction",
-        "What the checkpoint's UNet predicts. Automatic: as the file or its configuration says, else epsilon.",
+        "What the checkpoint's UNet predicts. Automatic: as the file or its configuration says, else epsilon. Must be "
+        "given for files of SD 2 that do not say it.",
         choices=PREDICTIONS,
     )
     device: str = option(

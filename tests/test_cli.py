@@ -18,6 +18,8 @@ from lib_dinotile import DinotileError
 from lib_dinotile import __main__ as cli
 from lib_dinotile.cli import upscale as upscale_command
 from lib_dinotile.cli.common import WEBUI, parse_options
+from lib_dinotile.condition import conditioner
+from lib_dinotile.condition.conditioner import MINI
 from lib_dinotile.hosts.diffusers import DiffusersHost
 from lib_dinotile.images import read_image
 from lib_dinotile.settings import Generation, Settings
@@ -759,6 +761,22 @@ def test_analyze_shows_the_regions_and_what_they_are_called(tmp_path, capsys):
         assert regions.width == photo.width and regions.height > photo.height  # the legend is below it
     assert cli.main(["analyze", str(EXAMPLE), str(tmp_path / "none.png"), *more, "--regions", "0"]) == 0
     assert (tmp_path / "none-consistency.png").exists() and not (tmp_path / "none-regions.png").exists()
+
+
+def test_analyze_shows_the_regions_of_the_encoder_that_upscale_would_take(tmp_path, capsys, monkeypatch):
+    """An adapter brings an encoder with it."""
+    asked: list[str | None] = []
+    own = conditioner._encoder_for
+    monkeypatch.setattr(
+        conditioner, "_encoder_for", lambda settings, named, *more: asked.append(named) or own(settings, named, *more)
+    )
+    arguments = ["analyze", str(EXAMPLE), str(tmp_path / "map.png"), "--scale", "1", "--patches", "16"]
+    for more, named in (([], None), (["--adapter", str(MINI / "adapter.safetensors")], "mini")):
+        asked.clear()
+        assert cli.main([*arguments, *more]) == 0
+        assert asked == [named] and capsys.readouterr().out.startswith("encoder: mini\n")
+    assert cli.main([*arguments, "--adapter", "gone.safetensors"]) == 2
+    assert "adapter: there is no file gone.safetensors" in capsys.readouterr().err
 
 
 def test_analyze_refuses_words_of_a_region_that_there_is_not(tmp_path, capsys):

@@ -89,14 +89,15 @@ def test_nor_by_what_is_written_beside_the_image(photo, tmp_path, capsys, unpain
     ):
         random_image(20, 20).save(tmp_path / name)
         assert "is IN, too" in refused(capsys, tmp_path / name, tmp_path / "a.png", *more)
-    (tmp_path / "in").mkdir()
-    for name in ("b.png", "b-semantic.png"):
-        random_image(20, 20).save(tmp_path / "in" / name)
-    line = refused(capsys, tmp_path / "in", tmp_path / "out", "--maps", "semantic")
-    assert line == (
-        f"dinotile: OUT: {tmp_path / 'out' / 'b-semantic.png'} would be both a result and a map of another image: "
-        "rename that one, or give another --maps"
-    )
+    for other, more in (("b-semantic", ["--maps", "semantic"]), ("b-unfinished", [])):
+        (tmp_path / other).mkdir()
+        for name in ("b", other):
+            random_image(20, 20).save(tmp_path / other / f"{name}.png")
+        line = refused(capsys, tmp_path / other, tmp_path / "out", *more)
+        assert line == (
+            f"dinotile: OUT: {tmp_path / 'out' / other}.png would be both a result and a map or the unfinished part of "
+            "another image: rename that one"
+        )
     code = cli.main(["analyze", str(tmp_path / "a-consistency.png"), str(tmp_path / "a.png")])
     assert code == 2 and "OUT: " in capsys.readouterr().err and not (tmp_path / "a.png").exists()
 
@@ -195,6 +196,7 @@ def test_files_that_are_not_there_are_told_before_the_checkpoint_is_loaded(photo
         ("lora", "gone.safetensors:0.5", f"lora: there is no file gone.safetensors {hub}"),
         ("mask", "gone.png", "mask: there is no file gone.png"),
         ("mask", tmp_path / "folder", f"mask: there is no file {tmp_path / 'folder'}"),
+        *((name, " ", f"{name}: is empty, give") for name in ("vae", "controlnet", "lora", "mask", "config")),
         ("vae", tmp_path / "vae.pt", f"vae: {tmp_path / 'vae.pt'} is not a .safetensors file; other formats can"),
     ):
         line = refused(capsys, photo, tmp_path / "out" / "x.png", "--model", "sd.safetensors", f"--{option}", name)

@@ -16,6 +16,8 @@ PLAIN = {1: "fur, an ear: soft", 12: "wall"}
         "１： fur, an ear: soft\n１２：\u3000wall",
         "١: fur, an ear: soft\n١٢: wall",  # an Arabic one
         "1﹕fur, an ear: soft\n12︓wall",
+        "1: fur, an ear: soft; 12: wall",
+        "１：fur, an ear: soft； １２：wall",
         "\ufeff1: fur, an ear: soft\r\n12: wall\r\n",  # a file of Windows's Notepad
         "1\u00a0: fur, an ear: soft\u00a0\n\u00a012 :\u202fwall",  # a word processor
         "\u200b1\u200b:\u200bfur, an ear: soft\u200b\u202812: wall\u2029",  # a web page
@@ -48,6 +50,7 @@ def test_every_letter_may_be_full_width():
 
 
 def test_the_words_stay_as_they_are():
+    assert parse_tile_prompts("3: stone; 2 cats; (a: 2)") == {3: "stone; 2 cats; (a: 2)"}
     words = "猫、ひげ：（柔らかい）；1.5 👩‍🎨"
     assert parse_tile_prompts(f"3：{words}") == {3: words} and parse_region_prompts(f"Ｂ：{words}") == {"B": words}
 

@@ -216,6 +216,30 @@ def test_folders_with_a_part_that_is_not_whole_are_refused(sd15, copied, part, h
     assert "missing" not in harm or name.removeprefix("text_model.").split(".")[0] in line or layer in line
 
 
+@pytest.mark.parametrize("part", ["tokenizer", "tokenizer_2"])
+@pytest.mark.parametrize("left", ["nothing", "a folder", "its configuration"])
+def test_a_folder_without_a_vocabulary_is_refused(copied, part, left):
+    """Some versions of transformers load it, and every word is the end of the text."""
+    folder = copied("sdxl" if part == "tokenizer_2" else "sd15") / part
+    for file in folder.iterdir():
+        if left != "its configuration" or file.name not in ("tokenizer_config.json", "special_tokens_map.json"):
+            file.unlink()
+    if left == "nothing":
+        folder.rmdir()
+    assert part in refusal(folder.parent)
+
+
+def test_weights_that_are_damaged_are_not_replaced_by_others(copied):
+    folder = copied("sd15")
+    (file,) = (folder / "unet").glob("*.safetensors")
+    shutil.copy(file, file.with_name("diffusion_pytorch_model.fp16.safetensors"))
+    load_pipeline(Generation(model=str(folder)))
+    data = file.read_bytes()
+    file.unlink()
+    file.write_bytes(data[:5000])
+    assert "has a unet that cannot be loaded: " in refusal(folder)
+
+
 def test_parts_that_do_not_fit_each_other_are_refused(sd15, sdxl, copied):  # noqa: F811
     folder = copied("sd15")
     shutil.rmtree(folder / "text_encoder")
@@ -342,6 +366,19 @@ def test_so_are_checkpoints_with_more_inputs(channels, says, tmp_path):
     assert f"x.safetensors is {says}" in refusal(tmp_path / "x.safetensors")
 
 
+def test_stable_diffusion_2_has_to_say_what_it_predicts(tmp_path):
+    """diffusers takes all of them for those of 768 pixels."""
+    names = (*WHOLE[:2], "cond_stage_model.model.transformer.resblocks.0.ln_1.weight")
+    file, weights = tmp_path / "x.safetensors", {name: torch.zeros(4, 4, 3, 3) for name in names}
+    save_file(weights, file)
+    line = refusal(file)
+    assert "is a Stable Diffusion 2 and does not say what it predicts: give --prediction epsilon" in line
+    for known in ({"prediction": "epsilon"}, {"prediction": "v_prediction"}, {"config": str(tmp_path)}):
+        assert "predicts" not in refusal(file, **known)
+    save_file({**weights, "v_pred": torch.zeros(1)}, file)
+    assert "predicts" not in refusal(file)
+
+
 def test_a_git_lfs_pointer_is_called_one(tmp_path):
     pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a2146\nsize 2132625894\n"
     (tmp_path / "x.safetensors").write_text(pointer)
@@ -404,6 +441,20 @@ def test_a_file_in_the_original_layout_paints_with_a_solver_of_our_own(ldm_file)
         file.write_text(json.dumps({**json.loads(kept), **ODD_SOLVERS[name]}))
         assert (run(str(path), config=config) == plain).all()
     file.write_text(kept)
+
+
+@pytest.mark.parametrize("kind", ["CLIPVisionModelWithProjection", "CLIPImageProcessor"])
+def test_of_a_configuration_nothing_else_is_loaded(ldm_file, tmp_path, kind):
+    path, config = ldm_file
+    shutil.copytree(config, tmp_path / "config")
+    index = tmp_path / "config" / "model_index.json"
+    parts = {"image_encoder": ["transformers", kind], "feature_extractor": ["transformers", kind]}
+    index.write_text(json.dumps({**json.loads(index.read_text()), **parts}))
+    for part in parts:  # a pickle that breaks whoever opens it, beside a file that diffusers looks for
+        (tmp_path / "config" / part).mkdir()
+        (tmp_path / "config" / part / "pytorch_model.bin").write_bytes(b"no pickle")
+        save_file({"x": torch.zeros(1)}, tmp_path / "config" / part / "diffusion_pytorch_model.safetensors")
+    assert (run(str(path), config=str(tmp_path / "config")) == run(str(path), config=config)).all()
 
 
 def test_the_ending_may_be_in_capitals(ldm_file, tmp_path):

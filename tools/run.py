@@ -130,8 +130,16 @@ def main() -> int:
     environment = Environment(sys.argv[1])
     environment.prepare()
     command, variables = environment.command(*sys.argv[2:])
-    return subprocess.run(command, env=variables).returncode
+    process = subprocess.Popen(command, env=variables)
+    while True:
+        try:
+            return process.wait()
+        except KeyboardInterrupt:  # the module gets it, too, and saves what it has
+            continue
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:
+        sys.exit(130)

@@ -8,19 +8,20 @@ from pathlib import Path
 
 from PIL import Image
 
-from lib_dinotile.cli.common import add_options, head_files, parse_options, quiet_transformers, silenced
+from lib_dinotile.cli.common import adapter_files, add_options, head_files, parse_options, quiet_transformers, silenced
 from lib_dinotile.cli.files import check_files, check_given
 from lib_dinotile.condition.conditioner import Conditioner
 from lib_dinotile.dino.locks import models_folder
 from lib_dinotile.engine.flow import analyze, canvas_size, draw_regions, plan_tiles
 from lib_dinotile.engine.prompts import check_letters
 from lib_dinotile.images import check_writable, read_image, write_image
-from lib_dinotile.settings import BOTH, CONSISTENCY, NO_REGIONS, NONE, SEMANTIC, Settings
+from lib_dinotile.settings import BOTH, CONSISTENCY, NO_REGIONS, SEMANTIC, Settings
 
 OPTIONS = (
     "scale",
     "tile",
     "overlap",
+    "adapter",
     "encoder",
     "patches",
     "windows",
@@ -51,7 +52,7 @@ def run(arguments: argparse.Namespace) -> None:
     """Maps of one image, without a diffusion model."""
     check_given(IN=arguments.IN, OUT=arguments.OUT, result=arguments.result)
     quiet_transformers()
-    settings = dataclasses.replace(parse_options(Settings, arguments), maps=BOTH, adapter=NONE)
+    settings = dataclasses.replace(parse_options(Settings, arguments), maps=BOTH)
     target = Path(arguments.OUT)
     check_writable(target)
     files = {name: _file(target, name) for name in (SEMANTIC, CONSISTENCY, "regions")}
@@ -61,7 +62,10 @@ def run(arguments: argparse.Namespace) -> None:
         source = read_image(Path(arguments.IN))
         result = read_image(Path(arguments.result)) if arguments.result else None
     size: tuple[int, int] = canvas_size(source.size, settings) if result is None else result.size
-    conditioner = Conditioner.without_model(settings, head_files(settings), encoders=models_folder("encoders"))
+    conditioner = Conditioner.without_model(
+        settings, head_files(settings), adapters=adapter_files(settings), encoders=models_folder("encoders")
+    )
+    print(f"encoder: {conditioner.encoder.id}")
     drawn: dict[str, Image.Image] = {}
     if settings.regions != NO_REGIONS:
         plan = plan_tiles(size, settings, "sd15")

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from lib_dinotile import DinotileError, presets
+from lib_dinotile.condition.conditioner import MINI
 from lib_dinotile.options import Options
 from lib_dinotile.settings import AUTOMATIC, CALIBRATED, NONE, Settings
 
@@ -85,6 +86,16 @@ def silenced() -> Iterator[None]:
     finally:
         os.dup2(kept, 2)
         os.close(kept)
+
+
+def adapter_files(settings: Settings) -> dict[str, Path]:
+    """The adapters by name: the built-in one, and a file of the user's, whose name that of the file is."""
+    known = {"mini": MINI / "adapter.safetensors"}
+    if settings.adapter not in (NONE, *known):
+        if not os.path.isfile(settings.adapter):
+            raise DinotileError(f"adapter: there is no file {settings.adapter}")
+        known[settings.adapter] = Path(settings.adapter)
+    return known
 
 
 def head_files(settings: Settings) -> dict[str, Path]:

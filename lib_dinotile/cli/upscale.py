@@ -17,16 +17,16 @@ from typing import Any
 from PIL import Image, PngImagePlugin
 
 from lib_dinotile import DinotileError, __version__, presets
-from lib_dinotile.cli.common import add_options, head_files, parse_tables, quiet_transformers, silenced
+from lib_dinotile.cli.common import adapter_files, add_options, head_files, parse_tables, quiet_transformers, silenced
 from lib_dinotile.cli.files import add_report, check_files, check_given, check_report, is_reported
-from lib_dinotile.condition.conditioner import MINI, Conditioner
+from lib_dinotile.condition.conditioner import Conditioner
 from lib_dinotile.dino.calibrated import Store
 from lib_dinotile.dino.locks import models_folder
 from lib_dinotile.engine.flow import UnfinishedError, canvas_size, upscale
 from lib_dinotile.engine.journal import open_journal
 from lib_dinotile.engine.team import Team, make_team
 from lib_dinotile.images import check_writable, endings, read_image, read_mask, unread, write_image
-from lib_dinotile.settings import MAPS, NONE, Generation, Settings
+from lib_dinotile.settings import MAPS, Generation, Settings
 from lib_dinotile.tiling.noise import NoiseField
 from lib_dinotile.weights import stamp
 
@@ -62,7 +62,8 @@ def run(arguments: argparse.Namespace) -> None:
     from lib_dinotile.hosts.diffusers_addons import added_files
     from lib_dinotile.hosts.diffusers_pipelines import is_hub_id
 
-    check_given(IN=arguments.IN, OUT=arguments.OUT, report=arguments.report)
+    named = {name: getattr(arguments, name) for name in ("report", "mask", "config", "lora", "vae", "controlnet")}
+    check_given(IN=arguments.IN, OUT=arguments.OUT, **named)
     quiet_transformers()
     default = {"adapter": "mini"} if arguments.model in (None, "mini") else {}
     settings, generation = parse_tables((Settings, Generation), arguments, default)
@@ -72,14 +73,9 @@ def run(arguments: argparse.Namespace) -> None:
     reads = {name: [Path(path)] for name, path in _named_files(settings, generation).items()}
     reads |= {"IN": [source for source, _ in jobs], **added_files(generation)}
     report = Path(arguments.report) if arguments.report else None
-    written = [("OUT", file) for _, target in jobs for file in _written(target, settings)]
+    written = [("OUT", file) for _, target in jobs for file in (*_written(target, settings), _unfinished(target))]
     check_files(reads, [*written, *([("report", report)] if report else [])])
-    check_files(reads, [("OUT", _unfinished(target)) for _, target in jobs])
-    adapters = {"mini": MINI / "adapter.safetensors"}
-    if settings.adapter not in (NONE, *adapters):
-        adapters[settings.adapter] = Path(settings.adapter)
-    if settings.adapter in adapters and not os.path.isfile(adapters[settings.adapter]):
-        raise DinotileError(f"adapter: there is no file {adapters[settings.adapter]}")
+    adapters = adapter_files(settings)
     if report:
         check_report(report)
 

@@ -26,6 +26,7 @@ class Marks:
     """What a file says of itself."""
 
     sdxl: bool
+    sd2: bool
     v_prediction: bool
     zero_snr: bool
 
@@ -103,4 +104,5 @@ def check_checkpoint(path: Path) -> Marks:
     for part, starts in (("VAE", (VAE,)), ("text encoder", TEXT)):
         if not _starts(*starts)(names):
             raise DinotileError(f"model: {path.name} has no {part}; {ASK} that has all parts")
-    return Marks(sdxl, "v_pred" in names, "ztsnr" in names)
+    sd2 = _starts("cond_stage_model.model.")(names)
+    return Marks(sdxl, sd2, "v_pred" in names, "ztsnr" in names)

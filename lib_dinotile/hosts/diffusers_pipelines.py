@@ -45,7 +45,7 @@ INPUTS = ("class_embed_type", "num_class_embeds", "encoder_hid_dim_type", "time_
 UNCHANGED = {"steps_offset": 1, "clip_sample": False}
 """Of a scheduler that takes ours' place while a pipeline is made: StableDiffusionPipeline sets others to this."""
 VARIANTS = (None, "fp16")
-"""In the names of files with weights; the first that is there is loaded."""
+"""In the names of files with weights; the first that is there is loaded, and if it is damaged, none is."""
 FILES = (".safetensors", ".ckpt", ".pt", ".pth", ".bin")
 """Endings of names that are those of files."""
 
@@ -72,22 +72,28 @@ def load_pipeline(generation: Generation) -> Any:
     if path.suffix.lower() in FILES and not is_file:
         raise DinotileError(f"model: there is no file {name}")
     try:
-        pipe = _single_file(path, generation.config) if is_file else _pretrained(_Source("model", name))
+        pipe = _single_file(path, generation) if is_file else _pretrained(_Source("model", name))
     except DinotileError:
         raise
     except Exception as error:  # whatever the libraries raise for what is missing or damaged
         hint = " (--config FOLDER spares the Hugging Face Hub)" if is_file and not generation.config else ""
         raise DinotileError(f"model: {name} cannot be loaded{hint}: {one_line(error)}") from error
+    _check_tokenizers(pipe, f"config: {generation.config}" if is_file and generation.config else f"model: {name}")
     if generation.prediction != AUTOMATIC:
         pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, prediction_type=generation.prediction)
     return pipe
 
 
-def _single_file(path: Path, config: str) -> Any:
+def _single_file(path: Path, generation: Generation) -> Any:
     from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline  # slow to import, and mini needs none
 
-    marks = check_checkpoint(path)
-    more: dict[str, Any] = {} if marks.sdxl else {"safety_checker": None}
+    marks, config = check_checkpoint(path), generation.config
+    if marks.sd2 and not marks.v_prediction and not config and generation.prediction == AUTOMATIC:
+        raise DinotileError(
+            f"model: {path.name} is a Stable Diffusion 2 and does not say what it predicts: give --prediction epsilon "
+            "(mostly those for 512 pixels) or v_prediction (for 768)"
+        )
+    more: dict[str, Any] = dict.fromkeys(UNUSED - {"scheduler"} - ({"safety_checker"} if marks.sdxl else set()))
     scheduler = None
     if config:
         source = _Source("config", config)
@@ -136,6 +142,13 @@ def _pretrained(source: _Source) -> Any:
     return pipe
 
 
+def _check_tokenizers(pipe: Any, named: str) -> None:
+    """DinotileError for one without a vocabulary: some versions of transformers load it, and words mean nothing."""
+    for part, tokenizer in pipe.components.items():
+        if part.startswith("tokenizer") and not {*tokenizer("a").input_ids} - {*tokenizer.all_special_ids}:
+            raise DinotileError(f"{named} has no vocabulary in its {part} folder (vocab.json and merges.txt)")
+
+
 @contextlib.contextmanager
 def _in_small_letters(path: Path) -> Iterator[Path]:
     """The file by a name that ends with .safetensors: diffusers takes .SAFETENSORS for a pickle."""
@@ -182,12 +195,13 @@ class _Source:
     def weights(self, kind: Any, part: str) -> Any:
         """A part of the pipeline with all its weights; DinotileError if some are not there."""
         words = part.replace("_", " ")
-        if any(is_pointer(file) for file in Path(self.name, part).glob("*.safetensors")):
+        files = [*Path(self.name, part).glob("*.safetensors")]
+        if any(map(is_pointer, files)):
             raise self.refuse(f"has only a Git LFS pointer for its {words}", ": download the file itself")
         # transformers only says to look at what it has logged; diffusers raises an error that names the weight.
         more = {"ignore_mismatched_sizes": True} if part.startswith("text_encoder") else {}
         first: Exception | None = None
-        for variant in VARIANTS:
+        for variant in VARIANTS[:1] if any("." not in file.stem for file in files) else VARIANTS:
             try:
                 model, found = kind.from_pretrained(
                     self.name, subfolder=part, use_safetensors=True, variant=variant, output_loading_info=True, **more

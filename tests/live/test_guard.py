@@ -39,7 +39,7 @@ def test_where_most_is_in_doubt_nothing_is_painted_again_and_a_line_says_so(webu
     report = reply.extra["DINO Tile report"][0]
     assert all(tile["retries"] == 0 and tile["doubt_before"] > 0 for tile in report["tiles"]) and report["retried"] == 0
     (line,) = [note for note in report["notes"] if "doubts most tiles" in note]
-    assert line.startswith("the guard doubts most tiles (6 of 6) and paints none of them again: use a lower denoising strength")
+    assert line.startswith("the guard doubts most tiles (6 of 6) and paints none of them again: use a lower denoising")
     assert line in reply.fields["DINO Tile notes"]
     blended = webui.img2img(source, {**AGAIN, "guard": "blend back"})
     assert difference(reply.image, blended.image) == 0
