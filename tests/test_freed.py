@@ -378,6 +378,29 @@ def test_where_all_tiles_are_painted_no_later_error_costs_the_image(
     assert gone(p, alive)
 
 
+def test_memory_that_runs_out_when_all_is_painted_costs_no_image(takeover, alive, monkeypatch):
+    def to_sample(image: Any) -> Any:
+        raise MemoryError("no more")
+
+    monkeypatch.setattr(takeover, "to_sample", to_sample)
+    p, said = Job(), ""
+    try:
+        finish(takeover, p)
+    except DinotileError as error:
+        said = str(error)
+    assert said == "no more (kept in out/00-unfinished.png)" and gone(p, alive)
+
+
+def test_what_the_webui_needs_to_save_the_image_is_asked_for_before_the_first_tile(takeover, monkeypatch):
+    asked: list[int] = []
+    monkeypatch.setattr(flow, "enough_memory", lambda count: asked.append(count) or False)
+    p = Job()
+    p.batch_size = 2
+    with pytest.raises(DinotileError, match=r"^out of memory before the first tile: make the result smaller"):
+        finish(takeover, p)
+    assert asked == [2 * 48 * 160 * 120]
+
+
 @pytest.mark.parametrize("saves", [False, True])
 def test_an_error_in_a_later_batch_costs_no_image_of_an_earlier_one(takeover, alive, monkeypatch, saves):
     inner, calls, kept = flow.upscale, [], []

@@ -17,6 +17,12 @@ def test_a_tile_gets_its_own_part_and_the_border_goes_on():
     assert torch.equal(crops[1, :, 55], crops[1, :, 49])
 
 
+def test_every_image_of_a_batch_has_its_own():
+    plan, hint = TilePlan(width=64, height=64, tile=64), torch.rand(2, 3, 64, 64)
+    for image, number in ((0, 0), (1, 1), (2, 0)):
+        assert torch.equal(crop_hint(hint, plan.tiles, (64, 64), image)[0], hint[number])
+
+
 def test_a_hint_of_a_rounded_size_is_laid_over_the_canvas():
     plan = TilePlan(width=100, height=100, tile=64, overlap=0, factor=8)
     ramp = torch.linspace(0, 1, 96).expand(1, 3, 96, 96)

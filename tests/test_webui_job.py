@@ -83,6 +83,67 @@ def test_png_info_says_nothing_of_noise_that_tiles_do_not_have(takeover):  # noq
     assert {key: p.extra_generation_params[key] for key in ("RNG", "ENSD")} == {"RNG": None, "ENSD": None}
 
 
+def test_a_folder_s_next_image_is_not_painted_by_what_others_have_kept_of_ours(takeover, modules):  # noqa: F811
+    """As sd-webui-controlnet does, which wraps `sample` and asks only once what it wraps."""
+    p, painted = Job(), []
+    replaced = modules("lib_dinotile.webui.replaced")
+    for number in range(2):
+        one = takeover.Takeover(p, OPTIONS)
+        one.apply()
+        if getattr(p, "before_hack", None) is None:
+            p.before_hack = p.sample
+        p.sample = lambda: painted.append(p.before_hack.__self__)
+        p.sample()
+        assert painted[number] is one
+        replaced.undo(p)
+    assert p.sample == Job.sample.__get__(p) and not hasattr(p, "before_hack")
+
+
+def test_images_that_forge_keeps_are_let_go_of(takeover, modules):  # noqa: F811
+    p, replaced = Job(), modules("lib_dinotile.webui.replaced")
+    for _ in range(2):  # a folder's
+        p.latents_after_sampling = ["a latent of another extension's"]
+        replaced.undo(p)
+        assert len(p.latents_after_sampling) == 1  # not ours
+        takeover.Takeover(p, OPTIONS).apply()
+        p.latents_after_sampling.append("pixels")
+        replaced.undo(p)
+        assert p.latents_after_sampling == []
+
+
+def test_the_size_is_the_canvas_s_again_after_the_webui_has_rounded_it(takeover, modules):  # noqa: F811
+    p, replaced = Job(), modules("lib_dinotile.webui.replaced")
+    replaced.resize(p)
+    assert (p.width, p.height) == (512, 512)
+    takeover.Takeover(p, OPTIONS).apply()
+    canvas = p.width, p.height
+    p.width, p.height = 64, 64
+    replaced.resize(p)
+    assert (p.width, p.height) == canvas == (160, 120)
+    replaced.undo(p)
+    assert (p.width, p.height) == (512, 512)
+
+
+def test_a_trial_for_the_preview_is_not_the_last_generation(takeover, modules, monkeypatch):  # noqa: F811
+    names = ("lib_dinotile.webui.speed", "modules.processing", "modules.shared", "modules.scripts")
+    speed, processing, shared, scripts = map(modules, names)
+    seen: list[tuple[bool, Any]] = []
+
+    def process_images(p: Any) -> None:
+        seen.append((shared.cmd_opts.no_prompt_history, p.override_settings))
+
+    def job(**given: Any) -> Any:
+        return types.SimpleNamespace(close=list, **given)
+
+    monkeypatch.setattr(processing, "StableDiffusionProcessingImg2Img", job, raising=False)
+    monkeypatch.setattr(processing, "process_images", process_images, raising=False)
+    monkeypatch.setattr(scripts, "ScriptRunner", list, raising=False)
+    monkeypatch.setattr(shared, "total_tqdm", types.SimpleNamespace(clear=list))
+    monkeypatch.setattr(shared, "state", types.SimpleNamespace(begin=lambda job: None, end=list))
+    speed._seconds(None, (64, 64), 1)
+    assert seen == [(True, {"save_init_img": False})] and not hasattr(shared.cmd_opts, "no_prompt_history")
+
+
 def test_maps_have_their_own_texts_where_masks_are_shown_too(takeover):  # noqa: F811
     p = Job()
     setattr(p, takeover.FOUND, [(None, {"semantic": Image.new("RGB", (8, 8))})])

@@ -208,10 +208,12 @@ def draw_maps(
     return found
 
 
-def check_memory(source: tuple[int, int], size: tuple[int, int]) -> None:
-    """DinotileError if a canvas of (width, height) for a source of such a size surely does not fit."""
+def check_memory(source: tuple[int, int], size: tuple[int, int], later: int = 0) -> None:
+    """DinotileError if a canvas of (width, height) for a source of such a size surely does not fit; later: bytes that
+    the host needs when it is painted."""
     # Of the canvas: the upscaled image as Pillow has it, the base and the change. Of the source: what the encoder sees.
-    if not enough_memory((4 + 3 + 6) * size[0] * size[1] + (3 + 12) * source[0] * source[1]):
+    now = (4 + 3 + 6) * size[0] * size[1] + (3 + 12) * source[0] * source[1]
+    if not enough_memory(max(now, later)):
         raise _too_large(size)
 
 

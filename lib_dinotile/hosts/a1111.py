@@ -137,7 +137,10 @@ class A1111Host(WebUIHost):
     def _hints(self, batch: Batch) -> list[tuple[Any, str, Tensor]]:
         """(parameters of a unit of sd-webui-controlnet, name, the tiles' parts of its hint) for all its units."""
         if self._cut[0] is not batch:
-            cut = [(params, name, crop_hint(hint, batch.tiles, self._canvas)) for params, name, hint in self._whole]
+            cut = [
+                (params, name, crop_hint(hint, batch.tiles, self._canvas, self.image))
+                for params, name, hint in self._whole
+            ]
             self._cut = batch, cut
         return self._cut[1]
 

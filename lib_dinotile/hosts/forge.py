@@ -204,7 +204,7 @@ class ForgeHost(WebUIHost):
         if self._shown[0] is not batch or self._shown[1] != self.active[1]:
             tiles = [batch.tiles[number] for number in chosen]
             for control, name, hint in self._hints:
-                setattr(control, name, crop_hint(hint, tiles, self._canvas))
+                setattr(control, name, crop_hint(hint, tiles, self._canvas, self.image))
                 control.cond_hint = None  # what it has made of the last one
             self._shown = self.active
         if len(batch.prompts[chosen[0]]) > 1:

@@ -65,6 +65,8 @@ class WebUIHost(Host):
     """The UNet, if it is one of the ldm kind."""
     shape: UNetShape | None
     prompt = ""
+    image = 0
+    """The number of the one in its batch that is painted."""
 
     def __init__(self, p: Any) -> None:
         self._job = weakref.ref(p)
@@ -110,9 +112,10 @@ class WebUIHost(Host):
     def check_residuals(self) -> None:
         """DinotileError if residuals cannot reach the UNet as it is set up now."""
 
-    def bind(self, prompt: str, negative: str, cond: Any, uncond: Any) -> None:
-        """The tiles to come belong to an image with these prompts and conditionings (entries of the batches)."""
-        self.prompt, self._negative = prompt, negative
+    def bind(self, prompt: str, negative: str, cond: Any, uncond: Any, image: int = 0) -> None:
+        """The tiles to come belong to that image of the batch, with these prompts and conditionings (entries of the
+        batches)."""
+        self.prompt, self._negative, self.image = prompt, negative, image
         self._main, self._others = (cond, uncond), {}
 
     def _conditioning(self, prompt: str | None, size: tuple[int, int]) -> tuple[Any, Any]:

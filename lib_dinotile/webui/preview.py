@@ -230,9 +230,11 @@ class Img2Img:
         def clicked(interrogator: str) -> Callable[..., list[Any]]:
             return lambda *values: show_preview(interrogator, values)
 
-        for name, each in {"": button, **naming.buttons}.items():
+        previews = [
             each.click(fn=clicked(name), inputs=inputs, outputs=[text, picture, *naming.outputs, prompts])
-        naming.connect(picture, prompts)
+            for name, each in {"": button, **naming.buttons}.items()
+        ]
+        naming.connect(picture, prompts, previews)
         comparison.connect(
             gallery,
             [*(self._found[name] for name in places), *tabs[:1]],
@@ -282,14 +284,14 @@ def answer(make: Callable[[], PreviewResult], asked: bool = False) -> list[Any]:
         said = f"<p>{html.escape(found.line)}</p>{as_html(found.notices)}"
         line, image = gr.update(value=said), gr.update(value=found.picture, visible=True)
         prompts = gr.update(value=lines(found.words)) if asked else gr.update()
-        return [line, image, *Naming.updates(found.regions, found.words), prompts]
+        return [line, image, *Naming.updates(found.regions), prompts]
     except DinotileError as error:
         line = Settings.with_label(str(error))
     except Exception as error:
         errors.report("DINO Tile: preview failed", exc_info=True)
         line = f"the preview failed: {' '.join(str(error).split()) or type(error).__name__}"
     failed = gr.update(value=f"<div class='error'>{html.escape(line)}</div>"), gr.update(value=None, visible=False)
-    return [*failed, *Naming.updates(None, {}), gr.update()]
+    return [*failed, *Naming.updates(None), gr.update()]
 
 
 @dataclasses.dataclass(frozen=True)

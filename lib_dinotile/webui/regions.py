@@ -22,17 +22,27 @@ from lib_dinotile.hosts.patched import patched
 from lib_dinotile.lines import ALIKE, BREAK, COLON, LETTER, LETTERS, SPACE
 from lib_dinotile.webui.javascript import in_the_browser
 
-TO_LINES = f"""(...words) => words.slice(0, {len(LETTERS)}).map((text, n) => [{LETTERS!r}[n],
-        (text ?? "").replace(/\\s+/g, " ").replace(/{BREAK}/g, ",").trim()])
-    .filter(([, text]) => text).map(([letter, text]) => `${{letter}}: ${{text}}`).join("\\n")"""
-"""The option's text from the fields, in the browser, so that nothing typed waits for the server. (Some WebUIs hand it
-what comes out, too.)"""
-FROM_LINES = f"""(text) => [...{LETTERS!r}].map(letter => text.split(/[\\r\\n]|{BREAK}/)
-    .map(line => line.match(/^{SPACE}*({LETTER}){SPACE}*{COLON}(.*)$/))
-    .map(found => found && [found[1].normalize("NFKC").toUpperCase(), found[2].trim()])
-    .filter(found => found && ({json.dumps(ALIKE)}[found[0]] ?? found[0]) === letter)
-    .map(found => found[1]).join(" "))"""
-"""The other way round."""
+_READ = f"""const lines = text => (text ?? "").split(/[\\r\\n]|{BREAK}/).filter(line => line.trim());
+    const read = line => {{
+        const found = line.match(/^{SPACE}*({LETTER}){SPACE}*{COLON}(.*)$/);
+        const typed = found ? found[1].normalize("NFKC").toUpperCase() : "";
+        return [{json.dumps(ALIKE)}[typed] ?? typed, found ? found[2].trim() : ""];
+    }};"""
+TO_LINES = f"""(typed, text) => {{
+    {_READ}
+    const words = (typed ?? "").replace(/\\s+/g, " ").replace(/{BREAK}/g, ",").trim();
+    const all = lines(text), at = all.findIndex(line => read(line)[0] === "%s");
+    all.splice(at < 0 ? all.length : at, at < 0 ? 0 : 1, ...(words ? ["%s: " + words] : []));
+    return all.join("\\n");
+}}"""
+"""The option's text with the words of the field of a letter, in the browser, so that nothing typed waits for the
+server, and the other lines stay as they are."""
+FROM_LINES = f"""(text) => {{
+    {_READ}
+    const all = lines(text).map(read);
+    return [...{LETTERS!r}].map(letter => all.filter(([of]) => of === letter).map(([, words]) => words).join(" "));
+}}"""
+"""The words of the fields from the option's text."""
 
 
 @dataclass(frozen=True)
@@ -76,23 +86,24 @@ class Naming:
         return [self.place, self.shown, self.all, *self.fields]
 
     @staticmethod
-    def updates(regions: Regions | None, words: Mapping[str, str]) -> list[Any]:
-        """The controls for these regions; without any they are hidden."""
+    def updates(regions: Regions | None) -> list[Any]:
+        """The controls for these regions; without any they are hidden. What was typed meanwhile stays."""
         if regions is None:
             return ["", None, gr.update(visible=False), *(gr.update(visible=False) for _ in LETTERS)]
         fields = [
-            gr.update(visible=True, value=words.get(letter, ""), label=f"{letter}, {share:.0%} of the picture")
+            gr.update(visible=True, label=f"{letter}, {share:.0%} of the picture")
             for letter, share in zip(regions.letters, regions.areas)
         ]
-        fields += [gr.update(visible=False, value="")] * (len(LETTERS) - len(fields))
+        fields += [gr.update(visible=False)] * (len(LETTERS) - len(fields))
         return ["", KeptRegions.of(regions), gr.update(visible=True), *fields]
 
-    def connect(self, picture: Any, prompts: Any) -> None:
-        """picture: the preview; prompts: the control of the option `region_prompts`."""
+    def connect(self, picture: Any, prompts: Any, previews: Sequence[Any]) -> None:
+        """picture: the preview; prompts: the control of the option `region_prompts`; previews: events that show one."""
         picture.select(fn=where, inputs=[self.shown], outputs=[self.place], show_progress=False)
-        for field in self.fields:
-            in_the_browser(field.input, TO_LINES, self.fields, [prompts])
-        in_the_browser(prompts.input, FROM_LINES, [prompts], self.fields)
+        for letter, field in zip(LETTERS, self.fields):
+            in_the_browser(field.input, TO_LINES % (letter, letter), [field, prompts], [prompts])
+        for listen in (prompts.input, *(event.then for event in previews)):
+            in_the_browser(listen, FROM_LINES, [prompts], self.fields)
 
 
 def where(shown: KeptRegions | None, event: gr.SelectData) -> str:

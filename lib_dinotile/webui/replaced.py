@@ -14,7 +14,7 @@ from modules import errors
 from lib_dinotile import DinotileError, one_line
 
 UNDO = "_dinotile_undo"
-"""Where what a processing object had of its own waits on it: (attributes, names of all that are replaced)."""
+"""Where what a processing object had of its own waits on it: (its attributes, those that take their place)."""
 FOUND = "_dinotile_found"
 """Where reports and maps wait on it for the gallery: (report, maps) of each image, None without tiles."""
 
@@ -22,20 +22,39 @@ FOUND = "_dinotile_found"
 def replace(p: Any, **values: Any) -> None:
     """Set attributes of a processing object, until `undo`."""
     before = {name: p.__dict__[name] for name in values if name in p.__dict__}
-    setattr(p, UNDO, (before, tuple(values)))
+    setattr(p, UNDO, (before, values))
     for name, value in values.items():
         setattr(p, name, value)
 
 
+def resize(p: Any) -> None:
+    """Gives the processing object the size again that it was to have: Forge Neo rounds it."""
+    _, values = p.__dict__.get(UNDO, ({}, {}))
+    for name in ("width", "height"):
+        if name in values:
+            setattr(p, name, values[name])
+
+
 def undo(p: Any) -> None:
     """The processing object as it was."""
-    before, names = p.__dict__.pop(UNDO, ({}, ()))
-    for name in names:
+    before, values = p.__dict__.pop(UNDO, ({}, {}))
+    for name in values:
         if name in before:
             setattr(p, name, before[name])
         else:
             p.__dict__.pop(name, None)
+    # ControlNet keeps the `sample` of a folder's first image, and would paint that again for all the others.
+    ours = [value for value in values.values() if callable(value)]
+    for name in [name for name, value in vars(p).items() if callable(value) and value in ours]:
+        delattr(p, name)
+    if values:
+        forget_samples(p)
     p.__dict__.pop(FOUND, None)
+
+
+def forget_samples(p: Any) -> None:
+    """Forge keeps what `sample` has returned, for as long as the object is used: ours are whole images."""
+    p.__dict__.get("latents_after_sampling", []).clear()
 
 
 def refuse(p: Any, error: Exception, called: Callable[[str], str] = str) -> None:

@@ -8,6 +8,8 @@ from typing import Any, NamedTuple
 from modules import errors, processing, scripts, shared
 from PIL import Image
 
+from lib_dinotile.hosts.patched import patched
+
 SLOW = 5.0
 """Seconds of a first trial above which there is no other."""
 STEPS = 1, 4
@@ -80,12 +82,14 @@ def _seconds(model: Any, tile: tuple[int, int], steps: int) -> float:
         seed=0,
         do_not_save_samples=True,
         do_not_save_grid=True,
+        override_settings={"save_init_img": False},
     )
     p.scripts = scripts.ScriptRunner()  # none; reForge asks which there are
     shared.state.begin(job="dinotile preview")
     began = time.perf_counter()
     try:
-        processing.process_images(p)
+        with patched(shared.cmd_opts, no_prompt_history=True):  # or the prompt's arrow would bring the trial's
+            processing.process_images(p)
     finally:
         p.close()
         shared.state.end()

@@ -7,12 +7,13 @@ working.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
 import time
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 import numpy as np
@@ -34,7 +35,7 @@ from lib_dinotile.tiling.noise import NoiseField
 from lib_dinotile.webui import folders
 from lib_dinotile.webui.area import Area
 from lib_dinotile.webui.refusals import check_img2img
-from lib_dinotile.webui.replaced import FOUND, replace, undo
+from lib_dinotile.webui.replaced import FOUND, forget_samples, replace, undo
 from lib_dinotile.webui.speed import learn_speed
 from lib_dinotile.webui.unfinished import keep
 
@@ -45,6 +46,10 @@ NOTES = ("DINO Tile painted", "DINO Tile notes", "DINO Tile tile prompts")
 NO_PART = ("RNG", "ENSD")
 """Keys in PNG info for where the WebUI's own noise comes from. Tiles have theirs from a field of dinotile's own, the
 same on all machines."""
+
+
+SAVING = 4 * 3 * 4
+"""Bytes a pixel of a result: the WebUI makes an image of it in up to four tensors of float32."""
 
 
 def make_host(p: Any) -> WebUIHost:
@@ -220,7 +225,13 @@ class Takeover:
             else:  # the WebUI would correct what is outside the mask, too
                 self._corrections = corrections
         self._prepare()
+        self._check_memory(self._sources[0].size)
         bars.expect(p.n_iter, p.batch_size)
+
+    def _check_memory(self, source: tuple[int, int]) -> None:
+        """DinotileError if the results of a batch of sources of (width, height) surely do not fit."""
+        width, height = self._area.finished
+        flow.check_memory(source, self._area.canvas, SAVING * width * height * self._p.batch_size)
 
     def _prepare(self) -> None:
         """Host and conditioner; DinotileError if something is not there, or does not fit."""
@@ -283,13 +294,14 @@ class Takeover:
         assert host is not None  # the WebUI calls `init` first
         results: list[Image.Image] = []
         self._painted = 0
+        forget_samples(p)  # of the last batch
         notes: dict[str, list[str | None]] = {"DINO Tile painted": [], "DINO Tile notes": []}
         if self._settings.captions != NONE:
             notes["DINO Tile tile prompts"] = []
         self._check_letters()
         for number in range(len(seeds)):
             uncond = None if unconditional_conditioning is None else unconditional_conditioning[number]
-            host.bind(prompts[number], p.negative_prompts[number], conditioning.batch[number], uncond)
+            host.bind(prompts[number], p.negative_prompts[number], conditioning.batch[number], uncond, number)
             host.bars.begin(last=number == len(seeds) - 1)
             noise = NoiseField(seeds[number], host.channels, subseeds[number], subseed_strength)
             source = self._sources[number % len(self._sources)]
@@ -318,14 +330,27 @@ class Takeover:
             notes["DINO Tile notes"].append("; ".join(result.report.lines) or None)
             if self._settings.captions != NONE:
                 notes["DINO Tile tile prompts"].append(result.report.prompts or None)
-            results.append(self._in_its_colours(self._area.finish(result.image, source), number))
-        if not p.save_samples():
-            self._unsaved += zip(results, seeds, prompts)
+            with self._nothing_lost([*results, result.image], seeds, prompts):
+                results.append(self._in_its_colours(self._area.finish(result.image, source), number))
         # One entry per image of the batch; the WebUI leaves out what is None.
         p.extra_generation_params.update(notes)
         samples = processing.DecodedSamples()
-        samples.extend(to_sample(image) for image in results)
+        with self._nothing_lost(results, seeds, prompts):
+            samples.extend(to_sample(image) for image in results)
+        if not p.save_samples():
+            self._unsaved += zip(results, seeds, prompts)
         return samples
+
+    @contextlib.contextmanager
+    def _nothing_lost(
+        self, images: Sequence[Image.Image], seeds: Sequence[int], prompts: Sequence[str]
+    ) -> Iterator[None]:
+        """While open, what is painted is not lost by an error: memory may run out."""
+        try:
+            yield
+        except Exception as error:
+            where = keep(self._p, [*self._unsaved, *zip(images, seeds, prompts)])
+            raise DinotileError(f"{one_line(error)}{where}", 500) from error
 
     def _in_its_colours(self, image: Image.Image, number: int) -> Image.Image:
         """Image `number` of the batch, corrected within the mask by the WebUI's colour correction, if that is on."""

@@ -140,7 +140,7 @@ class Txt2ImgTakeover(Takeover):
         with self._as_img2img():
             self._prepare()
         assert self._host is not None
-        flow.check_memory(self._generated(), self._area.canvas)
+        self._check_memory(self._generated())
         plan = flow.make_plan(self._host, self._area.canvas, self._settings)
         self._tiles = flow.workload(plan, self._settings)[0]
 
