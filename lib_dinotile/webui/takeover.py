@@ -7,13 +7,12 @@ working.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
 import hashlib
 import time
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import numpy as np
@@ -317,8 +316,7 @@ class Takeover:
                 where = keep(p, [*self._unsaved, *zip(done, seeds, prompts)])
                 raise flow.UnfinishedError(error.__cause__ or error, error.result, where) from error.__cause__
             except DinotileError as error:  # before its first tile
-                where = keep(p, [*self._unsaved, *zip(results, seeds, prompts)])
-                raise DinotileError(f"{error.detail}{where}", error.status_code) from error
+                raise self._with_kept(error, results, seeds, prompts) from error
             maps = dict(result.maps)
             if SOURCE in maps:
                 maps[SOURCE] = self._area.finish(maps[SOURCE], source)
@@ -330,27 +328,27 @@ class Takeover:
             notes["DINO Tile notes"].append("; ".join(result.report.lines) or None)
             if self._settings.captions != NONE:
                 notes["DINO Tile tile prompts"].append(result.report.prompts or None)
-            with self._nothing_lost([*results, result.image], seeds, prompts):
+            try:
                 results.append(self._in_its_colours(self._area.finish(result.image, source), number))
+            except Exception as error:  # memory may run out
+                raise self._with_kept(error, [*results, result.image], seeds, prompts) from error
         # One entry per image of the batch; the WebUI leaves out what is None.
         p.extra_generation_params.update(notes)
         samples = processing.DecodedSamples()
-        with self._nothing_lost(results, seeds, prompts):
+        try:
             samples.extend(to_sample(image) for image in results)
+        except Exception as error:
+            raise self._with_kept(error, results, seeds, prompts) from error
         if not p.save_samples():
             self._unsaved += zip(results, seeds, prompts)
         return samples
 
-    @contextlib.contextmanager
-    def _nothing_lost(
-        self, images: Sequence[Image.Image], seeds: Sequence[int], prompts: Sequence[str]
-    ) -> Iterator[None]:
-        """While open, what is painted is not lost by an error: memory may run out."""
-        try:
-            yield
-        except Exception as error:
-            where = keep(self._p, [*self._unsaved, *zip(images, seeds, prompts)])
-            raise DinotileError(f"{one_line(error)}{where}", 500) from error
+    def _with_kept(
+        self, error: Exception, done: Sequence[Image.Image], seeds: Sequence[int], prompts: Sequence[str]
+    ) -> DinotileError:
+        """The error with where what is done of the batch, and of earlier ones, is kept."""
+        where = keep(self._p, [*self._unsaved, *zip(done, seeds, prompts)])
+        return DinotileError(f"{one_line(error)}{where}", getattr(error, "status_code", 500))
 
     def _in_its_colours(self, image: Image.Image, number: int) -> Image.Image:
         """Image `number` of the batch, corrected within the mask by the WebUI's colour correction, if that is on."""
