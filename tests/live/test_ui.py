@@ -214,6 +214,15 @@ def test_regions_are_named_on_the_preview_and_told_to_the_tiles(tab: Tab, shots:
     expect(boxes[0]).to_have_value("fur")
     expect(boxes[1]).to_have_value("a blurred room")
     tab.shot(shots / "regions.png")
+    prompts.fill("B: a blurred room\nnot a line\nA: fur")
+    boxes[0].fill("fine fur")
+    expect(prompts).to_have_value("B: a blurred room\nnot a line\nA: fine fur")  # the other lines stay as they are
+    prompts.fill("Ｂ：a blurred room\nA: fur")
+    tab.control("preview").click()
+    boxes[1].fill("a dark room")  # while the preview is made
+    tab.page.wait_for_timeout(5000)
+    assert boxes[0].input_value() == "fur" and boxes[1].input_value() == "a dark room"
+    assert prompts.input_value() == "B: a dark room\nA: fur"
     tab.fold("Prompts per region")
     tab.generate()
     tab.done()
