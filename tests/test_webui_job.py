@@ -76,6 +76,20 @@ def test_scripts_that_do_not_go_together_with_tiles_are_refused_whatever_says_th
         takeover.Takeover(p, OPTIONS)
 
 
+@pytest.mark.parametrize("refiner", [None, "", "None", "none", "sdxl-refiner"])
+def test_no_refiner_is_none_however_it_is_said(takeover, refiner):  # noqa: F811
+    """A1111's ControlNet makes itself ready for `init` only then."""
+    p = Job()
+    p.refiner_checkpoint = refiner
+    if refiner == "sdxl-refiner":
+        assert refusal(takeover, p).endswith("set Refiner to None")
+        return
+    takeover.Takeover(p, OPTIONS).apply()
+    assert p.refiner_checkpoint is None
+    takeover.undo(p)
+    assert p.refiner_checkpoint == refiner
+
+
 def test_png_info_says_nothing_of_noise_that_tiles_do_not_have(takeover):  # noqa: F811
     """The WebUI lets a script's keys take the place of its own, and leaves out what is None."""
     p = Job()

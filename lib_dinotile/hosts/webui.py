@@ -54,6 +54,14 @@ def _stopped_or_not() -> contextlib.AbstractContextManager[None]:
     return patched(shared.state, interrupted=False) if shared.state.interrupted else contextlib.nullcontext()
 
 
+def check_unit(kind: str, masked: bool) -> None:
+    """DinotileError for a ControlNet whose model is called that, if tiles cannot follow it."""
+    if "lllite" in kind.lower():
+        raise DinotileError("ControlNet-LLLite does not work with tiles: choose another ControlNet")
+    if "ipadapter" in kind.lower() and masked:
+        raise DinotileError("IP-Adapter with a mask does not work with tiles: remove the mask, or switch DINO Tile off")
+
+
 class WebUIHost(Host):
     """The loaded checkpoint, sampled as the processing object `p` says; see `Host`."""
 
@@ -106,6 +114,11 @@ class WebUIHost(Host):
 
     def check(self) -> None:
         """DinotileError if the WebUI, as it is set up now, does what tiles cannot follow."""
+
+    def _controlnets(self) -> list[Any]:
+        """The WebUI's scripts for ControlNets."""
+        scripts = self._p.scripts.alwayson_scripts if self._p.scripts else ()
+        return [script for script in scripts if script.title().lower() == "controlnet"]
 
     def check_residuals(self) -> None:
         """DinotileError if residuals cannot reach the UNet as it is set up now."""
