@@ -428,8 +428,8 @@ def taken_over(webui: WebUI, monkeypatch: pytest.MonkeyPatch, folder: Any) -> An
     shared = webui.modules["modules.shared"]
     shared.cmd_opts = types.SimpleNamespace()
     vars(shared.opts).update(
-        dict.fromkeys(names, False), sd_vae_encode_method="Full", sd_vae_decode_method="Full",
-        img2img_background_color="#ffffff",
+        dict.fromkeys(names, False), data_labels=dict.fromkeys(names), sd_vae_encode_method="Full",
+        sd_vae_decode_method="Full", img2img_background_color="#ffffff",
     )  # fmt: skip
     made = {
         "paths": {"models_path": str(folder)}, "masking": {}, "errors": {},

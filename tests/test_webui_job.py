@@ -43,6 +43,24 @@ def test_tiling_is_refused_however_it_is_switched_on(takeover, modules, own, for
         takeover.Takeover(p, OPTIONS)
 
 
+@pytest.mark.parametrize("there, for_all, for_the_job, refused", [
+    (True, True, None, True), (True, False, True, True), (True, True, False, False), (True, False, None, False),
+    (False, True, None, False), (False, None, None, False),
+])  # fmt: skip
+def test_reforges_clip_skip_ramp_is_refused(takeover, modules, there, for_all, for_the_job, refused):  # noqa: F811
+    """It puts conditionings of its own in place of the tiles'."""
+    p, opts, name = Job(), modules("modules.shared").opts, "dynamic_clip_skip_enabled"
+    opts.data_labels.update({name: None} if there else {})
+    if for_all is not None:  # a config.json may have it where the WebUI does not
+        setattr(opts, name, for_all)
+    if for_the_job is not None:
+        p.override_settings[name] = for_the_job
+    if refused:
+        assert refusal(takeover, p).startswith("Dynamic clip skip ramp")
+    else:
+        takeover.Takeover(p, OPTIONS)
+
+
 @pytest.mark.parametrize("size, refused", [((64, 64), True), ((64, 0), False), ((-1, -1), False)], ids=str)
 def test_a_seed_for_another_size_is_refused(takeover, size, refused):  # noqa: F811
     p = Job()
