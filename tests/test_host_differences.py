@@ -337,6 +337,28 @@ def test_the_webuis_own_decoders_stay_as_they_are(webui):
         assert [(type(part), [id(weight) for weight in part._parameters.values()]) for part in parts] == before
 
 
+# What the preview counts ----------------------------------------------------------------------------------------------
+
+
+def test_resize_by_makes_the_size_that_img2img_makes(webui):
+    from lib_dinotile.hosts.webui import resized_by
+
+    sizes = {"forge": (96, 72), "neo": (96, 80)}
+    assert resized_by((67, 51), 1.5) == sizes.get(webui.kind.family, (100, 76))
+
+
+@only(*UNETS)
+@some("exactly", [False, True])
+def test_steps_are_counted_as_they_are_run(webui, exactly):
+    """A setting may say that it is as many as asked for, whatever the denoising strength."""
+    from lib_dinotile.hosts.samplers import steps_asked
+
+    webui.modules["modules.shared"].opts.img2img_fix_steps = exactly
+    p = webui.job("Euler", 0.5)
+    asked = types.SimpleNamespace(steps=p.steps, denoising_strength=0.5)
+    assert steps_asked(asked) == webui.host(p).steps() == (6 if exactly else 4)
+
+
 # What is refused -----------------------------------------------------------------------------------------------------
 
 

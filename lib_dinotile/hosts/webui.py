@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from modules import devices, processing, script_callbacks, sd_samplers_common, shared
+from modules import devices, processing, script_callbacks, sd_models, sd_samplers_common, shared, ui
 from PIL import Image
 from torch import Tensor
 
@@ -40,6 +40,14 @@ def base_of(model: Any) -> str:
     """The family of the WebUI's model; see `Host.base`."""
     marks = {"is_sdxl": "sdxl", "is_sd2": "sd2", "is_sd1": "sd15"}
     return next((base for mark, base in marks.items() if getattr(model, mark, False)), type(model).__name__.lower())
+
+
+def resized_by(size: tuple[int, int], scale: float) -> tuple[int, int]:
+    """(width, height) that img2img's *Resize by* makes of those of an image: each WebUI rounds in its own way."""
+    step = 8 if hasattr(sd_models, "forge_model_reload") else 1  # Forge has it; A1111 and reForge do not
+    count = getattr(ui, "sRound", lambda side: int(side) // step * step)  # Forge Neo brings its own
+    width, height = (count(side * scale) for side in size)
+    return width, height
 
 
 CELLS = 8
