@@ -252,6 +252,33 @@ def test_a_run_says_more_of_the_speed_than_a_tile_that_was_tried_out(accordion, 
     assert speed.guess(model, 2_000_000, (1000, 1000), 20) == speed.Estimate(200.0, False)
 
 
+@pytest.mark.parametrize("sizing, given", [(0, (640, 480)), (1, (70, 50))])
+def test_a_preview_counts_size_and_steps_as_the_webui_does(accordion, monkeypatch, sizing: int, given: tuple):
+    preview = importlib.import_module("lib_dinotile.webui.preview")
+    hosts, samplers = (importlib.import_module(f"lib_dinotile.hosts.{name}") for name in ("webui", "samplers"))
+    hosts.ui.sRound = lambda side: int(side) // 10 * 10
+    samplers.sd_samplers_common.setup_img2img_steps = lambda job: (40, job.steps - int(10 * job.denoising_strength))
+    asked = []
+
+    class Shown:
+        workload, plan = (1, 4096), types.SimpleNamespace(tile_size=(64, 64))
+
+        def __init__(self, *arguments):
+            asked.append(arguments[3])
+
+        def semantic_map(self, source):
+            return source
+
+    for name, value in {
+        "Preview": Shown, "checkpoint": lambda: None, "flat": lambda image: image, "describe": lambda *_: "a line",
+        "guess": lambda model, pixels, tile, steps: asked.append(steps),
+    }.items():  # fmt: skip
+        monkeypatch.setattr(preview, name, value)
+    img2img = {"width": 640, "height": 480, "scale": 1.5, "steps": 12, "denoise": 0.3}
+    preview.show({"img2img_image": Image.new("RGB", (50, 35))}, 0, sizing, img2img, {"regions": 0})
+    assert asked == [given, 10]
+
+
 def test_a_preview_says_what_its_tiles_are(accordion):
     preview = importlib.import_module("lib_dinotile.webui.preview")
     for (width, height), said in (((1200, 448), "3 tiles of 512 x 448"), ((500, 200), "1 tile of 504 x 200")):

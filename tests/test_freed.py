@@ -205,6 +205,8 @@ def takeover(modules, monkeypatch, tmp_path) -> Any:
     shared.cmd_opts = types.SimpleNamespace()
     names = ("hypertile_enable_unet", "hypertile_enable_vae", "save_init_img", "img2img_color_correction")
     shared.opts = types.SimpleNamespace(
+        data_labels=dict.fromkeys([*names, "tiling"]),
+        tiling=False,
         img2img_background_color="#ffffff",
         sd_vae_encode_method="Full",
         sd_vae_decode_method="Full",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import types
 from collections.abc import Iterator
@@ -336,30 +337,69 @@ def test_the_webuis_own_decoders_stay_as_they_are(webui):
         assert [(type(part), [id(weight) for weight in part._parameters.values()]) for part in parts] == before
 
 
+# What the preview counts ----------------------------------------------------------------------------------------------
+
+
+def test_resize_by_makes_the_size_that_img2img_makes(webui):
+    from lib_dinotile.hosts.webui import resized_by
+
+    sizes = {"forge": (96, 72), "neo": (96, 80)}
+    assert resized_by((67, 51), 1.5) == sizes.get(webui.kind.family, (100, 76))
+
+
+@only(*UNETS)
+@some("exactly", [False, True])
+def test_steps_are_counted_as_they_are_run(webui, exactly):
+    """A setting may say that it is as many as asked for, whatever the denoising strength."""
+    from lib_dinotile.hosts.samplers import steps_asked
+
+    webui.modules["modules.shared"].opts.img2img_fix_steps = exactly
+    p = webui.job("Euler", 0.5)
+    asked = types.SimpleNamespace(steps=p.steps, denoising_strength=0.5)
+    assert steps_asked(asked) == webui.host(p).steps() == (6 if exactly else 4)
+
+
 # What is refused -----------------------------------------------------------------------------------------------------
 
 
-class ControlLLLitePatcher:
-    pass
+@some("kind, masked, says", [
+    ("ControlNet", True, ""), ("IPAdapter", False, ""), ("InstantID", True, ""),
+    ("LLLite", False, r"ControlNet-LLLite [^\n]*: choose another ControlNet"),
+    ("IPAdapter", True, r"IP-Adapter with a mask [^\n]*: remove the mask, or switch DINO Tile off"),
+])  # fmt: skip
+def test_controlnets_that_tiles_cannot_follow_are_refused_in_one_line(webui, kind, masked, says):
+    p, mask = webui.job(), torch.ones(1, 1, 8, 8) if masked else None
+    if webui.kind.chain:
+        names = {"LLLite": "ControlLLLitePatcher"}
+        unit = types.SimpleNamespace(model=type(names.get(kind, f"{kind}Patcher"), (), {})(), control_mask=mask)
+        script = Script("ControlNet", current_params={0: None, 1: types.SimpleNamespace(), 2: unit})
+    else:
+        kinds = types.SimpleNamespace(name={"LLLite": "Controlllite"}.get(kind, kind))
+        unit = types.SimpleNamespace(control_model_type=kinds, effective_region_mask=mask)
+        script = Script("ControlNet", latest_network=types.SimpleNamespace(control_params=[unit]))
+    p.scripts = Scripts(Script("Other"), Script("ControlNet"), script)
+    host = webui.host(p)
+    with pytest.raises(DinotileError, match=f"^{says}$") if says else contextlib.nullcontext():
+        host.check()
 
 
-class ControlNetPatcher:
-    pass
+@only(A1111)
+@some("aligned", [False, True])
+def test_controlnets_style_align_is_refused(webui, aligned):
+    """It is at work without a unit, too."""
+    p = webui.job()
+    script = Script("ControlNet", latest_network=None, ui_batch_option_state=("All ControlNet units", aligned))
+    p.scripts = Scripts(script)
+    host = webui.host(p)
+    with pytest.raises(DinotileError, match=r"^ControlNet's StyleAlign") if aligned else contextlib.nullcontext():
+        host.check()
 
 
 def test_what_tiles_cannot_follow_is_refused_in_one_line(webui):
     p = webui.job()
     host = webui.host(p)
     p.batch_size = 4
-    p.scripts = Scripts(Script("Other"), Script("ControlNet", current_params={0: None, 1: types.SimpleNamespace()}))
     host.check()
-    p.scripts.alwayson_scripts[1].current_params[1].model = ControlNetPatcher()
-    host.check()
-    if webui.kind.chain:
-        p.scripts.alwayson_scripts[1].current_params[1].model = ControlLLLitePatcher()
-        with pytest.raises(DinotileError, match=r"^ControlNet-LLLite [^\n]*: choose another ControlNet$"):
-            host.check()
-    p.scripts = None
     if webui.kind.chain:
         host.channels, host.factor, kept = 32, 8, (host.channels, host.factor)
         with pytest.raises(DinotileError, match=r"^Mugen's VAE [^\n]*: choose another$"):
@@ -410,8 +450,8 @@ def taken_over(webui: WebUI, monkeypatch: pytest.MonkeyPatch, folder: Any) -> An
     shared = webui.modules["modules.shared"]
     shared.cmd_opts = types.SimpleNamespace()
     vars(shared.opts).update(
-        dict.fromkeys(names, False), sd_vae_encode_method="Full", sd_vae_decode_method="Full",
-        img2img_background_color="#ffffff",
+        dict.fromkeys(names, False), data_labels=dict.fromkeys(names), sd_vae_encode_method="Full",
+        sd_vae_decode_method="Full", img2img_background_color="#ffffff",
     )  # fmt: skip
     made = {
         "paths": {"models_path": str(folder)}, "masking": {}, "errors": {},

@@ -43,6 +43,24 @@ def test_tiling_is_refused_however_it_is_switched_on(takeover, modules, own, for
         takeover.Takeover(p, OPTIONS)
 
 
+@pytest.mark.parametrize("there, for_all, for_the_job, refused", [
+    (True, True, None, True), (True, False, True, True), (True, True, False, False), (True, False, None, False),
+    (False, True, None, False), (False, None, None, False),
+])  # fmt: skip
+def test_reforges_clip_skip_ramp_is_refused(takeover, modules, there, for_all, for_the_job, refused):  # noqa: F811
+    """It puts conditionings of its own in place of the tiles'."""
+    p, opts, name = Job(), modules("modules.shared").opts, "dynamic_clip_skip_enabled"
+    opts.data_labels.update({name: None} if there else {})
+    if for_all is not None:  # a config.json may have it where the WebUI does not
+        setattr(opts, name, for_all)
+    if for_the_job is not None:
+        p.override_settings[name] = for_the_job
+    if refused:
+        assert refusal(takeover, p).startswith("Dynamic clip skip ramp")
+    else:
+        takeover.Takeover(p, OPTIONS)
+
+
 @pytest.mark.parametrize("size, refused", [((64, 64), True), ((64, 0), False), ((-1, -1), False)], ids=str)
 def test_a_seed_for_another_size_is_refused(takeover, size, refused):  # noqa: F811
     p = Job()
@@ -74,6 +92,20 @@ def test_scripts_that_do_not_go_together_with_tiles_are_refused_whatever_says_th
         assert refusal(takeover, p).endswith(": switch it off, or DINO Tile")
     else:
         takeover.Takeover(p, OPTIONS)
+
+
+@pytest.mark.parametrize("refiner", [None, "", "None", "none", "sdxl-refiner"])
+def test_no_refiner_is_none_however_it_is_said(takeover, refiner):  # noqa: F811
+    """A1111's ControlNet makes itself ready for `init` only then."""
+    p = Job()
+    p.refiner_checkpoint = refiner
+    if refiner == "sdxl-refiner":
+        assert refusal(takeover, p).endswith("set Refiner to None")
+        return
+    takeover.Takeover(p, OPTIONS).apply()
+    assert p.refiner_checkpoint is None
+    takeover.undo(p)
+    assert p.refiner_checkpoint == refiner
 
 
 def test_png_info_says_nothing_of_noise_that_tiles_do_not_have(takeover):  # noqa: F811

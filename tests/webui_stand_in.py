@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import math
 import sys
 import tempfile
 import types
@@ -330,6 +331,10 @@ class WebUI:
             booru.stop = lambda: setattr(booru, "running", booru.running - 1)
             self.module("modules.deepbooru", model=booru).__spec__ = types.SimpleNamespace(name="modules.deepbooru")
         self.module("modules.errors", report=lambda line, exc_info=False: self.log.append(line))
+        # Forge Neo rounds to multiples of a step that is one of its settings.
+        self.module("modules.ui", **({"sRound": lambda side: math.floor(side / 16 + 0.5) * 16} if neo else {}))
+        reload = {"forge_model_reload": lambda: (self.model, False)} if self.kind.family in ("forge", "neo") else {}
+        self.module("modules.sd_models", **reload)
         self.module("modules.sd_unet", get_unet_option=lambda: None)
         self.module("modules.prompt_parser", MulticondLearnedConditioning=type(multicond([""])))
         self.module("modules.script_callbacks", **calls(self))

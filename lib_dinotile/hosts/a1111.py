@@ -19,7 +19,7 @@ from lib_dinotile.engine.prediction import from_x0, timestep_to_sigma, to_x0
 from lib_dinotile.hosts.hints import crop_hint, is_spatial
 from lib_dinotile.hosts.ldm import LdmResiduals, cfg_rows
 from lib_dinotile.hosts.patched import in_float32, patched
-from lib_dinotile.hosts.webui import WebUIHost
+from lib_dinotile.hosts.webui import WebUIHost, check_unit
 
 
 class A1111Host(WebUIHost):
@@ -55,6 +55,16 @@ class A1111Host(WebUIHost):
                 return vae.decode((latents / model.scale_factor).to(devices.dtype_vae)).float()
 
         return decode
+
+    def check(self) -> None:
+        if any(getattr(script, "ui_batch_option_state", (None, False))[1] for script in self._controlnets()):
+            raise DinotileError(
+                "ControlNet's StyleAlign (Batch Options) makes the tiles of a batch look alike: switch it off, or DINO "
+                "Tile"
+            )
+        for params in self._units():
+            masked = getattr(params, "effective_region_mask", None) is not None
+            check_unit(params.control_model_type.name, masked)
 
     def check_residuals(self) -> None:
         option = sd_unet.get_unet_option()
@@ -98,7 +108,7 @@ class A1111Host(WebUIHost):
     @contextlib.contextmanager
     def sampling(self, tiled: TiledDenoiser, canvas: tuple[int, int]) -> Iterator[None]:
         self._canvas = canvas
-        units = [params for network in self._networks() for params in network.control_params or ()]
+        units = self._units()
         # Setting `hint_cond` makes the extension forget what it has derived from the last one.
         whole = [
             (params, name, getattr(params, name))
@@ -128,11 +138,12 @@ class A1111Host(WebUIHost):
 
     def _networks(self) -> list[Any]:
         """The networks of sd-webui-controlnet that are at work."""
-        scripts = self._p.scripts.alwayson_scripts if self._p.scripts else ()
-        found = (
-            getattr(script, "latest_network", None) for script in scripts if script.title().lower() == "controlnet"
-        )
+        found = (getattr(script, "latest_network", None) for script in self._controlnets())
         return [network for network in found if network]
+
+    def _units(self) -> list[Any]:
+        """The parameters of their units."""
+        return [params for network in self._networks() for params in network.control_params or ()]
 
     def _hints(self, batch: Batch) -> list[tuple[Any, str, Tensor]]:
         """(parameters of a unit of sd-webui-controlnet, name, the tiles' parts of its hint) for all its units."""

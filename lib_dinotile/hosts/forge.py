@@ -24,7 +24,7 @@ from lib_dinotile.engine.host import Batch, TiledDenoiser
 from lib_dinotile.hosts.decoders import own_copy
 from lib_dinotile.hosts.hints import crop_hint, is_spatial
 from lib_dinotile.hosts.patched import in_float32, patched
-from lib_dinotile.hosts.webui import WebUIHost
+from lib_dinotile.hosts.webui import WebUIHost, check_unit
 
 
 def _dynamic_args() -> Any:
@@ -132,11 +132,10 @@ class ForgeHost(WebUIHost):
             raise DinotileError("Wan takes a batch for the frames of a video: set the batch size to 1")
         if (self.channels, self.factor) == (32, 8):
             raise DinotileError("Mugen's VAE joins latent cells in pairs, which tiles cannot follow: choose another")
-        for script in p.scripts.alwayson_scripts if p.scripts else ():
-            if script.title().lower() == "controlnet":
-                units = (getattr(script, "current_params", None) or {}).values()
-                if any("lllite" in type(getattr(unit, "model", None)).__name__.lower() for unit in units):
-                    raise DinotileError("ControlNet-LLLite does not work with tiles: choose another ControlNet")
+        for script in self._controlnets():
+            for unit in (getattr(script, "current_params", None) or {}).values():
+                masked = getattr(unit, "control_mask", None) is not None
+                check_unit(type(getattr(unit, "model", None)).__name__, masked)
 
     def set_levels(self) -> None:
         p = self._p

@@ -126,6 +126,11 @@ class Steps:
         return f"{self.taken} sampling steps instead of {self.asked}: {self.sampler} cannot do fewer"
 
 
+def steps_asked(p: Any) -> int:
+    """How many steps img2img takes by the WebUI's own count, which goes by its settings, too."""
+    return sd_samplers_common.setup_img2img_steps(p)[1] + 1
+
+
 class Rehearsal:
     """A sampler run without the model, on a few latent cells: does it work with so many steps, and tile by tile?
 
@@ -150,7 +155,7 @@ class Rehearsal:
     def steps(self) -> Steps:
         """The fewest steps that work, but no less than the WebUI takes; that is as many if none do, since then it is
         not for the number of steps."""
-        asked = sd_samplers_common.setup_img2img_steps(self._p)[1] + 1
+        asked = steps_asked(self._p)
         tried = range(asked + 1, MOST + 1) if not self.works(None) else ()
         return Steps(self._p.sampler_name, asked, next(filter(self.works, tried), asked))
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from modules import devices, processing, script_callbacks, sd_samplers_common, shared
+from modules import devices, processing, script_callbacks, sd_models, sd_samplers_common, shared, ui
 from PIL import Image
 from torch import Tensor
 
@@ -42,6 +42,14 @@ def base_of(model: Any) -> str:
     return next((base for mark, base in marks.items() if getattr(model, mark, False)), type(model).__name__.lower())
 
 
+def resized_by(size: tuple[int, int], scale: float) -> tuple[int, int]:
+    """(width, height) that img2img's *Resize by* makes of those of an image: each WebUI rounds in its own way."""
+    step = 8 if hasattr(sd_models, "forge_model_reload") else 1  # Forge has it; A1111 and reForge do not
+    count = getattr(ui, "sRound", lambda side: int(side) // step * step)  # Forge Neo brings its own
+    width, height = (count(side * scale) for side in size)
+    return width, height
+
+
 CELLS = 8
 """Latent cells a side of a picture that only shows what a checkpoint makes of it."""
 WHOLE = 1.0
@@ -52,6 +60,14 @@ def _stopped_or_not() -> contextlib.AbstractContextManager[None]:
     """While open, tiles are decoded as ever, though the user has stopped the run: the WebUIs have an option to take the
     live preview's decoder then."""
     return patched(shared.state, interrupted=False) if shared.state.interrupted else contextlib.nullcontext()
+
+
+def check_unit(kind: str, masked: bool) -> None:
+    """DinotileError for a ControlNet whose model is called that, if tiles cannot follow it."""
+    if "lllite" in kind.lower():
+        raise DinotileError("ControlNet-LLLite does not work with tiles: choose another ControlNet")
+    if "ipadapter" in kind.lower() and masked:
+        raise DinotileError("IP-Adapter with a mask does not work with tiles: remove the mask, or switch DINO Tile off")
 
 
 class WebUIHost(Host):
@@ -108,6 +124,11 @@ class WebUIHost(Host):
 
     def check(self) -> None:
         """DinotileError if the WebUI, as it is set up now, does what tiles cannot follow."""
+
+    def _controlnets(self) -> list[Any]:
+        """The WebUI's scripts for ControlNets."""
+        scripts = self._p.scripts.alwayson_scripts if self._p.scripts else ()
+        return [script for script in scripts if script.title().lower() == "controlnet"]
 
     def check_residuals(self) -> None:
         """DinotileError if residuals cannot reach the UNet as it is set up now."""

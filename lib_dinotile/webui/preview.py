@@ -35,7 +35,8 @@ from lib_dinotile.engine.host import check_name
 from lib_dinotile.engine.retry import reserve
 from lib_dinotile.hosts import upscalers
 from lib_dinotile.hosts.interrogators import interrogators
-from lib_dinotile.hosts.webui import base_of
+from lib_dinotile.hosts.samplers import steps_asked
+from lib_dinotile.hosts.webui import base_of, resized_by
 from lib_dinotile.settings import NO_REGIONS, NONE, OFF, SEMANTIC, Settings
 from lib_dinotile.tiling.plan import TilePlan
 from lib_dinotile.webui import folders
@@ -329,9 +330,8 @@ def show(
     """The preview of an image; interrogator: is asked for regions without words, if any. DinotileError as in a run."""
     source, settings = source_of(sources, chosen), Settings.parse({**options, "enabled": True}, labels=True)
     given = int(img2img.get("width") or 0), int(img2img.get("height") or 0)
-    if sizing == 1:  # Resize by, as img2img counts it
-        width, height = (int(side * img2img["scale"]) // 8 * 8 for side in source.size)
-        given = width, height
+    if sizing == 1:  # Resize by
+        given = resized_by(source.size, img2img["scale"])
     model = checkpoint()
     preview = Preview(source.size, settings, model, given, int(img2img.get("resize") or 0))
     regions, words, beyond = None, settings.region_words, ""
@@ -344,8 +344,8 @@ def show(
         if interrogator:
             words = preview.asked(source, regions, words, interrogator)
         picture = preview.region_map(source, regions, words)
-    steps = max(1, int((img2img.get("steps") or 20) * min(img2img.get("denoise") or 0, 0.999)) + 1)
-    line = describe(preview, guess(model, preview.workload[1], preview.plan.tile_size, steps))
+    job = SimpleNamespace(steps=int(img2img.get("steps") or 20), denoising_strength=img2img.get("denoise") or 0)
+    line = describe(preview, guess(model, preview.workload[1], preview.plan.tile_size, steps_asked(job)))
     if beyond:
         line += f" There is no region {beyond[0]} in this image: take its line out of {PROMPTS.label}."
     only_masked = chosen in INPAINTING and bool(img2img.get("area"))

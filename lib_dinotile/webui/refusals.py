@@ -40,8 +40,11 @@ def _switched_on(p: Any, title: str) -> str:
 
 
 def _setting(p: Any, name: str) -> Any:
-    """A setting of the WebUI as it will be for this job: those for the job alone are not in force yet."""
-    return p.override_settings.get(name, getattr(shared.opts, name, False))
+    """A setting of the WebUI as it will be for this job: those for the job alone are not in force yet.
+
+    False if the WebUI has none of that name; its config.json may come from another that has.
+    """
+    return name in shared.opts.data_labels and p.override_settings.get(name, getattr(shared.opts, name))
 
 
 def _selected(p: Any) -> str:
@@ -61,6 +64,10 @@ def check_tiles_can_follow(p: Any, settings: Settings) -> None:
             raise DinotileError(f"{found} {why}: switch it off, or DINO Tile")
     if any(_setting(p, name) for name in ("hypertile_enable_unet", "hypertile_enable_vae")):
         raise DinotileError("HyperTile does not work with DINO Tile: switch it off in the settings")
+    if _setting(p, "dynamic_clip_skip_enabled"):
+        raise DinotileError(
+            "Dynamic clip skip ramp would mix up the prompts of tiles: switch it off in the settings, or DINO Tile"
+        )
     if _setting(p, "tiling") if p.tiling is None else p.tiling:
         raise DinotileError("Tiling would make every tile seamless, not the image: switch Tiling off, or DINO Tile")
     for text in (settings.tile_prompt, settings.tile_prompts, settings.region_prompts):

@@ -42,6 +42,8 @@ T = TypeVar("T")
 
 NOTES = ("DINO Tile painted", "DINO Tile notes", "DINO Tile tile prompts")
 """Keys in PNG info whose values belong to the images of one batch."""
+NO_REFINER = {"refiner_checkpoint": None}
+"""On the processing object. It may have "" there, for which A1111's ControlNet waits until `init` is over."""
 NO_PART = ("RNG", "ENSD")
 """Keys in PNG info for where the WebUI's own noise comes from. Tiles have theirs from a field of dinotile's own, the
 same on all machines."""
@@ -162,7 +164,7 @@ class Takeover:
         """Replace `init` and `sample` of the processing object; called: makes of a refusal what the user reads."""
         p, self._called = self._p, called
         width, height = self._area.canvas  # so long: ControlNet cuts its hints to that
-        replace(p, width=width, height=height, init=self.init, sample=self.sample)
+        replace(p, width=width, height=height, init=self.init, sample=self.sample, **NO_REFINER)
         self._tell({**dict.fromkeys(NO_PART), **self._settings.infotext, **self._area.infotext})
 
     def _tell(self, infotext: Mapping[str, Any]) -> None:
