@@ -200,7 +200,7 @@ def test_only_masked_it_is_cut_to_the_mask(webui: WebUI, photo: Image.Image, uni
 
 def test_every_image_of_a_loop_is_painted_from_its_own_source(webui: WebUI, source: Image.Image, unit):
     """One processing object is for all of them, as in the tab *Batch*, and ControlNet hooks into it every time."""
-    options, more = {"scale": 1, "upscaler": "None", "tile": 64}, {"denoising_strength": 0.5}
+    options, more = {"scale": 1, "upscaler": "None", "tile": 64, "overlap": 16}, {"denoising_strength": 0.5}
     looped = {"script_name": "Loopback", "script_args": [2, 0.5, "Linear", "None"], "seed": 5, **more}
     units = {"ControlNet": {"args": [unit]}}
     first, second = webui.img2img(source, options, alwayson_scripts=units, **looped).images[-2:]
