@@ -226,7 +226,16 @@ def test_a_folder_without_a_vocabulary_is_refused(copied, part, left):
             file.unlink()
     if left == "nothing":
         folder.rmdir()
-    assert part in refusal(folder.parent)
+    line = refusal(folder.parent)
+    assert f"has no vocabulary in its {part} folder" in line or f"has a {part} that cannot be loaded: " in line
+
+
+def test_nor_is_one_with_such_a_configuration(ldm_file, tmp_path):
+    path, config = ldm_file
+    shutil.copytree(config, tmp_path / "config")
+    shutil.rmtree(tmp_path / "config" / "tokenizer")
+    line = refusal(path, config=str(tmp_path / "config"))
+    assert line.startswith(f"config: {tmp_path / 'config'} has ") and "tokenizer" in line
 
 
 def test_weights_that_are_damaged_are_not_replaced_by_others(copied):

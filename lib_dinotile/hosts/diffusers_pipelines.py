@@ -78,7 +78,6 @@ def load_pipeline(generation: Generation) -> Any:
     except Exception as error:  # whatever the libraries raise for what is missing or damaged
         hint = " (--config FOLDER spares the Hugging Face Hub)" if is_file and not generation.config else ""
         raise DinotileError(f"model: {name} cannot be loaded{hint}: {one_line(error)}") from error
-    _check_tokenizers(pipe, f"config: {generation.config}" if is_file and generation.config else f"model: {name}")
     if generation.prediction != AUTOMATIC:
         pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, prediction_type=generation.prediction)
     return pipe
@@ -100,6 +99,7 @@ def _single_file(path: Path, generation: Generation) -> Any:
         if source.sdxl != marks.sdxl:
             raise source.refuse(f"is for another kind of Stable Diffusion than {path.name}")
         scheduler = source.scheduler()
+        source.tokenizers()
         more |= {"config": config, "scheduler": DDIMScheduler(**UNCHANGED)}
     kind = StableDiffusionXLPipeline if marks.sdxl else StableDiffusionPipeline
     try:
@@ -120,18 +120,17 @@ def _single_file(path: Path, generation: Generation) -> Any:
 
 def _pretrained(source: _Source) -> Any:
     from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
-    from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+    from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
     scheduler = source.scheduler()
     parts: dict[str, Any] = {
         "scheduler": DDIMScheduler(**UNCHANGED),
-        "tokenizer": CLIPTokenizer.from_pretrained(source.name, subfolder="tokenizer"),
+        **source.tokenizers(),
         "text_encoder": source.weights(CLIPTextModel, "text_encoder"),
         "unet": source.weights(UNet2DConditionModel, "unet"),
         "vae": source.weights(AutoencoderKL, "vae"),
     }
     if source.sdxl:
-        parts["tokenizer_2"] = CLIPTokenizer.from_pretrained(source.name, subfolder="tokenizer_2")
         parts["text_encoder_2"] = source.weights(CLIPTextModelWithProjection, "text_encoder_2")
         zeros = bool(source.index.get("force_zeros_for_empty_prompt", True))
         pipe = StableDiffusionXLPipeline(**parts, force_zeros_for_empty_prompt=zeros, add_watermarker=False)
@@ -140,13 +139,6 @@ def _pretrained(source: _Source) -> Any:
         pipe = StableDiffusionPipeline(**parts, **unused, requires_safety_checker=False)
     pipe.scheduler = scheduler
     return pipe
-
-
-def _check_tokenizers(pipe: Any, named: str) -> None:
-    """DinotileError for one without a vocabulary: some versions of transformers load it, and words mean nothing."""
-    for part, tokenizer in pipe.components.items():
-        if part.startswith("tokenizer") and not {*tokenizer("a").input_ids} - {*tokenizer.all_special_ids}:
-            raise DinotileError(f"{named} has no vocabulary in its {part} folder (vocab.json and merges.txt)")
 
 
 @contextlib.contextmanager
@@ -191,6 +183,22 @@ class _Source:
         """One that has nothing but what the UNet was trained with."""
         config = DDIMScheduler.load_config(self.name, subfolder="scheduler")  # of any class: it only reads
         return DDIMScheduler(**trained(config, f"{self._option}: {self.name}"))
+
+    def tokenizers(self) -> dict[str, Any]:
+        """By part. DinotileError for one without a vocabulary, which some versions of transformers load: to it all
+        words are the same."""
+        from transformers import CLIPTokenizer
+
+        found: dict[str, Any] = {}
+        for part in ("tokenizer", "tokenizer_2") if self.sdxl else ("tokenizer",):
+            try:
+                found[part] = CLIPTokenizer.from_pretrained(self.name, subfolder=part)
+                known = {*found[part]("a").input_ids} - {*found[part].all_special_ids}
+            except Exception as error:  # whatever is raised where files are missing or damaged
+                raise self.refuse(f"has a {part} that cannot be loaded: {one_line(error)[:300]}", "") from error
+            if not known:
+                raise self.refuse(f"has no vocabulary in its {part} folder (vocab.json and merges.txt)", "")
+        return found
 
     def weights(self, kind: Any, part: str) -> Any:
         """A part of the pipeline with all its weights; DinotileError if some are not there."""
