@@ -393,6 +393,24 @@ def test_memory_that_runs_out_when_all_is_painted_costs_no_image(takeover, alive
     assert said == "no more (kept in out/00-unfinished.png)" and gone(p, alive)
 
 
+def test_the_host_knows_which_image_of_a_batch_is_painted_and_those_of_the_last_batch_are_gone(takeover, monkeypatch):
+    inner, seen = takeover.Takeover._upscale, []
+
+    def upscale(self: Any, host: Any, *more: Any) -> Any:
+        seen.append(host.image)
+        return inner(self, host, *more)
+
+    monkeypatch.setattr(takeover.Takeover, "_upscale", upscale)
+    p = Job()
+    p.batch_size, p.negative_prompts, p.latents_after_sampling = 2, [""] * 2, []
+    takeover.Takeover(p, OPTIONS).apply()
+    p.init([""] * 2, [1, 2], [1, 2])
+    p.latents_after_sampling.append("the last batch's")
+    p.sample(types.SimpleNamespace(batch=[None] * 2), None, [1, 2], [1, 2], 0.0, [""] * 2)
+    assert seen == [0, 1] and p.latents_after_sampling == []
+    takeover.undo(p)
+
+
 def test_what_the_webui_needs_to_save_the_image_is_asked_for_before_the_first_tile(takeover, monkeypatch):
     asked: list[int] = []
     monkeypatch.setattr(flow, "enough_memory", lambda count: asked.append(count) or False)

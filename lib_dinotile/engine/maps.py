@@ -84,7 +84,7 @@ def _draw_tiles(picture: Image.Image, plan: TilePlan, taken: Sequence[tuple[floa
         right, bottom = min(tile.right, plan.width), min(tile.bottom, plan.height)
         x, y = (tile.x + right) / 2 * ratio, (tile.y + bottom) / 2 * ratio
         near = [(x + across * size / 2, y + down * size / 2) for across, down in NEAR]
-        clear = (at for at in near if all(max(abs(at[0] - x), abs(at[1] - y)) >= 2 * size for x, y in taken))
+        clear = (at for at in near if all(max(abs(at[0] - left), abs(at[1] - top)) >= 2 * size for left, top in taken))
         _label(draw, next(clear, near[0]), str(number), size)
 
 

@@ -42,13 +42,9 @@ T = TypeVar("T")
 
 NOTES = ("DINO Tile painted", "DINO Tile notes", "DINO Tile tile prompts")
 """Keys in PNG info whose values belong to the images of one batch."""
-NO_REFINER = {"refiner_checkpoint": None}
-"""On the processing object. It may have "" there, for which A1111's ControlNet waits until `init` is over."""
 NO_PART = ("RNG", "ENSD")
 """Keys in PNG info for where the WebUI's own noise comes from. Tiles have theirs from a field of dinotile's own, the
 same on all machines."""
-
-
 SAVING = 4 * 3 * 4
 """Bytes a pixel of a result: the WebUI makes an image of it in up to four tensors of float32."""
 
@@ -164,7 +160,8 @@ class Takeover:
         """Replace `init` and `sample` of the processing object; called: makes of a refusal what the user reads."""
         p, self._called = self._p, called
         width, height = self._area.canvas  # so long: ControlNet cuts its hints to that
-        replace(p, width=width, height=height, init=self.init, sample=self.sample, **NO_REFINER)
+        # With "" for none, A1111's ControlNet would wait until `init` is over.
+        replace(p, width=width, height=height, refiner_checkpoint=None, init=self.init, sample=self.sample)
         self._tell({**dict.fromkeys(NO_PART), **self._settings.infotext, **self._area.infotext})
 
     def _tell(self, infotext: Mapping[str, Any]) -> None:

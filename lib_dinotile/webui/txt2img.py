@@ -26,7 +26,7 @@ from lib_dinotile.settings import Settings, Txt2Img
 from lib_dinotile.webui.area import Area
 from lib_dinotile.webui.refusals import check_tiles_can_follow
 from lib_dinotile.webui.replaced import FOUND, UNDO, replace, undo
-from lib_dinotile.webui.takeover import NO_REFINER, NOTES, Takeover, in_one_line
+from lib_dinotile.webui.takeover import NOTES, Takeover, in_one_line
 
 BEFORE = "-before-dinotile"
 """Ends the names of the files that images are kept in as they were before."""
@@ -81,7 +81,7 @@ class Txt2ImgTakeover(Takeover):
 
     def apply(self, called: Callable[[str], str] = str) -> None:
         self._called = called
-        replace(self._p, init=self.init, sample=self.sample, **NO_REFINER)
+        replace(self._p, refiner_checkpoint=None, init=self.init, sample=self.sample)
         self._tell(self._settings.infotext)
 
     def _own(self, name: str) -> Any:
