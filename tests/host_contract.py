@@ -198,14 +198,14 @@ HINT = torch.rand(1, 3, CANVAS[1], CANVAS[0], generator=torch.Generator().manual
 
 
 @contextlib.contextmanager
-def controlled(webui: WebUI, p: Any) -> Iterator[list[Any]]:
+def controlled(webui: WebUI, p: Any, hint: Tensor = HINT) -> Iterator[list[Any]]:
     """A ControlNet is at work on all the canvas; a list of what holds its hint."""
     if webui.kind.chain:
         controls: list[Any] = []
 
         def before(p: Any, **_: Any) -> None:
             unet = p.sd_model.forge_objects.unet.clone()
-            controls.append(Control(webui, HINT))
+            controls.append(Control(webui, hint))
             controls[-1].advanced_mask_weighting = WEIGHT
             unet.add_patched_controlnet(controls[-1])
             p.sd_model.forge_objects.unet = unet
@@ -213,7 +213,7 @@ def controlled(webui: WebUI, p: Any) -> Iterator[list[Any]]:
         p.scripts = Scripts(Script("ControlNet", process_before_every_sampling=before))
         yield controls
     else:
-        network = Network(webui, HINT)
+        network = Network(webui, hint)
         p.scripts = Scripts(Script("ControlNet", latest_network=network))
         try:
             yield network.control_params

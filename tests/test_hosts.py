@@ -333,20 +333,23 @@ def test_without_a_negative_prompt(kind):
 
 @with_unet
 @some("feature", ["nothing", "all"])
-def test_each_tile_gets_its_part_of_a_controlnets_hint(webui, feature):
-    p = webui.job()
+@some("image", [None, 0, 1])
+def test_each_tile_gets_its_part_of_a_controlnets_hint(webui, feature, image):
+    """image: of a batch whose images have hints of their own."""
+    p, hint = webui.job(), HINT if image is None else torch.cat([HINT, 1 - HINT])
     host = webui.host(p)
     with webui.running():
         latents = latents_of(host)
-        with controlled(webui, p) as holders:
+        with controlled(webui, p, hint=hint) as holders:
             if not webui.kind.chain:
                 cond, uncond = host.marked(p.c.batch[0], p.uc[0])
                 host.bind(p.prompts[0], NEGATIVE, cond, uncond)
+            host.image = image or 0
             for _ in range(2):  # and again, as for the next batch
                 found = sampled(host, batch_of(range(3), **FEATURES[feature]), latents)
-                assert webui.kind.chain or holders[0].hint_cond is HINT
+                assert webui.kind.chain or holders[0].hint_cond is hint
         expected = [
-            Expected(webui, p, hint=HINT).sample(
+            Expected(webui, p, hint=hint[[image or 0]]).sample(
                 latents[number : number + 1], places(host, [TILES[number]]), batch_of([number], **FEATURES[feature]),
                 [Rect(0, 0, 8, 8)], [torch.ones(())], 0.6,
             )

@@ -13,7 +13,7 @@ from PIL import Image
 
 from lib_dinotile import DinotileError
 from lib_dinotile.engine import flow
-from lib_dinotile.settings import Settings
+from lib_dinotile.settings import Settings, Txt2Img
 from tests.conftest import import_of_webuis
 from tests.stand_in import webui
 from tests.test_freed import OPTIONS, Job, modules, no_garbage_collector, takeover  # noqa: F401
@@ -95,17 +95,20 @@ def test_scripts_that_do_not_go_together_with_tiles_are_refused_whatever_says_th
 
 
 @pytest.mark.parametrize("refiner", [None, "", "None", "none", "sdxl-refiner"])
-def test_no_refiner_is_none_however_it_is_said(takeover, refiner):  # noqa: F811
+def test_no_refiner_is_none_however_it_is_said(takeover, modules, refiner):  # noqa: F811
     """A1111's ControlNet makes itself ready for `init` only then."""
     p = Job()
     p.refiner_checkpoint = refiner
     if refiner == "sdxl-refiner":
         assert refusal(takeover, p).endswith("set Refiner to None")
         return
-    takeover.Takeover(p, OPTIONS).apply()
-    assert p.refiner_checkpoint is None
-    takeover.undo(p)
-    assert p.refiner_checkpoint == refiner
+    txt2img = modules("lib_dinotile.webui.txt2img").Txt2ImgTakeover
+    p.enable_hr = False
+    for job in (takeover.Takeover(p, OPTIONS), txt2img(p, Txt2Img(enabled=True))):
+        job.apply()
+        assert p.refiner_checkpoint is None
+        takeover.undo(p)
+        assert p.refiner_checkpoint == refiner
 
 
 def test_png_info_says_nothing_of_noise_that_tiles_do_not_have(takeover):  # noqa: F811
