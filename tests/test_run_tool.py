@@ -23,8 +23,8 @@ sys.exit(run.main())
 """
 CHILD = """
 import sys, time
-print("at work", flush=True)
 try:
+    print("at work", flush=True)
     time.sleep(600)
 except KeyboardInterrupt:
     time.sleep(1)

@@ -13,6 +13,7 @@ none. On Linux without an NVIDIA GPU the .venv gets a CPU build of torch, never 
 import hashlib
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -130,12 +131,9 @@ def main() -> int:
     environment = Environment(sys.argv[1])
     environment.prepare()
     command, variables = environment.command(*sys.argv[2:])
-    process = subprocess.Popen(command, env=variables)
-    while True:
-        try:
-            return process.wait()
-        except KeyboardInterrupt:  # the module gets it, too, and saves what it has
-            continue
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, lambda *_: None)  # the module gets it, too, and saves what it has
+    return subprocess.run(command, env=variables).returncode
 
 
 if __name__ == "__main__":
