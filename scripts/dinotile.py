@@ -3,7 +3,7 @@
 from modules import script_callbacks, scripts
 
 from lib_dinotile.webui import accordion, api, main_thread, xyz
-from lib_dinotile.webui.replaced import refuse, resize, undo
+from lib_dinotile.webui.replaced import refuse, undo
 from lib_dinotile.webui.takeover import Takeover
 from lib_dinotile.webui.txt2img import is_txt2img, options_for, takeover
 
@@ -35,9 +35,6 @@ class Script(scripts.Script):
                 takeover(p, settings).apply(called)
         except Exception as error:  # the WebUI would log it and go on without us
             refuse(p, error, called)
-
-    def process(self, p, *args):
-        resize(p)
 
     def postprocess(self, p, processed, *args):
         Takeover.publish(p, processed)

@@ -178,9 +178,14 @@ class Job:
         info = types.SimpleNamespace(filename="stub.safetensors")
         families = {"is_sd1": True, "is_sd2": False, "is_sdxl": False}
         self.sd_model = types.SimpleNamespace(sd_checkpoint_info=info, **families)
+        self.prompts_are_set_up = False
+
+    def setup_prompts(self) -> None:
+        """img2img's own."""
+        self.prompts_are_set_up = True
 
     def init(self, *_: Any) -> None:
-        """img2img's own."""
+        """Likewise."""
 
     def sample(self, *_: Any) -> None:
         """Likewise."""

@@ -38,7 +38,8 @@ from tests.host_contract import (
     sampled,
 )
 from tests.test_tiling import random_image
-from tests.webui_stand_in import FLUX, FORGE, KINDS, NEGATIVE, NEO, UNETS, Kind, Scripts, WebUI
+from tests.webui_samplers import Network
+from tests.webui_stand_in import A1111, FLUX, FORGE, KINDS, NEGATIVE, NEO, UNETS, Kind, Scripts, WebUI
 from tests.webui_stand_in import webui as stand_in
 
 some = pytest.mark.parametrize
@@ -351,6 +352,29 @@ def test_each_tile_gets_its_part_of_a_controlnets_hint(webui, feature, image):
         expected = [
             Expected(webui, p, hint=hint[[image or 0]]).sample(
                 latents[number : number + 1], places(host, [TILES[number]]), batch_of([number], **FEATURES[feature]),
+                [Rect(0, 0, 8, 8)], [torch.ones(())], 0.6,
+            )
+            for number in range(3)
+        ]  # fmt: skip
+    close(found, torch.cat(expected))
+
+
+def test_to_a1111s_controlnet_tiles_are_a_part_of_hires_fix():
+    """It has a larger hint for that, and units that are at work in one of the passes only."""
+    with stand_in(A1111) as webui:
+        p, small = webui.job(), HINT[..., ::2, ::2].contiguous()
+        host, network = webui.host(p), Network(webui, small, HINT)
+        p.scripts = Scripts(Script("ControlNet", latest_network=network))
+        with webui.running():
+            latents = latents_of(host)
+            host.bind(p.prompts[0], NEGATIVE, *host.marked(p.c.batch[0], p.uc[0]))
+            found = sampled(host, batch_of(range(3)), latents)
+        del webui.unet.forward
+        assert network.in_hires_fix == {True}
+        assert network.control_params[0].hint_cond is small and network.control_params[0].hr_hint_cond is HINT
+        expected = [
+            Expected(webui, p, hint=HINT).sample(
+                latents[number : number + 1], places(host, [TILES[number]]), batch_of([number]),
                 [Rect(0, 0, 8, 8)], [torch.ones(())], 0.6,
             )
             for number in range(3)

@@ -147,16 +147,14 @@ def test_images_that_forge_keeps_are_let_go_of(takeover, modules):  # noqa: F811
 
 
 def test_the_size_is_the_canvas_s_again_after_the_webui_has_rounded_it(takeover, modules):  # noqa: F811
-    p, replaced = Job(), modules("lib_dinotile.webui.replaced")
-    replaced.resize(p)
-    assert (p.width, p.height) == (512, 512)
+    p = Job()
     takeover.Takeover(p, OPTIONS).apply()
-    canvas = p.width, p.height
-    p.width, p.height = 64, 64
-    replaced.resize(p)
-    assert (p.width, p.height) == canvas == (160, 120)
-    replaced.undo(p)
-    assert (p.width, p.height) == (512, 512)
+    assert (p.width, p.height) == (160, 120)
+    p.width, p.height = 192, 128
+    p.setup_prompts()
+    assert (p.width, p.height) == (160, 120) and p.prompts_are_set_up
+    modules("lib_dinotile.webui.replaced").undo(p)
+    assert (p.width, p.height) == (512, 512) and p.setup_prompts == Job.setup_prompts.__get__(p)
 
 
 def test_a_trial_for_the_preview_is_not_the_last_generation(takeover, modules, monkeypatch):  # noqa: F811

@@ -369,16 +369,20 @@ class Control:
 
 
 class Network:
-    """What sd-webui-controlnet does to A1111's UNet: a forward of its own, with a hint for each row."""
+    """What sd-webui-controlnet does to A1111's UNet: a forward of its own, with a hint for each row. hires: that of
+    hires fix (1, 3, H, W), which it tells by the size of what is denoised."""
 
-    def __init__(self, webui: Any, hint: Tensor) -> None:
-        self.control_params = [types.SimpleNamespace(hint_cond=hint, effective_region_mask=None)]
-        unet, params = webui.unet, self.control_params[0]
+    def __init__(self, webui: Any, hint: Tensor, hires: Tensor | None = None) -> None:
+        params = types.SimpleNamespace(hint_cond=hint, hr_hint_cond=hires, effective_region_mask=None)
+        unet, self.control_params, self.in_hires_fix = webui.unet, [params], set[bool]()
         inner = unet.forward
 
         def forward(x: Tensor, timesteps: Tensor, context: Tensor, control: Any = None) -> Tensor:
             assert (context[:, 0].abs() == MARK).all(), "a prompt that went past the extension"
-            found = of_hint(params.hint_cond, unet, x.shape[-2:])
+            hint, larger, height = params.hint_cond, params.hr_hint_cond, x.shape[-2] * 8
+            high = larger is not None and abs(height - hint.shape[-2]) >= abs(height - larger.shape[-2])
+            self.in_hires_fix.add(high)
+            found = of_hint(larger if high else hint, unet, x.shape[-2:])
             assert {len(residual) for residual in found} == {len(x)}
             return inner(x, timesteps, context[:, 1:], {"middle": found[-1:], "output": found[:-1]})
 

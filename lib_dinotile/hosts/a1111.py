@@ -113,26 +113,19 @@ class A1111Host(WebUIHost):
         whole = [
             (params, name, getattr(params, name))
             for params in units
-            for name in ("hint_cond", "effective_region_mask")
+            for name in ("hint_cond", "hr_hint_cond", "effective_region_mask")
             if is_spatial(getattr(params, name, None))
         ]
-        # Hires fix has larger ones. Left there, the extension would take them, whole, for tiles of that size.
-        larger = [
-            (params, "hr_hint_cond", params.hr_hint_cond)
-            for params in units
-            if is_spatial(getattr(params, "hr_hint_cond", None))
-        ]
-        finest = {id(params): hint for params, _, hint in larger}
+        # Hires fix has larger ones. As both, the extension takes the tiles for a part of hires fix, too.
+        finest = {id(params): hint for params, name, hint in whole if name == "hr_hint_cond"}
         self._whole = [
             (params, name, finest.get(id(params), hint) if name == "hint_cond" else hint)
             for params, name, hint in whole
         ]
         try:
-            for params, name, _ in larger:
-                setattr(params, name, None)
             yield
         finally:
-            for params, name, hint in (*whole, *larger):
+            for params, name, hint in whole:
                 setattr(params, name, hint)
             self._whole, self._cut = [], (None, [])
 

@@ -27,14 +27,6 @@ def replace(p: Any, **values: Any) -> None:
         setattr(p, name, value)
 
 
-def resize(p: Any) -> None:
-    """Gives the processing object the size again that it was to have: Forge Neo rounds it."""
-    _, values = p.__dict__.get(UNDO, ({}, {}))
-    for name in ("width", "height"):
-        if name in values:
-            setattr(p, name, values[name])
-
-
 def undo(p: Any) -> None:
     """The processing object as it was."""
     before, values = p.__dict__.pop(UNDO, ({}, {}))

@@ -157,11 +157,12 @@ class Takeover:
         self._unsaved = []
 
     def apply(self, called: Callable[[str], str] = str) -> None:
-        """Replace `init` and `sample` of the processing object; called: makes of a refusal what the user reads."""
+        """Replace methods of the processing object; called: makes of a refusal what the user reads."""
         p, self._called = self._p, called
         width, height = self._area.canvas  # so long: ControlNet cuts its hints to that
-        # With "" for none, A1111's ControlNet would wait until `init` is over.
-        replace(p, width=width, height=height, refiner_checkpoint=None, init=self.init, sample=self.sample)
+        # With "" for none as refiner, A1111's ControlNet would wait until `init` is over.
+        methods = {"setup_prompts": self.setup_prompts, "init": self.init, "sample": self.sample}
+        replace(p, width=width, height=height, refiner_checkpoint=None, **methods)
         self._tell({**dict.fromkeys(NO_PART), **self._settings.infotext, **self._area.infotext})
 
     def _tell(self, infotext: Mapping[str, Any]) -> None:
@@ -187,6 +188,12 @@ class Takeover:
         # Behind the images' own texts, which are made by now.
         reports = {"DINO Tile report": [report and report.json() for report, _ in found]}
         processed.extra_generation_params = {**processed.extra_generation_params, **reports}
+
+    def setup_prompts(self) -> None:
+        """The WebUI's own, after which ControlNet makes its hints. Before it, Forge Neo rounds the size."""
+        p = self._p
+        p.width, p.height = self._area.canvas
+        type(p).setup_prompts(p)
 
     @in_one_line
     def init(self, all_prompts: list[str], all_seeds: list[int], all_subseeds: list[int]) -> None:

@@ -152,6 +152,17 @@ def test_two_units_at_once(webui: WebUI, large: Image.Image, unit, specks: Image
         assert difference(cut(image, tile), controlled(webui, cut(large, tile), units(tile), None, **NO_NOISE)) <= 1
 
 
+def test_it_fits_a_canvas_of_any_size(webui: WebUI, large: Image.Image, unit, specks: Image.Image):
+    """Forge Neo rounds the size of what it is to make to a multiple of 64, before ControlNet scales its image to it."""
+    box, first, corner = (0, 0, 96, 96), (0, 0, 64, 64), (0, 0, 32, 32)  # what the first of four tiles shares with none
+    source, control = large.crop(box), specks.crop(box)
+    image = controlled(webui, source, {**unit, "image": encode(control)}, FOUR, **NO_NOISE)
+    assert image.size == source.size
+    shown = {**unit, "image": encode(control.crop(first))}
+    alone = controlled(webui, source.crop(first), shown, None, **NO_NOISE)
+    assert difference(image.crop(corner), alone.crop(corner)) <= 1
+
+
 @pytest.mark.parametrize("order", ["chess", "fused"])
 def test_an_effective_region_is_cut_too(
     webui: WebUI, large: Image.Image, unit, specks: Image.Image, plan: TilePlan, by_hand, order: str
