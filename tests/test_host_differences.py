@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 import sys
 import types
 from collections.abc import Iterator
@@ -365,6 +366,7 @@ def test_steps_are_counted_as_they_are_run(webui, exactly):
 @some("kind, masked, says", [
     ("ControlNet", True, ""), ("IPAdapter", False, ""), ("InstantID", True, ""),
     ("LLLite", False, r"ControlNet-LLLite [^\n]*: choose another ControlNet"),
+    ("FooocusInpaint", False, r"Fooocus Inpaint [^\n]*: choose another ControlNet"),
     ("IPAdapter", True, r"IP-Adapter with a mask [^\n]*: remove the mask, or switch DINO Tile off"),
 ])  # fmt: skip
 def test_controlnets_that_tiles_cannot_follow_are_refused_in_one_line(webui, kind, masked, says):
@@ -381,6 +383,21 @@ def test_controlnets_that_tiles_cannot_follow_are_refused_in_one_line(webui, kin
     host = webui.host(p)
     with pytest.raises(DinotileError, match=f"^{says}$") if says else contextlib.nullcontext():
         host.check()
+
+
+@only(FORGE)
+@some("name, followed", [
+    ("None", True), ("tile_resample", True), ("inpaint_global_harmonious", True), ("recolor_luminance", True),
+    ("tile_colorfix", False), ("tile_colorfix+sharp", False), ("reference_only", False),
+    ("reference_adain+attn", False), ("inpaint_only", False), ("inpaint_only+lama", False),
+])  # fmt: skip
+def test_preprocessors_that_keep_latents_of_the_whole_image_are_refused(webui, name, followed):
+    p, preprocessor = webui.job(), types.SimpleNamespace(name=name)
+    unit = types.SimpleNamespace(model=object(), control_mask=None, preprocessor=preprocessor)
+    p.scripts = Scripts(Script("ControlNet", current_params={0: unit}))
+    says = rf"^the ControlNet preprocessor {re.escape(name)} [^\n]*: choose another$"
+    with contextlib.nullcontext() if followed else pytest.raises(DinotileError, match=says):
+        webui.host(p).check()
 
 
 @only(A1111)

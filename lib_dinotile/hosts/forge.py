@@ -135,7 +135,8 @@ class ForgeHost(WebUIHost):
         for script in self._controlnets():
             for unit in (getattr(script, "current_params", None) or {}).values():
                 masked = getattr(unit, "control_mask", None) is not None
-                check_unit(type(getattr(unit, "model", None)).__name__, masked)
+                preprocessor = getattr(getattr(unit, "preprocessor", None), "name", "")
+                check_unit(type(getattr(unit, "model", None)).__name__, masked, preprocessor)
 
     def set_levels(self) -> None:
         p = self._p

@@ -55,6 +55,9 @@ CELLS = 8
 WHOLE = 1.0
 """Denoising strength that leaves nothing of the source."""
 
+ON_THE_WHOLE = ("inpaint_only", "reference_", "tile_colorfix")
+"""How the names of ControlNet's preprocessors begin that put latents of the whole image into every step, in Forge."""
+
 
 def _stopped_or_not() -> contextlib.AbstractContextManager[None]:
     """While open, tiles are decoded as ever, though the user has stopped the run: the WebUIs have an option to take the
@@ -62,10 +65,16 @@ def _stopped_or_not() -> contextlib.AbstractContextManager[None]:
     return patched(shared.state, interrupted=False) if shared.state.interrupted else contextlib.nullcontext()
 
 
-def check_unit(kind: str, masked: bool) -> None:
-    """DinotileError for a ControlNet whose model is called that, if tiles cannot follow it."""
-    if "lllite" in kind.lower():
-        raise DinotileError("ControlNet-LLLite does not work with tiles: choose another ControlNet")
+def check_unit(kind: str, masked: bool, preprocessor: str = "") -> None:
+    """DinotileError for a ControlNet whose model and preprocessor are called that, if tiles cannot follow it."""
+    for word, name in (("lllite", "ControlNet-LLLite"), ("fooocus", "Fooocus Inpaint")):
+        if word in kind.lower():
+            raise DinotileError(f"{name} does not work with tiles: choose another ControlNet")
+    if preprocessor.startswith(ON_THE_WHOLE):
+        raise DinotileError(
+            f"the ControlNet preprocessor {preprocessor} looks at the whole image and does not work with tiles: choose "
+            "another"
+        )
     if "ipadapter" in kind.lower() and masked:
         raise DinotileError("IP-Adapter with a mask does not work with tiles: remove the mask, or switch DINO Tile off")
 

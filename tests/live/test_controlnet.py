@@ -68,6 +68,11 @@ def controlled(
     return webui.img2img(source, options, alwayson_scripts={"ControlNet": {"args": units}}, **request).images[0]
 
 
+def unit_fields(webui: WebUI) -> dict[str, Any]:
+    scripts = webui.get("sdapi/v1/script-info").json()
+    return next(script["args"] for script in scripts if script["name"] == "controlnet")[0]["value"] or {}
+
+
 def cut(image: Image.Image, tile) -> Image.Image:
     return image.crop((tile.x, tile.y, tile.right, tile.bottom))
 
@@ -170,9 +175,7 @@ def test_an_effective_region_is_cut_too(
     """A mask that is black over the two tiles on the left, and white over those on the right."""
     mask = Image.new("RGB", large.size)
     mask.paste("white", (64, 0, 128, 128))
-    scripts = webui.get("sdapi/v1/script-info").json()
-    first = next(script["args"] for script in scripts if script["name"] == "controlnet")[0]["value"]
-    name = "mask_image" if "mask_image" in (first or {}) else "effective_region_mask"
+    name = "mask_image" if "mask_image" in unit_fields(webui) else "effective_region_mask"
     masked = {**unit, "image": encode(specks), name: encode(mask)}
     plain = [controlled(webui, large, each, None, **NO_NOISE) for each in (masked, {**unit, "image": encode(specks)})]
     if difference(*plain) == 0:
@@ -207,6 +210,16 @@ def test_only_masked_it_is_cut_to_the_mask(webui: WebUI, photo: Image.Image, uni
     image = controlled(webui, source, {**unit, "image": encode(control)}, FOUR, **only, **NO_NOISE)
     alone = controlled(webui, source.crop(box), {**unit, "image": encode(control.crop(box))}, FOUR, **NO_NOISE)
     assert difference(image.crop(box), alone) <= 1
+
+
+@pytest.mark.parametrize("module", ["tile_colorfix", "reference_only", "inpaint_only"])
+def test_a_preprocessor_that_looks_at_the_whole_image(webui: WebUI, source: Image.Image, unit, module: str):
+    """A1111's gets by with the parts of the tiles."""
+    if "effective_region_mask" in unit_fields(webui):
+        pytest.skip("this is sd-webui-controlnet")
+    units = {"ControlNet": {"args": [{**unit, "module": module}]}}
+    line = f"the ControlNet preprocessor {module} looks at the whole image and does not work with tiles: choose another"
+    assert webui.refusal(source, MANY, alwayson_scripts=units) == line
 
 
 def test_every_image_of_a_loop_is_painted_from_its_own_source(webui: WebUI, source: Image.Image, unit):

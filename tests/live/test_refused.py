@@ -74,9 +74,9 @@ def test_a_dict_switches_it_on_unless_it_says_no(webui: WebUI, small: Image.Imag
     def size(options: dict[str, Any]) -> tuple[int, int]:
         return webui.img2img(small, alwayson_scripts={"dino tile": {"args": [options]}}).image.size
 
-    cheap = {"order": "none", **BLIND}
+    cheap, plain = {"order": "none", **BLIND}, webui.img2img(small).image.size  # Forge Neo rounds it
     assert size({**cheap, "scale": 3}) == (192, 144)
-    assert size({**cheap, "scale": 3, "enabled": False}) == size({}) == small.size
+    assert size({**cheap, "scale": 3, "enabled": False}) == size({}) == plain
 
 
 @pytest.mark.parametrize("kind, line", ADAPTERS.items(), ids=ADAPTERS.keys())
