@@ -238,7 +238,10 @@ def _press(app: FastAPI) -> Callable[[Request], Any]:
         _local(request)
         body = models.StableDiffusionImg2ImgProcessingAPI(**await request.json())
         generate = next(route.endpoint for route in app.routes if getattr(route, "path", "") == "/sdapi/v1/img2img")
-        button = call_queue.wrap_gradio_call(lambda: [generate(body), ""], extra_outputs=[None])
+        # Forge and its descendants have a thread for it.
+        thread: Any = sys.modules.get("modules_forge.main_thread")
+        run = thread.run_and_wait_result if thread else lambda work: work()
+        button = call_queue.wrap_gradio_call(lambda: run(lambda: [generate(body), ""]), extra_outputs=[None])
         return {"html": (await run_in_threadpool(button))[-1]}
 
     return press
