@@ -146,15 +146,20 @@ def test_images_that_forge_keeps_are_let_go_of(takeover, modules):  # noqa: F811
         assert p.latents_after_sampling == []
 
 
-def test_the_size_is_the_canvas_s_again_after_the_webui_has_rounded_it(takeover, modules):  # noqa: F811
-    p = Job()
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_the_size_is_the_canvas_s_again_after_the_webui_has_rounded_it(takeover, modules, wrapped):  # noqa: F811
+    """wrapped: another extension has already replaced the method."""
+    p, called = Job(), []
+    if wrapped:
+        p.setup_prompts = lambda: called.append(Job.setup_prompts(p))
+    before = p.setup_prompts
     takeover.Takeover(p, OPTIONS).apply()
     assert (p.width, p.height) == (160, 120)
     p.width, p.height = 192, 128
     p.setup_prompts()
-    assert (p.width, p.height) == (160, 120) and p.prompts_are_set_up
+    assert (p.width, p.height) == (160, 120) and p.prompts_are_set_up and len(called) == wrapped
     modules("lib_dinotile.webui.replaced").undo(p)
-    assert (p.width, p.height) == (512, 512) and p.setup_prompts == Job.setup_prompts.__get__(p)
+    assert (p.width, p.height) == (512, 512) and p.setup_prompts == before
 
 
 def test_a_trial_for_the_preview_is_not_the_last_generation(takeover, modules, monkeypatch):  # noqa: F811

@@ -27,6 +27,11 @@ def replace(p: Any, **values: Any) -> None:
         setattr(p, name, value)
 
 
+def own(p: Any, name: str) -> Callable[..., Any]:
+    """A method of the processing object as it was before `replace`."""
+    return getattr(p, UNDO)[0].get(name) or getattr(type(p), name).__get__(p)
+
+
 def undo(p: Any) -> None:
     """The processing object as it was."""
     before, values = p.__dict__.pop(UNDO, ({}, {}))

@@ -34,7 +34,7 @@ from lib_dinotile.tiling.noise import NoiseField
 from lib_dinotile.webui import folders
 from lib_dinotile.webui.area import Area
 from lib_dinotile.webui.refusals import check_img2img
-from lib_dinotile.webui.replaced import FOUND, forget_samples, replace, undo
+from lib_dinotile.webui.replaced import FOUND, forget_samples, own, replace, undo
 from lib_dinotile.webui.speed import learn_speed
 from lib_dinotile.webui.unfinished import keep
 
@@ -191,9 +191,8 @@ class Takeover:
 
     def setup_prompts(self) -> None:
         """The WebUI's own, after which ControlNet makes its hints. Before it, Forge Neo rounds the size."""
-        p = self._p
-        p.width, p.height = self._area.canvas
-        type(p).setup_prompts(p)
+        self._p.width, self._p.height = self._area.canvas
+        own(self._p, "setup_prompts")()
 
     @in_one_line
     def init(self, all_prompts: list[str], all_seeds: list[int], all_subseeds: list[int]) -> None:

@@ -25,7 +25,7 @@ from lib_dinotile.hosts.webui import ORIGINAL
 from lib_dinotile.settings import Settings, Txt2Img
 from lib_dinotile.webui.area import Area
 from lib_dinotile.webui.refusals import check_tiles_can_follow
-from lib_dinotile.webui.replaced import FOUND, UNDO, replace, undo
+from lib_dinotile.webui.replaced import FOUND, own, replace, undo
 from lib_dinotile.webui.takeover import NOTES, Takeover, in_one_line
 
 BEFORE = "-before-dinotile"
@@ -84,11 +84,6 @@ class Txt2ImgTakeover(Takeover):
         replace(self._p, refiner_checkpoint=None, init=self.init, sample=self.sample)
         self._tell(self._settings.infotext)
 
-    def _own(self, name: str) -> Any:
-        """A method of the processing object as it was before."""
-        p = self._p
-        return getattr(p, UNDO)[0].get(name) or getattr(type(p), name).__get__(p)
-
     @contextlib.contextmanager
     def _as_img2img(self) -> Iterator[None]:
         """While open, the processing object has what img2img asks of it, and is through with hires fix."""
@@ -133,7 +128,7 @@ class Txt2ImgTakeover(Takeover):
         """In place of `p.init`: what can go wrong goes wrong before anything is generated."""
         p = self._p
         bars.expect(p.n_iter, p.batch_size, 1 + bool(p.enable_hr))  # first: hires fix counts only where nobody has
-        self._own("init")(all_prompts, all_seeds, all_subseeds)
+        own(p, "init")(all_prompts, all_seeds, all_subseeds)
         if shared.opts.initial_noise_multiplier != 1.0:
             p.extra_generation_params["Noise multiplier"] = shared.opts.initial_noise_multiplier
         self._set_area(self._generated())
@@ -174,7 +169,7 @@ class Txt2ImgTakeover(Takeover):
         }
         try:
             with bars.passing(bars.PASS * passes * len(seeds), steps), self._stopped_as_ever():
-                generated = self._own("sample")(**arguments)
+                generated = own(p, "sample")(**arguments)
             if bars.stopped():
                 p.extra_generation_params["DINO Tile painted"] = [f"0 of {self._tiles}"] * len(seeds)
                 getattr(p, FOUND).extend([(None, {})] * len(seeds))
