@@ -108,24 +108,18 @@ class A1111Host(WebUIHost):
     @contextlib.contextmanager
     def sampling(self, tiled: TiledDenoiser, canvas: tuple[int, int]) -> Iterator[None]:
         self._canvas = canvas
-        units = self._units()
-        # Setting `hint_cond` makes the extension forget what it has derived from the last one.
-        whole = [
+        # Setting `hint_cond` makes the extension forget what it has derived from the last one. For hires fix it has a
+        # larger hint besides; with both of a tile's size it takes that one, and the tile for a part of hires fix.
+        self._whole = [
             (params, name, getattr(params, name))
-            for params in units
+            for params in self._units()
             for name in ("hint_cond", "hr_hint_cond", "effective_region_mask")
             if is_spatial(getattr(params, name, None))
-        ]
-        # Hires fix has larger ones. As both, the extension takes the tiles for a part of hires fix, too.
-        finest = {id(params): hint for params, name, hint in whole if name == "hr_hint_cond"}
-        self._whole = [
-            (params, name, finest.get(id(params), hint) if name == "hint_cond" else hint)
-            for params, name, hint in whole
         ]
         try:
             yield
         finally:
-            for params, name, hint in whole:
+            for params, name, hint in self._whole:
                 setattr(params, name, hint)
             self._whole, self._cut = [], (None, [])
 
