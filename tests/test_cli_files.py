@@ -49,9 +49,7 @@ def test_the_source_is_not_written_over_by_whatever_name(photo, tmp_path, capsys
     if os.path.exists(tmp_path / "IN.PNG"):  # where the disk does not tell them apart
         same.append(tmp_path / "IN.PNG")
     for out in same:
-        assert re.match(
-            r"dinotile: OUT: .* is IN, too.*, which would be lost: give another name", refused(capsys, photo, out)
-        )
+        assert re.match(r"dinotile: OUT: .* would overwrite IN.*: give another name", refused(capsys, photo, out))
         assert "OUT: " in refused(capsys, out, photo)
 
 
@@ -70,12 +68,12 @@ def test_no_file_that_is_read_is_written_over(photo, tmp_path, capsys, unpainted
         ("--model", tmp_path, "model"),  # a folder
     ):
         line = refused(capsys, photo, out, option, file, "--report", adapter if file == tmp_path else file)
-        assert f"report: {adapter if file == tmp_path else file} is {name}, too" in line
+        assert f"report: {adapter if file == tmp_path else file} would overwrite {name}" in line
     for option in ("--lora", "--vae", "--controlnet", "--config"):
         line = refused(capsys, photo, out, "--model", "sd.safetensors", option, adapter, "--report", adapter)
-        assert f"report: {adapter} is {option[2:]}, too" in line
+        assert f"report: {adapter} would overwrite {option[2:]}" in line
     assert "report: " in refused(capsys, photo, out, "--report", photo)
-    assert f"report: {out} is OUT, too" in refused(capsys, photo, out, "--report", out)
+    assert f"report: {out} would overwrite OUT" in refused(capsys, photo, out, "--report", out)
     assert not out.exists()
 
 
@@ -88,7 +86,7 @@ def test_nor_by_what_is_written_beside_the_image(photo, tmp_path, capsys, unpain
         ("a-unfinished.png", []),
     ):
         random_image(20, 20).save(tmp_path / name)
-        assert "is IN, too" in refused(capsys, tmp_path / name, tmp_path / "a.png", *more)
+        assert "would overwrite IN" in refused(capsys, tmp_path / name, tmp_path / "a.png", *more)
     for other, more in (("b-semantic", ["--maps", "semantic"]), ("b-unfinished", [])):
         (tmp_path / other).mkdir()
         for name in ("b", other):
@@ -107,7 +105,7 @@ def test_a_mask_among_the_results_of_a_folder_is_safe(tmp_path, capsys, unpainte
         (tmp_path / name).mkdir()
         random_image(20, 20).save(tmp_path / name / "a.png")
     line = refused(capsys, tmp_path / "in", tmp_path / "out", "--mask", tmp_path / "out" / "a.png")
-    assert f"OUT: {tmp_path / 'out' / 'a.png'} is mask, too" in line
+    assert f"OUT: {tmp_path / 'out' / 'a.png'} would overwrite mask" in line
 
 
 @pytest.mark.parametrize("text", [b"my thesis\n", b"\x89PNG\r\n", b"[1]\n", b'{"other": 1}\n', b"[" * 9999])
@@ -296,5 +294,5 @@ def test_an_image_of_another_lora_is_done_again(sd15, photo, tmp_path):  # noqa:
 
 def test_capital_letters_make_no_other_file_of_one_that_is_not_there_yet(tmp_path):
     writes = [("OUT", tmp_path / "Cat.png"), ("report", tmp_path / "cat.PNG")]
-    with pytest.raises(DinotileError, match=r"^report: .*cat\.PNG is OUT, too"):
+    with pytest.raises(DinotileError, match=r"^report: .*cat\.PNG would overwrite OUT"):
         check_files({}, writes)

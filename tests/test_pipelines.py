@@ -97,11 +97,17 @@ def test_a_folder_s_solver_makes_no_difference(sd15, copied, name):  # noqa: F81
 @pytest.mark.parametrize(
     "config, says",
     [
-        ({"_class_name": "EDMEulerScheduler", "sigma_max": 80.0}, "asks for a EDMEulerScheduler"),
-        ({"_class_name": "EDMDPMSolverMultistepScheduler"}, "asks for a EDMDPMSolverMultistepScheduler"),
-        ({"_class_name": "FlowMatchEulerDiscreteScheduler"}, "asks for a FlowMatchEulerDiscreteScheduler"),
-        ({"_class_name": "CosineDPMSolverMultistepScheduler"}, "asks for a CosineDPMSolverMultistepScheduler"),
-        ({"_class_name": ["scheduler", "Mine"]}, "asks for a"),
+        ({"_class_name": "EDMEulerScheduler", "sigma_max": 80.0}, "its scheduler EDMEulerScheduler stands for"),
+        ({"_class_name": "EDMDPMSolverMultistepScheduler"}, "its scheduler EDMDPMSolverMultistepScheduler stands for"),
+        (
+            {"_class_name": "FlowMatchEulerDiscreteScheduler"},
+            "its scheduler FlowMatchEulerDiscreteScheduler stands for",
+        ),
+        (
+            {"_class_name": "CosineDPMSolverMultistepScheduler"},
+            "its scheduler CosineDPMSolverMultistepScheduler stands for",
+        ),
+        ({"_class_name": ["scheduler", "Mine"]}, "its scheduler ["),
         ({"_class_name": "EulerDiscreteScheduler", "timestep_type": "continuous"}, "timestep_type 'continuous'"),
         ({"_class_name": "UniPCMultistepScheduler", "use_flow_sigmas": True}, "use_flow_sigmas True"),
         ({"prediction_type": "flow_prediction"}, "prediction_type 'flow_prediction'"),

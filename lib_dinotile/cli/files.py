@@ -41,7 +41,7 @@ def check_files(reads: Mapping[str, Iterable[Path]], writes: Iterable[tuple[str,
             )
         if other:
             also = "" if os.path.normpath(file) == os.path.normpath(path) else f" ({file})"
-            raise DinotileError(f"{name}: {path} is {other}, too{also}, which would be lost: give another name")
+            raise DinotileError(f"{name}: {path} would overwrite {other}{also}: give another name")
         known[_identity(path)] = (name, path)
 
 

@@ -54,7 +54,7 @@ def trained(config: Mapping[str, Any], name: str) -> dict[str, Any]:
     """
     kind = str(config.get("_class_name"))
     if kind.removesuffix("Scheduler") not in SCHEDULERS:
-        raise DinotileError(f"{name} asks for a {kind}, which stands for a noise that is not supported")
+        raise DinotileError(f"{name}: its scheduler {kind} stands for a kind of noise that is not supported")
     parameters = inspect.signature(getattr(diffusers, kind).__init__).parameters
     defaults = {key: parameters[key].default for key in (*TRAINED, *SPACED) if key in parameters}
     found = {**defaults, **{key: config[key] for key in (*TRAINED, *SPACED) if config.get(key) is not None}}
