@@ -158,7 +158,7 @@ def _opened(
 def _found(file: Path | BinaryIO, name: str, limit: int) -> Iterator[Image.Image]:
     """The image as its header tells of it, not decoded yet."""
     if isinstance(file, Path) and not os.path.isfile(file):  # a pipe would be waited for
-        raise DinotileError(f"{name} is no file" if os.path.lexists(file) else f"{name} is not there")
+        raise DinotileError(f"{name} is not a file" if os.path.lexists(file) else f"{name} does not exist")
     with contextlib.ExitStack() as stack:
         # Not by its path: Pillow would map a TIFF into memory then, and scrambles those that lie on their side.
         stream = stack.enter_context(file.open("rb")) if isinstance(file, Path) else file
@@ -274,7 +274,7 @@ def check_writable(path: Path, size: tuple[int, int] = (1, 1)) -> None:
     if os.path.isdir(path):
         raise DinotileError(f"{path} is a folder, give a file")
     if not os.path.isdir(path.parent) or not os.access(path.parent, os.W_OK):
-        raise DinotileError(f"{path}: the folder {path.parent} is not there or not writable")
+        raise DinotileError(f"{path}: the folder {path.parent} does not exist or is not writable")
     if len(os.fsencode(path.stem)) > LONGEST_NAME:
         raise DinotileError(f"{path}: the name is too long, give one of at most {LONGEST_NAME} bytes")
 

@@ -147,7 +147,7 @@ class Options:
 
     @classmethod
     def _listed(cls) -> str:
-        return ": there are " + ", ".join(row.name for row in cls.table())
+        return ": the options are " + ", ".join(row.name for row in cls.table())
 
     @classmethod
     def with_label(cls, line: str) -> str:

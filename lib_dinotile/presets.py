@@ -31,18 +31,20 @@ PRESETS = (
     Preset(
         "Photo",
         {"denoise": 0.3},
-        "Also set Denoising strength 0.25 to 0.35, Upscaler R-ESRGAN 4x+ or another for photos.",
+        "In img2img also set Denoising strength to 0.25 to 0.35. As Upscaler choose R-ESRGAN 4x+ or another for "
+        "photos.",
     ),
     Preset(
         "Anime",
         {"denoise": 0.25, "flat": RECOMMENDED, "guard": "blend back"},
-        "Also set Denoising strength 0.2 to 0.3, Upscaler R-ESRGAN 4x+ Anime6B or another for drawings.",
+        "In img2img also set Denoising strength to 0.2 to 0.3. As Upscaler choose R-ESRGAN 4x+ Anime6B or another for "
+        "drawings.",
     ),
     Preset(
         "Low VRAM",
         {"tile": 512, "batch": 1},
-        "Also choose a small DINOv2 as DINO encoder. If memory is still short, Guidance strength 0. With SDXL and "
-        "newer try Tile size 768 first: small tiles may look worse there.",
+        "Also choose a small DINOv2 as DINO encoder. If memory is still short, set Guidance strength to 0. "
+        "With SDXL and newer try Tile size 768 before 512: small tiles may look worse there.",
     ),
     Preset(
         "Plain tiles",

@@ -257,8 +257,8 @@ class Settings(Options):
         "",
         "Prompts per region",
         'One line per region, for example "A: tabby fur", or one line for all: "A: tabby fur; B: stone wall". The '
-        "preview shows the letters, and so does analyze on the command line. A line in Prompts per tile "
-        "takes precedence.",
+        "preview in img2img shows the letters, and so does analyze on the command line. A line in Prompts "
+        "per tile takes precedence.",
         infotext="DINO Tile region prompts",
         only_with=_named,
         lines=3,
@@ -405,7 +405,7 @@ class Settings(Options):
     guard_weaker: int = option(
         1,
         "Retries with less denoise",
-        "How often it is painted again after that, each time with 0.7 of the denoising strength before.",
+        "How often it is painted again after that, each time with 0.7 times the last denoising strength.",
         minimum=0,
         maximum=16,
         step=1,
@@ -415,7 +415,7 @@ class Settings(Options):
     guard_budget: float = option(
         0.5,
         "Retry budget",
-        "Most work that retries may add, as a share of the sampling (pixels times steps). 0: no retries.",
+        "Limit on the extra work of retries, as a share of the sampling: 0.5 is half as much again. 0: no retries.",
         minimum=0.0,
         maximum=10.0,
         step=0.05,
@@ -443,7 +443,7 @@ class Settings(Options):
         AUTOMATIC,
         "Restoration head",
         "Predicts what DINO would see if the source were sharp. Automatic: the adapter's own, else calibrated. "
-        "calibrated: what dinotile has learned for this encoder. None: no guidance by patches.",
+        "calibrated: what dinotile has learned for this encoder. None: guidance only by self-similarity.",
         infotext="DINO Tile head",
         only_with=_looking,
     )
@@ -469,7 +469,7 @@ class Settings(Options):
     windows: int = option(
         1,
         "DINO windows",
-        "1: DINO sees the source as a whole. More: in overlapping parts, that many times finer.",
+        "1: DINO sees the source as a whole. 2 or more: in overlapping parts, that many times finer.",
         minimum=1,
         maximum=8,
         step=1,
@@ -499,9 +499,7 @@ class Settings(Options):
     def option(cls, name: str) -> Option:
         only = {row.name for row in Txt2Img.table()} - {row.name for row in Settings.table()}
         if cls is Settings and name in only:
-            raise DinotileError(
-                f"{name}: only txt2img has this option, what img2img itself is set to counts: leave it out"
-            )
+            raise DinotileError(f"{name}: only txt2img has this option: leave it out, and use img2img's own")
         return super().option(name)
 
     def tile_sides(self, base: str) -> tuple[int, int]:
@@ -703,7 +701,8 @@ class Generation(Options):
     sampler: str = option(
         "DPM++ 2M",
         "Sampler",
-        "As in the WebUIs. Not there: DPM++ 3M SDE, and those that ask the model twice a step, as Heun and DPM++ SDE.",
+        "As in the WebUIs. Not supported: DPM++ 3M SDE, and samplers that call the model twice a step, such as Heun "
+        "and DPM++ SDE.",
         choices=SAMPLERS,
     )
     scheduler: str = option(

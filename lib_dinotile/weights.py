@@ -22,10 +22,18 @@ DAMAGED = (AttributeError, KeyError, TypeError, ValueError, OverflowError, Recur
 """Errors from reading numbers and JSON in metadata that is damaged, or made to do harm."""
 
 
+def is_pointer(path: Path) -> bool:
+    """Whether a file is what Git has in place of a large one that was not downloaded. OSError if it cannot be read."""
+    with path.open("rb") as file:
+        return file.read(40).startswith(b"version https://git-lfs")
+
+
 def open_tensors(path: Path) -> Any:
     """safetensors' `safe_open` of a file, for the CPU. OSError or SafetensorError if it is none or not whole."""
     from safetensors import SafetensorError, safe_open
 
+    if is_pointer(path):
+        raise SafetensorError("it is only a Git LFS pointer, download the file itself")
     with path.open("rb") as file:
         length, there = int.from_bytes(file.read(8), "little"), path.stat().st_size - 8
     if not 0 < length <= min(there, MAX_HEADER):

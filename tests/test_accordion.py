@@ -193,7 +193,9 @@ def test_a_high_denoising_strength_is_warned_of_as_soon_as_dinotile_is_on(accord
         strength, area = gr.Slider(0, 1, 0.75), gr.Radio(["Whole picture", "Only masked"], type="index")
         accordion.img2img.on_component(strength, elem_id="img2img_denoising_strength")
         accordion.img2img.on_component(area, elem_id="img2img_inpaint_full_res")
+        accordion.img2img.on_component(gr.Radio(["Just resize"], type="index"), elem_id="resize_mode")
         accordion.img2img.on_component(gr.Gallery(), elem_id="img2img_gallery")
+        accordion.img2img.on_component(gr.Textbox(visible=False), elem_id="generation_info_img2img")
     strength = components["denoise"] if tab == "txt2img" else strength
     lines = f"{accordion.PREFIXES[tab]}notices"
     found = [(fn, inputs) for fn, inputs, outputs in wired(page) if outputs and outputs[-1].elem_id == lines]
@@ -203,7 +205,7 @@ def test_a_high_denoising_strength_is_warned_of_as_soon_as_dinotile_is_on(accord
         for on, denoise, warned in ((True, 0.75, True), (True, 0.51, True), (True, 0.5, False), (False, 0.75, False)):
             state, shown = update(on, denoise)
             assert shown["visible"] == warned and (HIGH.format(denoise) in shown["value"]) == warned
-            assert state.split(",")[0] == ("on" if on else "off")
+            assert state.split()[0] == ("on" if on else "off")
         if tab == "img2img":
             assert inputs[2] == area
             for number, inpainting in enumerate((False, False, True, True, True, False)):  # the tabs, Batch last
@@ -250,6 +252,44 @@ def test_a_run_says_more_of_the_speed_than_a_tile_that_was_tried_out(accordion, 
     assert found == speed.Estimate(22.0, True)
     speed.learn_speed(model, 100.0, 1e6, 20)  # with guidance
     assert speed.guess(model, 2_000_000, (1000, 1000), 20) == speed.Estimate(200.0, False)
+
+
+GRID, FIRST, SECOND = (Image.new("RGB", (8, 8), (shade,) * 3) for shade in (0, 100, 200))
+
+
+@pytest.mark.parametrize(
+    "results, first, number, said",
+    [
+        ([FIRST, SECOND], 0, -1, FIRST),
+        ([FIRST, SECOND], 0, 1, SECOND),
+        ([GRID, FIRST, SECOND], 1, -1, FIRST),
+        ([GRID, FIRST, SECOND], 1, 2, SECOND),
+        ([GRID, FIRST, SECOND], 1, 0, "this is the grid of all images: open one of them"),
+        ([GRID], 1, -1, GRID),
+        ([FIRST], None, 7, FIRST),
+        ([], 0, -1, "there is no result to compare yet: generate one"),
+        (None, None, -1, "there is no result to compare yet: generate one"),
+    ],
+)
+def test_the_image_that_is_open_is_compared_and_never_the_grid_of_all(accordion, results, first, number, said):
+    comparison = importlib.import_module("lib_dinotile.webui.comparison")
+    results = None if results is None else [(image, None) for image in results]
+    information = None if first is None else json.dumps({"index_of_first_image": first})
+    if isinstance(said, str):
+        with pytest.raises(DinotileError, match=f"^{said}$"):
+            comparison.chosen(results, information, number)
+    else:
+        assert comparison.chosen(results, information, number).tobytes() == said.tobytes()
+
+
+def test_an_encoder_that_is_neither_installed_nor_published_is_said_to_be_missing(accordion):
+    """As one that an adapter was trained with, on another machine."""
+    first_minute = importlib.import_module("lib_dinotile.webui.first_minute")
+    for name in ("mine", "someone/mine"):
+        line, button, _ = first_minute.offered(first_minute.current(name, NONE), name)
+        assert button == "" and "mine" in line and "config.json" in line, line
+    line, button, name = first_minute.offered(first_minute.current(KNOWN[0], NONE), KNOWN[0])
+    assert line.endswith("it is downloaded at the first run.") and button.startswith("Download ") and name == KNOWN[0]
 
 
 @pytest.mark.parametrize("sizing, given", [(0, (640, 480)), (1, (70, 50))])

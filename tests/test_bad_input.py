@@ -460,7 +460,9 @@ def test_what_is_no_file_is_refused_and_not_waited_for(kind, tmp_path):
         code, err = run(*arguments)
         assert code == 2 and err.endswith("\n") and is_one_line(err[:-1]), (arguments, err)
         gone = kind in ("nothing", "long") and "--mask" not in arguments
-        assert ("is not there" if gone else "mask: there is no file" if "--mask" in arguments else "is no file") in err
+        assert (
+            "does not exist" if gone else "mask: there is no file" if "--mask" in arguments else "is not a file"
+        ) in err
     assert {file.name for file in tmp_path.iterdir()} <= {"in\n.png", "image.png"}
 
 
@@ -550,7 +552,7 @@ def test_bad_images_of_a_folder_are_left_out_and_the_others_done(some: list[File
         missing = [f"{n}{file.ending}" for n, file in enumerate(some) if f"{n}.png" not in done]
         assert code == (2 if missing else 0) and err.count("\n") == bool(missing)
         assert all(f"{each}: " in err for each in missing) and len(done) == 1 + len(some) - len(missing)
-        assert f"{len(missing)} of {1 + len(some)} images were left out" in err or not missing
+        assert f"{len(missing)} of {1 + len(some)} images failed" in err or not missing
         for number, file in enumerate(some if analyzed else ()):
             if file.shown is None and f"{number}.png" in done:
                 continue  # damaged, it may say that it is large: true work, but for minutes
@@ -591,7 +593,7 @@ def test_a_name_that_is_too_long_to_write_is_refused(length, tmp_path):
     (tmp_path / "in.png").rename(tmp_path / ("x" * min(length, 251) + ".png"))
     Image.new("RGB", (9, 9)).save(tmp_path / "good.png")
     code, err = run("upscale", str(tmp_path), str(tmp_path / "out"), *QUICK)
-    assert code == 2 and "1 of 2 images were left out" in err and outcome(tmp_path / "out") == {"good.png"}
+    assert code == 2 and "1 of 2 images failed" in err and outcome(tmp_path / "out") == {"good.png"}
 
 
 def test_what_lies_where_the_image_goes_does_not_matter(tmp_path):

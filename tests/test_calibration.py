@@ -194,7 +194,7 @@ def test_the_command_writes_a_file_that_says_its_gain(photos, encoder, tmp_path,
     "words, says",
     [
         (["--dino", "nonsense"], "no DINO encoder 'nonsense'"),
-        (["--images", "nowhere"], "nowhere is no folder"),
+        (["--images", "nowhere"], "nowhere is not a folder"),
         (["--out", "nowhere/x.safetensors"], "there is no folder nowhere"),
         (["--out", "x.png"], "has to end with .safetensors"),
     ],

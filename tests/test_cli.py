@@ -84,7 +84,7 @@ def test_a_folder_gives_a_folder_and_a_bad_file_does_not_stop_the_others(tmp_pat
     (tmp_path / "in" / "notes.txt").write_text("not looked at")
     assert run(tmp_path / "in", tmp_path / "out", *QUICK) == 2
     assert sorted(file.name for file in (tmp_path / "out").iterdir()) == ["a.png", "b.png"]
-    assert "1 of 3 images were left out: broken.png: " in capsys.readouterr().err
+    assert "1 of 3 images failed: broken.png: " in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -192,11 +192,11 @@ def test_bad_files_are_one_line_and_exit_code_2(photo, tmp_path, capsys):
     (tmp_path / "text.png").write_text("no image")
     (tmp_path / "empty").mkdir()
     cases = [
-        (tmp_path / "gone.png", tmp_path / "o.png", "gone.png is not there"),
+        (tmp_path / "gone.png", tmp_path / "o.png", "gone.png does not exist"),
         (tmp_path / "text.png", tmp_path / "o.png", "cannot be read as an image"),
         (tmp_path / "empty", tmp_path / "o", "has no images"),
         (photo, tmp_path / "o.xyz", "no image is written with the ending '.xyz'"),
-        (photo, tmp_path / "gone" / "o.png", "is not there or not writable"),
+        (photo, tmp_path / "gone" / "o.png", "does not exist or is not writable"),
         (photo, tmp_path, "no image is written with the ending"),
         (photo, tmp_path / "o.psd", "no image is written with the ending '.psd'"),
         (photo.parent, photo.parent, "is where the images come from"),
@@ -329,7 +329,7 @@ def test_a_tile_that_failed_before_a_run_broke_off_is_named_after_all(photo, tmp
     with monkeypatch.context() as patch:
         patch.setattr(DiffusersHost, "sample", fails)
         assert run(photo, tmp_path / "out.png", *QUICK[1:], "--batch", 1) == 1
-    line = "tile 1 is kept from the source: the model returned NaN"
+    line = "tile 1 shows the enlarged source: the model returned NaN"
     assert f"in.png: {line}\n" in capsys.readouterr().out
     report = tmp_path / "report.jsonl"
     assert run(photo, tmp_path / "out.png", *QUICK[1:], "--batch", 1, "--resume", "--report", report) == 0
@@ -384,7 +384,7 @@ def test_one_image_that_breaks_off_does_not_stop_a_folder(tmp_path, monkeypatch,
 
     monkeypatch.setattr(DiffusersHost, "sample", breaks)
     assert run(tmp_path / "in", tmp_path / "out", *QUICK, "--batch", 1) == 1
-    assert "1 of 2 images were left out: a.png: stopped after 1 of" in capsys.readouterr().err
+    assert "1 of 2 images failed: a.png: stopped after 1 of" in capsys.readouterr().err
     assert {file.name for file in (tmp_path / "out").glob("*.png")} == {"a-unfinished.png", "b.png"}
 
 
@@ -637,7 +637,7 @@ def test_two_processes_share_a_folder_and_a_bad_file_stops_none(tmp_path):
         random_image(30, 20, seed=ord(name[0])).save(tmp_path / "in" / name)
     (tmp_path / "in" / "b.png").write_bytes(b"no image")
     done = run_two("upscale", tmp_path / "in", tmp_path / "two", *SHARED)
-    assert done.returncode != 0 and "dinotile: 1 of 4 images were left out: b.png: " in done.stderr
+    assert done.returncode != 0 and "dinotile: 1 of 4 images failed: b.png: " in done.stderr
     assert sorted(file.name for file in (tmp_path / "two").iterdir()) == ["a.png", "c.png", "e.png"]
     assert run(tmp_path / "in", tmp_path / "one", *SHARED) == 2
     for name in ("a.png", "c.png", "e.png"):

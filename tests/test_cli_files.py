@@ -94,7 +94,7 @@ def test_nor_by_what_is_written_beside_the_image(photo, tmp_path, capsys, unpain
         line = refused(capsys, tmp_path / other, tmp_path / "out", *more)
         assert line == (
             f"dinotile: OUT: {tmp_path / 'out' / other}.png would be both a result and a map or the unfinished part of "
-            "another image: rename that one"
+            "another image: rename one of the two sources"
         )
     code = cli.main(["analyze", str(tmp_path / "a-consistency.png"), str(tmp_path / "a.png")])
     assert code == 2 and "OUT: " in capsys.readouterr().err and not (tmp_path / "a.png").exists()

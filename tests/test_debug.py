@@ -45,7 +45,7 @@ def test_where_errors_with_images_of_a_folder_come_from_is_shown_on_demand(photo
         assert cli.main([*arguments, *more]) == 2
         said = capsys.readouterr().err
         assert said.count("Traceback") >= tracebacks and bool(tracebacks) == ("in read_image" in said)
-        assert said.splitlines()[-1].startswith("dinotile: 1 of 2 images were left out: bad.png: ")
+        assert said.splitlines()[-1].startswith("dinotile: 1 of 2 images failed: bad.png: ")
         assert tracebacks or said.count("\n") == 1
 
 

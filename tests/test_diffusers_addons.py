@@ -19,6 +19,7 @@ from lib_dinotile import __main__ as cli
 from lib_dinotile.engine.flow import upscale
 from lib_dinotile.hosts.diffusers import load_host
 from lib_dinotile.hosts.diffusers_addons import Lora, parse_loras
+from lib_dinotile.hosts.diffusers_controlnet import load_controlnet
 from lib_dinotile.settings import Generation, Settings
 from lib_dinotile.tiling.noise import NoiseField
 from lib_dinotile.tiling.plan import TilePlan
@@ -127,7 +128,7 @@ def test_what_is_no_lora_is_refused_in_one_line(sd15, tmp_path):  # noqa: F811
     save_file({"weight": torch.ones(3)}, tmp_path / "other.safetensors")
     (tmp_path / "text.safetensors").write_text("no tensors")
     for text, says in (
-        (tmp_path / "other.safetensors", "lora: other.safetensors is no LoRA"),
+        (tmp_path / "other.safetensors", "lora: other.safetensors is not a LoRA"),
         (tmp_path / "text.safetensors", "cannot be read as a safetensors file"),
         (tmp_path / "gone.safetensors", "lora: there is no file"),
         (tmp_path / "a.pt", "is not FILE.safetensors or FILE.safetensors:WEIGHT"),
@@ -219,7 +220,9 @@ def test_a_vae_of_other_latents_is_refused_in_one_line(sd15, tmp_path):  # noqa:
     )
     for name in ("wide", "other", "cut", "decoder"):
         path = tmp_path / f"{name}.safetensors"
-        assert f"vae: {path} is no AutoencoderKL for this checkpoint, or is damaged" in one_line_of(sd15, vae=str(path))
+        assert f"vae: {path} is not an AutoencoderKL for this checkpoint, or is damaged" in one_line_of(
+            sd15, vae=str(path)
+        )
     AutoencoderTiny(encoder_block_out_channels=(8,) * 4, decoder_block_out_channels=(8,) * 4).save_pretrained(
         tmp_path / "tiny"
     )
@@ -324,11 +327,21 @@ def test_a_controlnet_of_another_base_is_refused_in_one_line(sd15, sdxl, nets, t
         said = one_line_of(model, controlnet=nets[other])
         assert f"controlnet: {nets[other]} is for other checkpoints: its cross_attention_dim is" in said
         file = str(Path(nets[other]) / "diffusion_pytorch_model.safetensors")
-        assert f"controlnet: {file} is no ControlNetModel for this checkpoint" in one_line_of(model, controlnet=file)
+        assert f"controlnet: {file} is not a ControlNetModel for this checkpoint" in one_line_of(model, controlnet=file)
     save_file({"weight": torch.ones(3)}, tmp_path / "other.safetensors")
-    for name, says in (("other.safetensors", "is no ControlNetModel"), ("gone", "there is no file or folder")):
+    for name, says in (("other.safetensors", "is not a ControlNetModel"), ("gone", "there is no file or folder")):
         assert says in one_line_of(sd15, controlnet=str(tmp_path / name))
     assert "holds an AutoencoderKL, not a ControlNetModel" in one_line_of(sd15, controlnet=str(Path(sd15) / "vae"))
+
+
+def test_a_unet_that_no_controlnet_is_made_for_is_refused_in_one_line(nets):
+    """As those without a middle block, of distilled models."""
+    unet = UNet2DConditionModel(
+        block_out_channels=(8,), layers_per_block=1, norm_num_groups=8, mid_block_type=None,
+        down_block_types=("DownBlock2D",), up_block_types=("UpBlock2D",),
+    )  # fmt: skip
+    with pytest.raises(DinotileError, match=r"^controlnet: none fits this checkpoint's UNet: .*mid_block"):
+        load_controlnet(unet, nets["sd15"], 1.0)
 
 
 NET_LDM = [

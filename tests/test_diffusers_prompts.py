@@ -88,6 +88,8 @@ def test_a_break_within_brackets_begins_a_chunk_which_a1111_deliberately_unlike_
         ("a [blue:10] cat", "changes words with the steps"),
         ("a [blue::10] cat", "changes words with the steps"),
         ("a [red|blue] cat", "changes words with the steps"),
+        ("a [red:blue:-1] cat", "changes words with the steps"),
+        ("a [red:+1e1] cat", "changes words with the steps"),
         ("a ([red|(blue)]) cat", "changes words with the steps"),
     ],
 )

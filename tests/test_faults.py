@@ -271,11 +271,11 @@ def test_in_a_larger_batch_memory_that_runs_out_is_told_and_the_image_is_made(ho
 
 NOTES = {
     "encode": "the VAE returned NaN for the picture at 0, 0",
-    "unet": "tile 1 is kept from the source: the model returned NaN",
-    "decode": "tile 1 is kept from the source: the model returned NaN",
-    "guidance": "tile 1 is kept from the source: the model returned NaN",
+    "unet": "tile 1 shows the enlarged source: the model returned NaN",
+    "decode": "tile 1 shows the enlarged source: the model returned NaN",
+    "guidance": "tile 1 shows the enlarged source: the model returned NaN",
     "guard": r"guard: 4 of 4 tiles were in doubt \(still in doubt: 1-4\)",
-    "adapter": "tile 1 is kept from the source: the model returned NaN",
+    "adapter": "tile 1 shows the enlarged source: the model returned NaN",
 }
 MENDED = {
     "encode": "the picture at 0, 0 was encoded again in full precision: the VAE returned NaN",

@@ -300,7 +300,9 @@ def test_a_latent_format_without_a_tiny_decoder_or_without_factors(webui):
         (webui.models / name).touch()
     with webui.running():
         assert host.guidance_decoder(AUTOMATIC)[0] == LINEAR
-        with pytest.raises(DinotileError, match="the WebUI has no TAESD for this checkpoint; choose full VAE"):
+        with pytest.raises(
+            DinotileError, match="the WebUI has no TAESD for this checkpoint; choose Automatic or full VAE"
+        ):
             host.guidance_decoder(TAESD)
         form.latent_rgb_factors = None
         assert host.guidance_decoder(AUTOMATIC)[0] == FULL_VAE
@@ -312,7 +314,7 @@ def test_a_download_that_fails_is_told_in_one_line(webui):
     taesd.download_model = lambda path, url: (_ for _ in ()).throw(OSError("no\nnetwork"))
     with webui.running(), pytest.raises(DinotileError) as error:
         host.guidance_decoder(TAESD)
-    assert str(error.value) == "decoder: TAESD is not available: no network; choose full VAE"
+    assert str(error.value) == "decoder: TAESD is not available: no network; choose Automatic or full VAE"
 
 
 def test_the_linear_decoder_is_the_webuis_own(webui):
@@ -419,7 +421,7 @@ def test_what_tiles_cannot_follow_is_refused_in_one_line(webui):
     host.check()
     if webui.kind.chain:
         host.channels, host.factor, kept = 32, 8, (host.channels, host.factor)
-        with pytest.raises(DinotileError, match=r"^Mugen's VAE [^\n]*: choose another$"):
+        with pytest.raises(DinotileError, match=r"^Mugen's VAE [^\n]*: choose another checkpoint$"):
             host.check()
         host.channels, host.factor = kept
     if webui.kind.family != "neo":
@@ -430,7 +432,7 @@ def test_what_tiles_cannot_follow_is_refused_in_one_line(webui):
     p.batch_size = 1
     host.check()
     webui.args.pid = True
-    with pytest.raises(DinotileError, match=r"^PiD [^\n]*: choose another$"):
+    with pytest.raises(DinotileError, match=r"^PiD [^\n]*: choose another checkpoint$"):
         host.check()
 
 

@@ -172,12 +172,12 @@ def test_samplers_of_all_kinds(webui, sampler):
 def test_a_sampler_that_looks_at_the_negative_picture_cannot_be_fused():
     with stand_in(FORGE) as webui, webui.running():
         host = webui.host(webui.job("Euler CFG++"))
-        with pytest.raises(DinotileError, match="Euler CFG\\+\\+ cannot be fused"):
+        with pytest.raises(DinotileError, match="fused does not work with the sampler Euler CFG\\+\\+"):
             host.check_fused()
         plan = TilePlan(*CANVAS, SIZE[0], 16, 8, "fused")
         size = BatchSize(2, lambda: None, lambda line: None)
         tiled = MultiDiffusion(plan, plan.tiles, 8, lambda tiles: batch_of([0, 1][: len(tiles)]), size, Team())
-        with pytest.raises(DinotileError, match="Euler CFG\\+\\+ cannot be fused"):
+        with pytest.raises(DinotileError, match="fused does not work with the sampler Euler CFG\\+\\+"):
             host.sample(latents_of(host, 1, CANVAS[0]), tiled, places(host, [Rect(0, 0, *CANVAS)]), CANVAS)
 
 

@@ -397,7 +397,7 @@ def test_stable_diffusion_2_has_to_say_what_it_predicts(tmp_path):
 def test_a_git_lfs_pointer_is_called_one(tmp_path):
     pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a2146\nsize 2132625894\n"
     (tmp_path / "x.safetensors").write_text(pointer)
-    assert "x.safetensors is only a Git LFS pointer: download the file itself" in refusal(tmp_path / "x.safetensors")
+    assert "it is only a Git LFS pointer, download the file itself" in refusal(tmp_path / "x.safetensors")
 
 
 def test_pointers_in_a_folder_are_refused_too(sd15, copied):  # noqa: F811

@@ -278,7 +278,7 @@ def test_auto_is_the_best_accelerator_and_processes_spread(counts, name, number,
 
 @pytest.mark.parametrize("name", ["meta", "nowhere", "", "cpu:x", *(f"{kind}:9" for kind in devices.ACCELERATORS)])
 def test_a_device_that_is_not_there_is_refused_in_one_line(name, monkeypatch):
-    with pytest.raises(DinotileError, match=r"device: .* is not there \(.*\), give one of auto, ") as error:
+    with pytest.raises(DinotileError, match=r"device: .* is not available \(.*\), give one of auto, ") as error:
         load_host(Generation(device=name))
     assert "\n" not in str(error.value) and len(str(error.value)) < 400
 

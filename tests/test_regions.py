@@ -460,7 +460,8 @@ def test_words_of_a_region_that_is_not_there_are_refused_in_one_line():
         check_letters(SHOWN, {"A": "fur", "D": "sky", "E": "sea"})
     assert (
         str(error.value)
-        == "region_prompts: there is no region D, this image has 3 (A to C); the semantic map shows them"
+        == "region_prompts: there is no region D, this image has 3 (A to C); the preview in img2img shows them, and "
+        "analyze on the command line"
     )
 
 

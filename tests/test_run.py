@@ -290,7 +290,8 @@ def test_words_of_a_region_that_the_image_does_not_have_are_refused_before_any_t
         run(host, conditioner=Shows(STRIPES), region_prompts="A: fur\nD: sea", order=order)
     assert (
         str(error.value)
-        == "region_prompts: there is no region D, this image has 3 (A to C); the semantic map shows them"
+        == "region_prompts: there is no region D, this image has 3 (A to C); the preview in img2img shows them, and "
+        "analyze on the command line"
     )
     assert error.value.status_code == 422 and host.sampled == [] and host.seen == []
 
@@ -352,7 +353,9 @@ def test_out_of_memory_halves_the_batch_and_loses_nothing(order, limit):
 
 
 def test_out_of_memory_with_one_tile_says_what_to_do():
-    with pytest.raises(UnfinishedError, match="out of memory with a single tile: give a smaller tile size"):
+    with pytest.raises(
+        UnfinishedError, match="out of memory with a single tile: give a smaller tile size, or guidance strength 0"
+    ):
         run(StubHost(model=out_of_memory_above(0)))
 
 
@@ -409,7 +412,7 @@ def test_a_tile_that_is_not_a_number_is_done_again_then_kept_from_the_source(ord
     source.paste((255, 0, 0), (32, 0, 64, 32))
     host = StubHost(model=lambda x: 1 - broken_at(x, lambda: mended and host.precise))
     result = run(host, source, overlap=0, order=order)
-    outcome = "was done again in full precision" if mended else "is kept from the source"
+    outcome = "was done again in full precision" if mended else "shows the enlarged source"
     assert result.complete and result.report.lines == [f"tile 2 {outcome}: the model returned NaN"]
     middle = (0, 255, 255) if mended else (255, 0, 0)
     assert result.image.getpixel((96, 30)) == middle and result.image.getpixel((10, 10)) == (255, 255, 0)
@@ -424,7 +427,7 @@ def test_a_tile_is_kept_from_the_source_if_the_memory_does_not_hold_full_precisi
     source = Image.new("RGB", (96, 32), "blue")
     source.paste((255, 0, 0), (32, 0, 64, 32))
     result = run(Small(model=lambda x: 1 - broken_at(x)), source, overlap=0)
-    assert result.complete and result.report.lines == ["tile 2 is kept from the source: the model returned NaN"]
+    assert result.complete and result.report.lines == ["tile 2 shows the enlarged source: the model returned NaN"]
 
 
 def test_a_later_tile_holds_on_to_what_is_painted_and_starts_from_the_source_elsewhere():

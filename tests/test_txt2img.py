@@ -185,7 +185,7 @@ def test_an_error_keeps_the_image(txt2img, modules, monkeypatch, saving: bool, o
     with pytest.raises(DinotileError) as error:
         generate(txt2img, p)
     assert txt2img.saved == kept  # once
-    assert str(error.value) == "broken" + "".join(f"; the image before it is kept in {name}" for name in kept)
+    assert str(error.value) == "broken" + "".join(f"; the image before upscaling is saved in {name}" for name in kept)
     assert error.value.status_code == 500 and ours(p) == []
     # Forge keeps the last error, and what that knows.
     assert error.value.__cause__ is None and error.value.__context__ is None

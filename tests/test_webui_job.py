@@ -61,6 +61,21 @@ def test_reforges_clip_skip_ramp_is_refused(takeover, modules, there, for_all, f
         takeover.Takeover(p, OPTIONS)
 
 
+@pytest.mark.parametrize("hires", [False, True])
+def test_hypertile_of_the_second_pass_is_refused_where_there_is_one(takeover, modules, monkeypatch, hires):  # noqa: F811
+    """What comes after it would be sampled as it was."""
+    opts, p = takeover.shared.opts, Job()
+    p.enable_hr = hires
+    monkeypatch.setitem(opts.data_labels, "hypertile_enable_unet_secondpass", None)
+    monkeypatch.setattr(opts, "hypertile_enable_unet_secondpass", True, raising=False)
+    refusals = modules("lib_dinotile.webui.refusals")
+    if hires:
+        with pytest.raises(DinotileError, match=r"^HyperTile does not work with DINO Tile"):
+            refusals.check_tiles_can_follow(p, Txt2Img(enabled=True))
+    else:
+        refusals.check_tiles_can_follow(p, Txt2Img(enabled=True))
+
+
 @pytest.mark.parametrize("size, refused", [((64, 64), True), ((64, 0), False), ((-1, -1), False)], ids=str)
 def test_a_seed_for_another_size_is_refused(takeover, size, refused):  # noqa: F811
     p = Job()
@@ -89,7 +104,7 @@ def test_scripts_that_do_not_go_together_with_tiles_are_refused_whatever_says_th
     p = Job()
     p.scripts, p.script_args = always_on(title, value)
     if value and title != "Other":
-        assert refusal(takeover, p).endswith(": switch it off, or DINO Tile")
+        assert refusal(takeover, p).endswith(": switch off one of the two")
     else:
         takeover.Takeover(p, OPTIONS)
 

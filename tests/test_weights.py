@@ -162,14 +162,16 @@ def test_what_is_no_file_of_weights_is_one_line_and_exit_code_2(adapter, tmp_pat
     (tmp_path / "cut").write_bytes(adapter.read_bytes()[:-1])
     (tmp_path / "short").write_bytes(adapter.read_bytes()[:99])
     save_file({"x": torch.zeros(1)}, tmp_path / "bare")
+    (tmp_path / "pointer").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 88\n")
     for name, says in (
+        ("pointer", "it is only a Git LFS pointer, download the file itself"),
         ("text", "cannot be read as a safetensors file"),
         ("empty", "cannot be read as a safetensors file"),
         ("cut", "cannot be read as a safetensors file"),
         ("short", "cannot be read as a safetensors file"),
         ("bare", "holds no weights of dinotile"),
-        ("gone", "is not there"),
-        (".", "is no file"),
+        ("gone", "does not exist"),
+        (".", "is not a file"),
     ):
         assert cli.main(["info", str(tmp_path / name)]) == 2
         err = capsys.readouterr().err

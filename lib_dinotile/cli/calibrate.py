@@ -32,7 +32,7 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
         type=float,
         choices=SCALES,
         default=2.0,
-        help="how many times finer than the source the result is, as the encoder sees them (default: 2)",
+        help="the scale to calibrate for (default: 2)",
     )
     command.add_argument(
         "--images", metavar="FOLDER", help="sharp pictures of your own; without it those that come with dinotile"
@@ -74,7 +74,7 @@ def run(arguments: argparse.Namespace) -> None:
 
 def _pictures(folder: Path) -> Pictures:
     if not folder.is_dir():
-        raise DinotileError(f"images: {folder} is no folder")
+        raise DinotileError(f"images: {folder} is not a folder")
     if others := unread(folder.iterdir()):
         print(f"left out: {others}")
     pictures = Pictures(folder)

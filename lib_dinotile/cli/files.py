@@ -36,8 +36,8 @@ def check_files(reads: Mapping[str, Iterable[Path]], writes: Iterable[tuple[str,
         other, file = known.get(_identity(path), ("", path))
         if other == name:  # of a folder of images
             raise DinotileError(
-                f"{name}: {path} would be both a result and a map or the unfinished part of another image: rename that "
-                "one"
+                f"{name}: {path} would be both a result and a map or the unfinished part of another image: rename "
+                "one of the two sources"
             )
         if other:
             also = "" if os.path.normpath(file) == os.path.normpath(path) else f" ({file})"

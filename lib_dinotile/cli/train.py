@@ -20,7 +20,7 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--head",
         action="store_true",
-        help="train only the restoration head; an adapter trained into FILE reads through it",
+        help="train only the restoration head; an adapter trained into the same FILE then uses it",
     )
     command.add_argument("--resume", action="store_true", help="go on from the checkpoint beside FILE")
     add_options(command, Training)

@@ -38,7 +38,7 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     """Add the command's arguments."""
     command.add_argument("IN", help="an image, or a folder of images")
     command.add_argument("OUT", help="the file to write, or a folder")
-    command.add_argument("--quiet", action="store_true", help="say nothing but what goes wrong")
+    command.add_argument("--quiet", action="store_true", help="print nothing but errors")
     command.add_argument("--resume", action="store_true", help="go on with what an earlier run has painted")
     command.add_argument(
         "--report", metavar="FILE", help="add what became of every tile to this file, as a line of JSON"
@@ -171,7 +171,8 @@ def run(arguments: argparse.Namespace) -> None:
             add_report(report, source, result.report.json())
         say(*(f"{source.name}: {line}" for line in result.report.lines))
         tile = result.report.tiles[0].area
-        say(f"{target}: {size[0]}x{size[1]}, tiles: {result.painted} of up to {tile.width}x{tile.height}")
+        count = f"{result.painted} tile{'s' * (result.painted != 1)}"
+        say(f"{target}: {size[0]}x{size[1]}, {count} of up to {tile.width}x{tile.height}")
 
     failures: list[tuple[str, int]] = []
     for source, target in mine:
@@ -191,14 +192,14 @@ def run(arguments: argparse.Namespace) -> None:
     team.close()
     if failures and team.rank == 0:
         lines, codes = zip(*failures)
-        raise DinotileError(f"{len(lines)} of {len(jobs)} images were left out: " + "; ".join(lines), max(codes))
+        raise DinotileError(f"{len(lines)} of {len(jobs)} images failed: " + "; ".join(lines), max(codes))
 
 
 def _jobs(source: Path, target: Path) -> list[tuple[Path, Path]]:
     """Pairs of files to read and to write: one, or one for every image in a folder."""
     if not os.path.isdir(source):
         if not os.path.isfile(source):
-            raise DinotileError(f"{source} is no file" if os.path.lexists(source) else f"{source} is not there")
+            raise DinotileError(f"{source} is not a file" if os.path.lexists(source) else f"{source} does not exist")
         check_writable(target)
         return [(source, target)]
     kinds = endings()

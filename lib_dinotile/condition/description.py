@@ -89,9 +89,9 @@ def _header(path: Path) -> dict[str, Any]:
     Read by hand once safetensors has checked it: its oldest versions tell no tensor's type.
     """
     if not os.path.exists(path):
-        raise DinotileError(f"{path} is not there")
+        raise DinotileError(f"{path} does not exist")
     if not os.path.isfile(path):
-        raise DinotileError(f"{path} is no file")
+        raise DinotileError(f"{path} is not a file")
     try:
         with open_tensors(path):
             pass

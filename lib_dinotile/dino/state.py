@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from lib_dinotile import DinotileError
+from lib_dinotile import DinotileError, one_line
 from lib_dinotile.dino import hub
 from lib_dinotile.dino.calibrated import Store
 from lib_dinotile.dino.checkpoint import (
@@ -44,6 +44,8 @@ class EncoderState:
     """The scales that there are calibrated heads for."""
     automatic: bool
     """Whether Automatic stands for it now."""
+    missing: str = ""
+    """What to do, in a line, if it is neither installed nor published."""
 
     @property
     def line(self) -> str:
@@ -87,8 +89,8 @@ def state_of(name: str, folder: Path, store: Store) -> EncoderState:
     try:
         identity, place = locate(name, folder, download=False)
         scales = store.scales(identity, fingerprint(place))
-    except (DinotileError, OSError):  # the reason is shown when it is used
-        return EncoderState(name, False, [], False)
+    except (DinotileError, OSError) as error:  # the reason is shown when it is used
+        return EncoderState(name, False, [], False, "" if name in MEGABYTES else one_line(error))
     return EncoderState(name, True, scales, name == automatic_encoder(folder))
 
 

@@ -79,7 +79,8 @@ def canvas_size(size: tuple[int, int], settings: Settings, given: tuple[int, int
         result = max(1, round(width * scale)), max(1, round(height * scale))
     if max(result) > MAX_SIDE:
         raise DinotileError(
-            f"{settings.target}: makes this image {result[0]}x{result[1]}, give one of at most {MAX_SIDE} a side"
+            f"{settings.target}: the result would be {result[0]}x{result[1]}, but may have at most {MAX_SIDE} pixels a "
+            "side"
         )
     return result
 

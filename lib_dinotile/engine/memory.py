@@ -56,7 +56,7 @@ class BatchSize:
             if not is_out_of_memory(error):
                 return False
             if count == 1:
-                message = "out of memory with a single tile: give a smaller tile size"
+                message = "out of memory with a single tile: give a smaller tile size, or guidance strength 0"
                 raise OutOfMemoryError(message, 500) from error
             self.limit, self._ran_out = count // 2, True
             self._note(f"out of memory with {count} tiles at once, went on with {self.limit}")

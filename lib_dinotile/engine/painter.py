@@ -159,7 +159,7 @@ class TilePainter:
         """Notes that the model returned NaN for a tile, or a part of the picture."""
         known = self._report.of(tile)
         name = f"tile {known.number}" if known else f"the part of the picture at {tile.x}, {tile.y}"
-        outcome = "was done again in full precision" if mended else "is kept from the source"
+        outcome = "was done again in full precision" if mended else "shows the enlarged source"
         self._report.note(f"{name} {outcome}: the model returned NaN")
 
     def batch(self, tiles: Sequence[Rect]) -> Batch:

@@ -36,7 +36,8 @@ def check_letters(regions: Regions | None, words: Mapping[str, str]) -> None:
     if beyond:
         there = f"{len(letters)} ({letters[0]} to {letters[-1]})" if letters else "none"
         raise DinotileError(
-            f"region_prompts: there is no region {beyond[0]}, this image has {there}; the semantic map shows them"
+            f"region_prompts: there is no region {beyond[0]}, this image has {there}; the preview in img2img shows "
+            "them, and analyze on the command line"
         )
 
 

@@ -70,8 +70,8 @@ class A1111Host(WebUIHost):
         option = sd_unet.get_unet_option()
         if option is not None:
             raise DinotileError(
-                f"the UNet {option.label!r} (Settings, Stable Diffusion, SD Unet) takes no residuals: choose None "
-                "there, or adapter None"
+                f"the UNet {option.label!r} (Settings, Stable Diffusion, SD Unet) does not work with adapters: choose "
+                "None there, or set Adapter to None"
             )
 
     def masked(self, part: Any, mask: Tensor, count: int) -> Any:

@@ -53,9 +53,13 @@ def guidance_decoder(
         try:
             decoder = load[choice](True)
         except Exception as error:  # whatever the download or the file raises
-            raise DinotileError(f"decoder: {choice} is not available: {one_line(error)}; choose {FULL_VAE}") from error
+            raise DinotileError(
+                f"decoder: {choice} is not available: {one_line(error)}; choose {AUTOMATIC} or {FULL_VAE}"
+            ) from error
         if decoder is None:
-            raise DinotileError(f"decoder: the WebUI has no {choice} for this checkpoint; choose {FULL_VAE}")
+            raise DinotileError(
+                f"decoder: the WebUI has no {choice} for this checkpoint; choose {AUTOMATIC} or {FULL_VAE}"
+            )
         return choice, decoder
     decode = full()
     return FULL_VAE, lambda latents: (decode(latents) + 1) / 2

@@ -37,7 +37,7 @@ def find_device(name: str, number: int = 0) -> torch.device:
         torch.zeros(1, device=device).cpu()
     except Exception as error:  # RuntimeError, AssertionError, NotImplementedError ...
         raise DinotileError(
-            f"device: {name!r} is not there ({one_line(error)}), give one of {', '.join((AUTO, *there, 'cpu'))}"
+            f"device: {name!r} is not available ({one_line(error)}), give one of {', '.join((AUTO, *there, 'cpu'))}"
         ) from error
     return device
 

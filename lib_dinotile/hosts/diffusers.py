@@ -302,7 +302,9 @@ def _taesd(base: str, download: bool) -> Any:
     except Exception as error:  # whatever the Hub's client raises
         if not download:
             return None
-        raise DinotileError(f"decoder: {name} cannot be downloaded: {one_line(error)}; choose full VAE") from error
+        raise DinotileError(
+            f"decoder: {name} cannot be downloaded: {one_line(error)}; choose Automatic or full VAE"
+        ) from error
     return tiny.float().eval().requires_grad_(False)
 
 

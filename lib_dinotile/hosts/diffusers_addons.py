@@ -89,11 +89,12 @@ def load_loras(pipe: Any, text: str) -> None:
     for number, (lora, tensors) in enumerate(zip(loras, files)):
         name = f"lora{number}"
         if not any("lora" in key for key in tensors):
-            raise DinotileError(f"lora: {lora.path.name} is no LoRA, or of a kind that diffusers does not load")
+            raise DinotileError(f"lora: {lora.path.name} is not a LoRA, or of a kind that diffusers does not load")
         wanted = sum(bool(each.any()) for key, each in tensors.items() if re.search(r"(up|lora_B)\.weight$", key))
         try:
             with quiet():
                 pipe.load_lora_weights(tensors, adapter_name=name)
+                pipe.set_adapters([name], [lora.weight])
             fits = wanted == _adapted(pipe, name) and not any("dora_scale" in key for key in tensors)
             reason = "a part of it fits nothing there"
         except Exception as error:  # whatever the libraries raise
@@ -104,7 +105,6 @@ def load_loras(pipe: Any, text: str) -> None:
                 f"{reason}"
             )
         with quiet():
-            pipe.set_adapters([name], [lora.weight])
             pipe.fuse_lora(adapter_names=[name])
             pipe.unload_lora_weights()
 
@@ -159,7 +159,7 @@ def load_model(
         if other and f"--{option}" not in other:
             raise DinotileError(f"{option}: {path} is {other}; {GIVE[option]}") from error
         raise DinotileError(
-            f"{option}: {path} is no {kind.__name__} for this checkpoint, or is damaged: {one_line(error)}"
+            f"{option}: {path} is not {_a(kind.__name__)} for this checkpoint, or is damaged: {one_line(error)}"
         ) from error
 
 

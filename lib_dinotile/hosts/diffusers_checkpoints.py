@@ -70,19 +70,11 @@ def by_channels(taken: int, given: int = 4) -> str:
     return f"{known.get(taken, 'another kind of model')} (its UNet has {taken} channels in, {given} out)"
 
 
-def is_pointer(path: Path) -> bool:
-    """Whether a file is what Git has in place of a large one that was not downloaded."""
-    with path.open("rb") as file:
-        return file.read(40).startswith(b"version https://git-lfs")
-
-
 def check_checkpoint(path: Path) -> Marks:
     """The marks of a file that is a whole Stable Diffusion 1.5, 2 or XL; DinotileError with words that help if not."""
     if path.suffix.lower() != ".safetensors":
         raise DinotileError(f"model: {path.name} is not a .safetensors file; other formats can run code, convert it")
     try:
-        if is_pointer(path):
-            raise DinotileError(f"model: {path.name} is only a Git LFS pointer: download the file itself")
         with open_tensors(path) as tensors:
             names = set(tensors.keys())
             channels = tensors.get_slice(UNET).get_shape()[1] if UNET in names else 0

@@ -11,7 +11,7 @@ from diffusers import ControlNetModel
 from diffusers.loaders.single_file_utils import convert_controlnet_checkpoint
 from torch import Tensor, nn
 
-from lib_dinotile import DinotileError
+from lib_dinotile import DinotileError, one_line
 from lib_dinotile.hosts.diffusers_addons import GIVE, Tensors, load_model
 from lib_dinotile.hosts.diffusers_checkpoints import UNION, kind_of
 from lib_dinotile.hosts.memory_format import fast
@@ -63,8 +63,11 @@ def load_controlnet(unet: Any, name: str, strength: float) -> ControlNet | None:
     """
     if not name:
         return None
-    with torch.device("meta"):
-        config = ControlNetModel.from_unet(unet, load_weights_from_unet=False).config
+    try:
+        with torch.device("meta"):
+            config = ControlNetModel.from_unet(unet, load_weights_from_unet=False).config
+    except Exception as error:  # whatever diffusers raises for a UNet of another make
+        raise DinotileError(f"controlnet: none fits this checkpoint's UNet: {one_line(error)}") from error
     model, extra = load_model("controlnet", ControlNetModel, Path(name), config, _from_ldm)
     if extra:
         found = UNION if kind_of(extra) == UNION else f"of a kind that is not supported (it has {extra[0]})"

@@ -19,9 +19,10 @@ from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 from torch import nn
 
 from lib_dinotile import DinotileError, one_line
-from lib_dinotile.hosts.diffusers_checkpoints import ASK, by_channels, check_checkpoint, is_pointer
+from lib_dinotile.hosts.diffusers_checkpoints import ASK, by_channels, check_checkpoint
 from lib_dinotile.hosts.diffusers_solvers import trained
 from lib_dinotile.settings import AUTOMATIC, Generation
+from lib_dinotile.weights import is_pointer
 
 PARTS = {
     "unet": ("diffusers", {"UNet2DConditionModel"}),

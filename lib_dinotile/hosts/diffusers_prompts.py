@@ -35,7 +35,7 @@ _TOKEN = re.compile(
 )
 _CLOSES = {")": "(", "]": "["}
 _FACTORS = {"(": 1.1, "[": 1 / 1.1}
-_SCHEDULED = re.compile(rf":\s*{_NUMBER}\s*$")
+_SCHEDULED = re.compile(rf":\s*[+-]?{_NUMBER}(?:[eE][+-]?\d+)?\s*$")
 _EXTRA_NETWORK = re.compile(r"(?<!\\)<(\w+):[^>]+>")
 
 Weighted = tuple[str, float]

@@ -127,11 +127,15 @@ class ForgeHost(WebUIHost):
     def check(self) -> None:
         p = self._p
         if getattr(_dynamic_args(), "pid", False):
-            raise DinotileError("PiD paints pixels, not latents, and does not work with tiles: choose another")
+            raise DinotileError(
+                "PiD paints pixels, not latents, and does not work with tiles: choose another checkpoint"
+            )
         if getattr(_dynamic_args(), "wan", False) and p.batch_size > 1:
             raise DinotileError("Wan takes a batch for the frames of a video: set the batch size to 1")
         if (self.channels, self.factor) == (32, 8):
-            raise DinotileError("Mugen's VAE joins latent cells in pairs, which tiles cannot follow: choose another")
+            raise DinotileError(
+                "Mugen's VAE joins latent cells in pairs and does not work with tiles: choose another checkpoint"
+            )
         for script in self._controlnets():
             for unit in (getattr(script, "current_params", None) or {}).values():
                 masked = getattr(unit, "control_mask", None) is not None

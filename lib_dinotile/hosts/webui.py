@@ -454,13 +454,13 @@ class WebUIHost(Host):
         pixels = torch.zeros(1, 3, CELLS * self.factor, CELLS * self.factor, device=self.device)
         conditioning = self._p.img2img_image_conditioning(pixels, latents[..., :CELLS, :CELLS])
         if conditioning.shape[-1] > 1:
-            raise DinotileError(
-                "order: a checkpoint that looks at the picture (inpainting) cannot be fused; choose chess"
-            )
+            raise DinotileError("order: fused does not work with inpainting checkpoints; choose chess")
         return conditioning
 
     def _sampler_cannot_be_fused(self) -> DinotileError:
-        return DinotileError(f"order: the sampler {self._p.sampler_name} cannot be fused; choose another, or chess")
+        return DinotileError(
+            f"order: fused does not work with the sampler {self._p.sampler_name}; choose another sampler, or chess"
+        )
 
     def check_fused(self) -> None:
         """DinotileError for a sampler or a checkpoint whose tiles cannot be fused."""

@@ -74,8 +74,8 @@ class Area:
             wide, high = self._part(size)
             if self._resize == FILL and wide * high > MAX_PIXELS:
                 raise DinotileError(
-                    f"img2img size: {self.canvas[0]}x{self.canvas[1]} needs this image filled up to {wide}x{high}, "
-                    "give one that is nearer to its shape"
+                    f"img2img size: Resize and fill to {self.canvas[0]}x{self.canvas[1]} would enlarge this image to "
+                    f"{wide}x{high} first: give a size closer to its proportions"
                 )
         if self.mask is not None:
             self.mask = self.cut(self.mask).point(lambda level: min(255, 2 * level))  # as img2img does

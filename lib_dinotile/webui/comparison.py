@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import html
+import json
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import gradio as gr
-from PIL import Image, ImageOps
+from PIL import Image
 
 from lib_dinotile import DinotileError
 
@@ -39,34 +40,39 @@ class Comparison:
             visible=False, interactive=False, type="pil", show_label=False, elem_id=f"{self._prefix}slider"
         )
 
-    def connect(self, gallery: Any, inputs: Sequence[Any], source: Callable[..., Image.Image]) -> None:
-        """gallery: shows the results; source: gives the source (RGB) for the values of these inputs, or raises
-        DinotileError."""
+    def connect(
+        self, gallery: Any, information: Any, inputs: Sequence[Any], source: Callable[..., Image.Image]
+    ) -> None:
+        """gallery: shows the results; information: on them, as JSON (`Processed.js`); source: gives the source (RGB) as
+        it is laid on a canvas, for its (width, height) and the values of these inputs, or raises DinotileError."""
         if self._slider is None:
             return
 
         def compare(*values: Any) -> list[Any]:
-            *given, results, number = values
+            *given, results, information, number = values
             try:
-                pair = before_and_after(source(*given), results, int(number))
+                result = chosen(results, information, int(number))
+                pair = source(result.size, *given), result
             except DinotileError as error:
                 line = f"<div class='error'>{html.escape(str(error))}</div>"
                 return [line, gr.update(value=None, visible=False)]
             return ["", gr.update(value=pair, visible=True)]
 
-        inputs, outputs = [*inputs, gallery, self._number], [self._line, self._slider]
+        inputs, outputs = [*inputs, gallery, information, self._number], [self._line, self._slider]
         self._button.click(fn=compare, inputs=inputs, outputs=outputs, js=SELECTED)
 
 
-def before_and_after(
-    source: Image.Image, results: Sequence[tuple[Image.Image, str | None]] | None, number: int
-) -> tuple[Image.Image, Image.Image]:
-    """The source (RGB) at the size of a result, and the result.
+def chosen(
+    results: Sequence[tuple[Image.Image, str | None]] | None, information: str | None, number: int
+) -> Image.Image:
+    """The result (RGB) that is open in a gallery, the first one if none is.
 
-    results: as a gallery has them; number: of the one, the first if there is none of that number. DinotileError if
-    there is none at all.
+    results: as a gallery has them, in front of them perhaps a grid of all; information: see `connect`; number: of the
+    one that is open. DinotileError if there is none at all, or the grid is open.
     """
     if not results:
         raise DinotileError("there is no result to compare yet: generate one")
-    result = results[number if 0 <= number < len(results) else 0][0].convert("RGB")
-    return ImageOps.fit(source, result.size, Image.Resampling.LANCZOS), result
+    first = json.loads(information or "{}").get("index_of_first_image", 0)
+    if 0 <= number < first:
+        raise DinotileError("this is the grid of all images: open one of them")
+    return results[number if first <= number < len(results) else min(first, len(results) - 1)][0].convert("RGB")

@@ -93,8 +93,8 @@ class Job:
         except DinotileError as error:
             self.failure = str(error)
         except Exception as error:
-            errors.report("DINO Tile: the encoder could not be got ready", exc_info=True)
-            self.failure = f"the encoder could not be got ready: {one_line(error)}"
+            errors.report("DINO Tile: the encoder could not be prepared", exc_info=True)
+            self.failure = f"the encoder could not be prepared: {one_line(error)}"
 
     @property
     def stopping(self) -> bool:
@@ -111,7 +111,7 @@ def get_ready(name: str, progress: Progress) -> None:
     if name not in installed(folder):
         install(name, folder, progress)
     while not call_queue.queue_lock.acquire(blocking=False):
-        progress("waiting for what is being generated", 0.0)
+        progress("waiting for the current generation to finish", 0.0)
         time.sleep(PAUSE)
     try:
         device = torch.device(devices.device)
@@ -140,6 +140,8 @@ def offered(state: EncoderState, encoder: str) -> tuple[str, str, str]:
     if state.name == BUILT_IN and encoder == AUTOMATIC:
         line = "No DINOv2 is installed: the small built-in encoder looks at your image, and it sees much less."
         return line, _download(FIRST), FIRST
+    if state.missing:
+        return f"{state.missing[0].upper()}{state.missing[1:]}.", "", state.name
     line = f"Looks at your image: {state.line}."
     if not state.installed:
         return line, _download(state.name), state.name

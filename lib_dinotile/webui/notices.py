@@ -11,7 +11,7 @@ from gradio.context import Context
 
 HIGH = 0.5
 """Denoising strength above which tiles show much that the source does not."""
-ON, OFF = "on, folding it may switch it off", "off"
+ON, OFF = "on (folding may switch it off)", "off"
 """The WebUI's accordion with a switch goes off when it is folded, until its box has been clicked once."""
 ONLY_MASKED = (
     "Inpaint area is Only masked: the result keeps the size of the source. The target size is the size at which the "

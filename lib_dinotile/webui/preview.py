@@ -40,7 +40,7 @@ from lib_dinotile.hosts.webui import base_of, resized_by
 from lib_dinotile.settings import NO_REGIONS, NONE, OFF, SEMANTIC, Settings
 from lib_dinotile.tiling.plan import TilePlan
 from lib_dinotile.webui import folders
-from lib_dinotile.webui.area import Area
+from lib_dinotile.webui.area import CROP, FILL, Area
 from lib_dinotile.webui.comparison import Comparison
 from lib_dinotile.webui.notices import Notices, as_html, notices
 from lib_dinotile.webui.regions import Naming, ask, lines
@@ -64,11 +64,12 @@ NUMBERS = {
 """img2img's own controls that a preview depends on."""
 INPAINTING = tuple(IMAGES.index(name) for name in ("img2maskimg", "inpaint_sketch", "img_inpaint_base"))
 """Numbers of the tabs that have a mask."""
-LAST = "img2img_gallery"
-"""By the time that this is there, all of them are."""
+GALLERY = "img2img_gallery"
 PROMPTS = Settings.option("region_prompts")
 INFORMATION = "generation_info_"
 """With a tab's name: its hidden text box with the infotexts of the images that it shows, as JSON (`Processed.js`)."""
+LAST = f"{INFORMATION}img2img"
+"""By the time that this is there, all of them are."""
 
 
 def loaded() -> Any:
@@ -183,7 +184,7 @@ class Img2Img:
             self._found[name] = component
         elif self._place and BACKGROUND in (arguments.get("elem_classes") or ()):
             self._found.setdefault(self._place, component)
-        elif name in NUMBERS.values():
+        elif name in (GALLERY, *NUMBERS.values()):
             self._found[name] = component
         elif not name and isinstance(component, gr.Number) and not component.visible:
             self._hidden.append(component)  # the numbers of the chosen tabs: of sources, and of sizes
@@ -204,7 +205,7 @@ class Img2Img:
         and the controls of the options."""
         self._own = button, text, picture, naming, comparison, notices, options
 
-    def _connect(self, gallery: Any) -> None:
+    def _connect(self, information: Any) -> None:
         if self._own is None:
             return
         button, text, picture, naming, comparison, notices, options = self._own
@@ -236,11 +237,13 @@ class Img2Img:
             for name, each in {"": button, **naming.buttons}.items()
         ]
         naming.connect(picture, prompts, previews)
-        comparison.connect(
-            gallery,
-            [*(self._found[name] for name in places), *tabs[:1]],
-            lambda *values: source_of(dict(zip(places, values)), int(values[len(places)] or 0) if tabs else 0),
-        )
+
+        def laid(size: tuple[int, int], resize: int | None, *values: Any) -> Image.Image:
+            source = source_of(dict(zip(places, values)), int(values[len(places)] or 0) if tabs else 0)
+            return images.resize_image(resize if resize in (CROP, FILL) else 0, source, *size, "None")
+
+        inputs = [self._found[NUMBERS["resize"]], *(self._found[name] for name in places), *tabs[:1]]
+        comparison.connect(self._found[GALLERY], information, inputs, laid)
         denoise, area = (self._found.get(NUMBERS[key]) for key in ("denoise", "area"))
         notices.connect(denoise, area, tabs[0] if tabs else None, INPAINTING)
 
@@ -311,7 +314,7 @@ class PreviewResult:
 def source_of(sources: Mapping[str, Any], chosen: int) -> Image.Image:
     """The source (RGB) in the chosen tab. DinotileError if there is none."""
     if chosen == BATCH:
-        raise DinotileError("this shows one image: choose a tab with one, Batch has many")
+        raise DinotileError("this works on a single image: choose a tab other than Batch")
     source = sources.get(IMAGES[chosen])
     source = source["image"] if isinstance(source, dict) else source  # with a mask drawn on it
     if source is None:
@@ -363,9 +366,11 @@ def describe(preview: Preview, estimate: Estimate | None) -> str:
         parts.append(f"{tiles - main} for the seam fix")
     work = " and ".join(parts) or "nothing to paint"
     time = f", {duration(estimate, preview.settings)}" if tiles else ""
-    colours = "what DINO sees; alike is what looks alike."
+    colours = "what DINO sees: alike where the image is alike."
     if preview.settings.regions != NO_REGIONS:
-        colours = "regions that look alike to DINO. Describe them below, and every tile is told what it shows."
+        colours = (
+            "regions that look alike to DINO. Describe them below: the prompt of each tile then says what it shows."
+        )
     return f"{plan.width} x {plan.height} pixels: {work}{time}. In colours: {colours}"
 
 

@@ -26,6 +26,9 @@ SWITCHES = {
 }
 """Always-on scripts that do not go together with tiles, and why."""
 
+HYPERTILE = ("hypertile_enable_unet", "hypertile_enable_vae")
+"""Settings that switch A1111's HyperTile on."""
+
 
 def _switched_on(p: Any, title: str) -> str:
     """The title of the always-on script, here in lower case, if its switch is on: the first of its arguments.
@@ -57,19 +60,20 @@ def _selected(p: Any) -> str:
 
 def check_tiles_can_follow(p: Any, settings: Settings) -> None:
     """DinotileError for what no tab can have together with tiles."""
+    hires = getattr(p, "enable_hr", False)  # after it, tiles are sampled as its second pass was
     if p.refiner_checkpoint not in (None, "", "None", "none"):
         raise DinotileError("DINO Tile does not support the Refiner: set Refiner to None")
     for title, why in SWITCHES.items():
         if found := _switched_on(p, title):
-            raise DinotileError(f"{found} {why}: switch it off, or DINO Tile")
-    if any(_setting(p, name) for name in ("hypertile_enable_unet", "hypertile_enable_vae")):
+            raise DinotileError(f"{found} {why}: switch off one of the two")
+    if any(_setting(p, name) for name in HYPERTILE) or (hires and _setting(p, "hypertile_enable_unet_secondpass")):
         raise DinotileError("HyperTile does not work with DINO Tile: switch it off in the settings")
     if _setting(p, "dynamic_clip_skip_enabled"):
         raise DinotileError(
             "Dynamic clip skip ramp would mix up the prompts of tiles: switch it off in the settings, or DINO Tile"
         )
     if _setting(p, "tiling") if p.tiling is None else p.tiling:
-        raise DinotileError("Tiling would make every tile seamless, not the image: switch Tiling off, or DINO Tile")
+        raise DinotileError("Tiling would make every tile seamless, not the image: switch off one of the two")
     for text in (settings.tile_prompt, settings.tile_prompts, settings.region_prompts):
         if extra_networks.parse_prompt(text)[1]:
             raise DinotileError(
@@ -94,7 +98,7 @@ def check_img2img(p: Any, settings: Settings) -> None:
     if p.image_mask is not None and _switched_on(p, "soft inpainting"):
         raise DinotileError("Soft inpainting does not work with tiles: switch it off and use Mask blur")
     if len({image.size for image in p.init_images}) != 1:
-        raise DinotileError("DINO Tile upscales a batch only if all its images have one size")
+        raise DinotileError("all images of a batch must have one size: upscale the others by themselves")
     if len(p.init_images) > p.batch_size:
         count = len(p.init_images)
         raise DinotileError(f"batch size {p.batch_size} is too small for {count} images: make it {count}")

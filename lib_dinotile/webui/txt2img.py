@@ -260,5 +260,5 @@ class Txt2ImgTakeover(Takeover):
             if not self._kept:
                 self._keep_sources(seeds, prompts)
         except Exception as error:  # for want of space, say
-            return f"; the image before it cannot be kept: {one_line(error)}"
-        return f"; the image before it is kept in {', '.join(filter(None, self._kept))}" if self._kept else ""
+            return f"; the image before upscaling could not be saved: {one_line(error)}"
+        return f"; the image before upscaling is saved in {', '.join(filter(None, self._kept))}" if self._kept else ""

@@ -23,5 +23,5 @@ def keep(p: Any, done: Sequence[tuple[Image.Image, int, str]]) -> str:
             for image, seed, prompt in done
         ]
     except Exception as error:  # for want of space, say
-        return f" (they cannot be kept: {one_line(error)})"
+        return f" (they could not be saved: {one_line(error)})"
     return f" (kept in {', '.join(filter(None, kept))})"

@@ -406,7 +406,7 @@ def test_sizes_that_are_not_allowed(webui: WebUI, small: Image.Image):
         for value in (-1, 65537, "wide", 1e400, float("nan"), [64], {}):
             line = refused(webui, "plan", {"width": 64, "height": 64, "options": SIZE, name: value})
             assert line.startswith(f"{name}: "), line
-    assert "give one of at most 65536 a side" in refused(webui, "plan", {"width": 65536, "height": 9})
+    assert "at most 65536 pixels a side" in refused(webui, "plan", {"width": 65536, "height": 9})
 
 
 def test_a_source_is_not_filled_without_end(webui: WebUI):

@@ -50,7 +50,7 @@ class Case:
         return " ".join(filter(None, [*words, "once" if self.times == 1 else ""]))
 
 
-MEMORY = "out of memory with a single tile: give a smaller tile size"
+MEMORY = "out of memory with a single tile: give a smaller tile size, or guidance strength 0"
 GUIDED, GUARDED = {**BLIND, "guidance": 0.5}, {**BLIND, "guard": "report"}
 SEAMS = {"seams": "half tile"}
 STOPPED = "all tiles are painted, but the guard failed"
@@ -87,13 +87,13 @@ MADE = [
         "unet", "memory", options={"order": "chess", "batch": 4}, times=1, line="out of memory with 4 tiles .* with 2"
     ),
     Case("unet", "nan", after=3, times=1, line="tile 2 was done again in full precision: .*"),
-    Case("unet", "nan", line="tile 4 is kept from the source: the model returned NaN"),
-    Case("unet", "nan", options={"order": "fused"}, line="tile 4 is kept from the source: .*"),
+    Case("unet", "nan", line="tile 4 shows the enlarged source: the model returned NaN"),
+    Case("unet", "nan", options={"order": "fused"}, line="tile 4 shows the enlarged source: .*"),
     Case("decode", "nan", after=1, times=1, line="tile 2 was done again in full precision: .*"),
-    Case("decode", "nan", line="tile 1 is kept from the source: .*"),
+    Case("decode", "nan", line="tile 1 shows the enlarged source: .*"),
     Case("encode", "nan", line="the VAE returned NaN for the picture at 0, 0"),
     Case("encode", "nan", times=1, line="the picture at 0, 0 was encoded again in full precision: .*"),
-    Case("adapter", "nan", after=2, adapter=True, line="tile 2 is kept from the source: .*"),
+    Case("adapter", "nan", after=2, adapter=True, line="tile 2 shows the enlarged source: .*"),
     Case("guidance", "nan", options=GUIDED, after=2, times=1, line="tile 2 was done again in full precision: .*"),
     Case("guard", "nan", options=GUARDED, line=r"guard: 4 of 4 tiles were in doubt \(still in doubt: 1-4\)"),
     Case("encoder", options=GUARDED, after=2, line=f"{STOPPED}: {TOLD}"),
@@ -318,7 +318,9 @@ def test_where_nothing_can_be_saved_the_fault_is_told_all_the_same(
     assert fired
     check_left(left, clean)
     line = answer.json()["detail"]
-    assert re.fullmatch(rf"stopped after 2 of 4 tiles \(they cannot be kept: .*Not a directory.*\): {TOLD}", line), line
+    assert re.fullmatch(
+        rf"stopped after 2 of 4 tiles \(they could not be saved: .*Not a directory.*\): {TOLD}", line
+    ), line
 
 
 def test_a_disk_that_is_full_leaves_no_half_image(

@@ -136,7 +136,7 @@ def test_a_sampler_that_cannot_be_fused_is_refused(webui: WebUI, small: Image.Im
         pytest.skip(f"this WebUI has no sampler {UNFUSABLE}")
     request = {"sampler_name": UNFUSABLE, "steps": 10}
     line = webui.refusal(small, {**MANY, "order": "fused"}, **request)
-    assert line == f"order: the sampler {UNFUSABLE} cannot be fused; choose another, or chess"
+    assert line == f"order: fused does not work with the sampler {UNFUSABLE}; choose another sampler, or chess"
     assert webui.img2img(small, MANY, **request).image.size == (128, 96)
 
 

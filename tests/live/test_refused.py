@@ -93,7 +93,7 @@ def test_an_encoder_that_is_not_there(webui: WebUI, small: Image.Image, adapters
 
 
 def test_a_canvas_that_is_too_large(webui: WebUI, small: Image.Image):
-    assert "give one of at most 65536 a side" in webui.refusal(small.resize((9000, 8)), {**TILES, "scale": 8})
+    assert "at most 65536 pixels a side" in webui.refusal(small.resize((9000, 8)), {**TILES, "scale": 8})
 
 
 def test_sources_of_different_sizes(webui: WebUI, small: Image.Image):

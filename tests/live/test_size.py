@@ -99,7 +99,7 @@ def test_a_size_that_is_too_large_is_refused(webui: WebUI, small: Image.Image):
     options = {"target": "longest side", "longest": 70000}
     assert webui.refusal(small, {**TILES, **options}).startswith("longest: 70000 is not allowed, give a whole number")
     long = small.resize((9000, 8))
-    assert "give one of at most 65536 a side" in webui.refusal(long, {**TILES, "scale": 8})
+    assert "at most 65536 pixels a side" in webui.refusal(long, {**TILES, "scale": 8})
 
 
 def model(webui: WebUI) -> str:

@@ -235,7 +235,7 @@ def test_an_error_is_told_in_a_line_and_the_image_is_kept(webui: WebUI, folder: 
         faults.arm(Case(stage, after=after))
         answer = webui.post("txt2img", webui.txt2img_body(options, **SAVING))
         fired, left = faults.disarm()
-        line = rf"{line}{TOLD}; the image before it is kept in .+-before-dinotile\.png"
+        line = rf"{line}{TOLD}; the image before upscaling is saved in .+-before-dinotile\.png"
         assert fired and answer.status_code == 500 and re.fullmatch(line, answer.json()["detail"]), answer.text[:2000]
         assert difference(saved(folder)["before-dinotile"], before.image) == 0
         assert {**left, "tensors": 0, "bytes": 0} == {**clean, "tensors": 0, "bytes": 0}
@@ -291,7 +291,7 @@ def test_other_checkpoints_are_refused(webui: WebUI, name: str):
 @pytest.mark.parametrize("name", ["denoise", "steps"])
 def test_img2img_has_its_own_denoising_strength_and_steps(webui: WebUI, small: Image.Image, name: str):
     line = webui.refusal(small, {**TILES, name: 1})
-    assert line == f"{name}: only txt2img has this option, what img2img itself is set to counts: leave it out"
+    assert line == f"{name}: only txt2img has this option: leave it out, and use img2img's own"
 
 
 def test_a_plot_over_its_options(webui: WebUI):
