@@ -264,14 +264,14 @@ GRID, FIRST, SECOND = (Image.new("RGB", (8, 8), (shade,) * 3) for shade in (0, 1
         ([FIRST, SECOND], 0, 1, SECOND),
         ([GRID, FIRST, SECOND], 1, -1, FIRST),
         ([GRID, FIRST, SECOND], 1, 2, SECOND),
-        ([GRID, FIRST, SECOND], 1, 0, "this is the grid of all images: open one of them"),
+        ([GRID, FIRST, SECOND], 1, 0, FIRST),
         ([GRID], 1, -1, GRID),
         ([FIRST], None, 7, FIRST),
         ([], 0, -1, "there is no result to compare yet: generate one"),
         (None, None, -1, "there is no result to compare yet: generate one"),
     ],
 )
-def test_the_image_that_is_open_is_compared_and_never_the_grid_of_all(accordion, results, first, number, said):
+def test_the_image_that_is_open_is_compared_and_never_the_grid(accordion, results, first, number, said):
     comparison = importlib.import_module("lib_dinotile.webui.comparison")
     results = None if results is None else [(image, None) for image in results]
     information = None if first is None else json.dumps({"index_of_first_image": first})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.machinery
 import re
 import sys
 import types
@@ -482,8 +483,10 @@ def taken_over(webui: WebUI, monkeypatch: pytest.MonkeyPatch, folder: Any) -> An
         found = module(f"modules.{name}", **content)
         monkeypatch.setitem(sys.modules, found.__name__, found)
         setattr(webui.modules["modules"], name, found)
-    for name in ("cv2", "lib_dinotile.webui.speed"):
-        monkeypatch.setitem(sys.modules, name, types.SimpleNamespace(learn_speed=lambda *_: None))
+    speed, cv2 = types.SimpleNamespace(learn_speed=lambda *_: None), types.ModuleType("cv2")
+    cv2.__spec__ = importlib.machinery.ModuleSpec("cv2", None)  # the libraries look whether it is installed
+    monkeypatch.setitem(sys.modules, "lib_dinotile.webui.speed", speed)
+    monkeypatch.setitem(sys.modules, "cv2", cv2)
     import lib_dinotile.webui.takeover as takeover
 
     return takeover

@@ -65,14 +65,12 @@ class Comparison:
 def chosen(
     results: Sequence[tuple[Image.Image, str | None]] | None, information: str | None, number: int
 ) -> Image.Image:
-    """The result (RGB) that is open in a gallery, the first one if none is.
+    """The result (RGB) that is open in a gallery, the first one if none is, or the grid of all.
 
-    results: as a gallery has them, in front of them perhaps a grid of all; information: see `connect`; number: of the
-    one that is open. DinotileError if there is none at all, or the grid is open.
+    results: as a gallery has them, in front of them perhaps that grid; information: see `connect`; number: of what is
+    open. DinotileError if there are none at all.
     """
     if not results:
         raise DinotileError("there is no result to compare yet: generate one")
     first = json.loads(information or "{}").get("index_of_first_image", 0)
-    if 0 <= number < first:
-        raise DinotileError("this is the grid of all images: open one of them")
     return results[number if first <= number < len(results) else min(first, len(results) - 1)][0].convert("RGB")

@@ -429,6 +429,26 @@ def test_a_result_is_laid_over_its_source(tab: Tab, picture: Image.Image, shots:
     assert difference(after, result) <= 1
 
 
+def test_the_first_of_several_results_is_compared_and_not_their_grid(tab: Tab, picture: Image.Image):
+    compare = tab.page.locator("#dinotile_compare")
+    if not compare.count():
+        pytest.skip("this WebUI has no image slider")
+    tab.number("#img2img_batch_count", 2)
+    try:
+        tab.generate()
+        tab.done()
+        compare.click()
+        shown = tab.page.locator("#dinotile_slider img")
+        expect(shown).to_have_count(2)
+        sizes = {
+            Image.open(io.BytesIO(tab.page.request.get(urllib.parse.urljoin(tab.page.url, each)).body())).size
+            for each in (image.get_attribute("src") for image in shown.all())
+        }
+        assert sizes == {(2 * picture.width, 2 * picture.height)}
+    finally:
+        tab.number("#img2img_batch_count", 1)
+
+
 def test_an_encoder_is_chosen_by_its_marked_name(tab: Tab):
     tab.fold("DINO encoder")
     [shown] = [text for text in tab.choices("encoder") if BUILT_IN in text]
