@@ -191,6 +191,6 @@ def test_what_cannot_be_done_is_refused_before_any_work():
     host = StubHost()
     with pytest.raises(DinotileError, match="upscaler: 'ESRGAN' is not installed, give one of Lanczos"):
         upscale(host, random_image(8, 8), Settings(upscaler="ESRGAN"), NoiseField(0, 4))
-    with pytest.raises(DinotileError, match="makes this image 80000x8"):
+    with pytest.raises(DinotileError, match="the result would be 80000x8"):
         canvas_size((10000, 1), Settings(scale=8.0))
     assert host.sampled == [] and host.seen == []

@@ -265,7 +265,7 @@ REFUSED: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
         r"steps: 151 is not allowed, give 0 \(the image's\) or a whole number from 1 to 150",
     ),
     "unknown adapter": ({"adapter": "nope"}, {}, "adapter: 'nope' is not installed, give one of None.*"),
-    "too large": ({"scale": 8}, {"width": 16384, "height": 64}, "scale: makes this image 131072x512, .*"),
+    "too large": ({"scale": 8}, {"width": 16384, "height": 64}, "scale: the result would be 131072x512, .*"),
     "networks": (
         {"tile_prompt": "<lora:cat:1>"},
         {},
