@@ -413,7 +413,7 @@ def test_a_source_is_not_filled_without_end(webui: WebUI):
     body = {"image": encode(Image.new("RGB", (10, 9000))), "options": SIZE, "resize_mode": 2}
     size = {"resize_width": 65536, "resize_height": 8}
     for route in QUESTIONS:
-        assert "give one that is nearer to its shape" in refused(webui, route, {**body, **size})
+        assert "give a size closer to its proportions" in refused(webui, route, {**body, **size})
 
 
 def test_fields_that_are_not_known(webui: WebUI, small: Image.Image):
