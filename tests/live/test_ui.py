@@ -410,41 +410,43 @@ def test_txt2img_generates_and_upscales_and_its_png_info_gives_the_image_again(b
         assert not other.switch.first.is_checked()
 
 
-def test_a_result_is_laid_over_its_source(tab: Tab, picture: Image.Image, shots: Path):
-    compare = tab.page.locator("#dinotile_compare")
-    if not compare.count():
+def compared(tab: Tab) -> list[Image.Image]:
+    """Source and result, as the slider shows them."""
+    button, shown = tab.page.locator("#dinotile_compare"), tab.page.locator("#dinotile_slider img")
+    if not button.count():
         pytest.skip("this WebUI has no image slider")
-    tab.generate()
-    tab.done()
-    result = tab.image()
-    compare.click()
-    shown = tab.page.locator("#dinotile_slider img")
+    button.click()
+    tab.page.wait_for_timeout(5000)  # until then those of the last time are there
     expect(shown).to_have_count(2)
-    before, after = (
-        Image.open(io.BytesIO(tab.page.request.get(urllib.parse.urljoin(tab.page.url, each)).body())).convert("RGB")
-        for each in (image.get_attribute("src") for image in shown.all())
-    )
-    tab.shot(shots / "slider.png")
-    assert difference(before, picture.resize(result.size, Image.Resampling.LANCZOS)) <= 1
-    assert difference(after, result) <= 1
+    addresses = [urllib.parse.urljoin(tab.page.url, image.get_attribute("src")) for image in shown.all()]
+    return [Image.open(io.BytesIO(tab.page.request.get(each).body())).convert("RGB") for each in addresses]
 
 
-def test_the_first_of_several_results_is_compared_and_not_their_grid(tab: Tab, picture: Image.Image):
-    compare = tab.page.locator("#dinotile_compare")
-    if not compare.count():
-        pytest.skip("this WebUI has no image slider")
+@pytest.mark.parametrize("stretched", [False, True])
+def test_a_result_is_laid_over_its_source(tab: Tab, picture: Image.Image, stretched: bool, shots: Path):
+    if stretched:  # by img2img's resize mode, Just resize
+        tab.choose("target", "img2img size")
+        tab.number("#img2img_width", 192)
+        tab.number("#img2img_height", 192)
+    try:
+        tab.generate()
+        tab.done()
+        result = tab.image()
+        before, after = compared(tab)
+        tab.shot(shots / "slider.png")
+        assert result.size == ((192, 192) if stretched else (300, 200))
+        assert difference(before, picture.resize(result.size, Image.Resampling.LANCZOS)) <= 1
+        assert difference(after, result) <= 1
+    finally:
+        tab.choose("target", "scale")
+
+
+def test_the_first_of_several_results_is_compared_and_not_their_grid(tab: Tab):
     tab.number("#img2img_batch_count", 2)
     try:
         tab.generate()
         tab.done()
-        compare.click()
-        shown = tab.page.locator("#dinotile_slider img")
-        expect(shown).to_have_count(2)
-        sizes = {
-            Image.open(io.BytesIO(tab.page.request.get(urllib.parse.urljoin(tab.page.url, each)).body())).size
-            for each in (image.get_attribute("src") for image in shown.all())
-        }
-        assert sizes == {(2 * picture.width, 2 * picture.height)}
+        assert {image.size for image in compared(tab)} == {(300, 200)}
     finally:
         tab.number("#img2img_batch_count", 1)
 
