@@ -356,6 +356,7 @@ def test_what_a_job_had_is_gone_when_it_breaks_off(takeover, alive, monkeypatch,
     alone = name == "what the user can mend"
     kept = " (kept in out/00-unfinished.png)" if painted else ""  # whether or not the images were to be saved
     assert said == (text if alone else f"stopped after {painted} of 4 tiles{kept}: {text or 'KeyboardInterrupt'}")
+    assert not [name for name, value in vars(p).items() if isinstance(value, torch.Tensor)]  # Forge keeps the job
     job = weakref.ref(p)
     assert gone(p, alive)
     del p

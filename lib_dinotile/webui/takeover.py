@@ -149,7 +149,9 @@ class Takeover:
 
     def _let_go(self) -> None:
         """After an error: a ControlNet extension may keep our `sample`, and with it all that it holds, until the next
-        job; and Forge puts the model's noise levels back only after a good one."""
+        job; Forge keeps the job itself, and puts the model's noise levels back only after a good one."""
+        if getattr(self._p, "init_latent", None) is not None:
+            self._p.init_latent = None
         if self._host is not None:
             self._host.restore_levels()
         self._host = self._conditioner = None
