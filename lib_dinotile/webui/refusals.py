@@ -73,7 +73,7 @@ def check_tiles_can_follow(p: Any, settings: Settings) -> None:
             "Dynamic clip skip ramp would mix up the prompts of tiles: switch it off in the settings, or DINO Tile"
         )
     if _setting(p, "tiling") if p.tiling is None else p.tiling:
-        raise DinotileError("Tiling would make every tile seamless, not the image: switch off one of the two")
+        raise DinotileError("Tiling would make every tile seamless, not the image: switch off Tiling or DINO Tile")
     for text in (settings.tile_prompt, settings.tile_prompts, settings.region_prompts):
         if extra_networks.parse_prompt(text)[1]:
             raise DinotileError(
